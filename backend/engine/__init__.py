@@ -1,0 +1,1 @@
+"""The engine process: its loop, the socket that doors talk to it through, and the launcher that owns it."""

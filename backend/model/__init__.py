@@ -1,0 +1,1 @@
+"""The decoder: one transformer that reads flags, over the op table."""

@@ -1,0 +1,1 @@
+"""Triton-language kernels, one file an op; the only place that imports triton."""

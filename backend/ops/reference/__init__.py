@@ -1,0 +1,1 @@
+"""The definition of each op in plain torch: slow, obvious, right."""

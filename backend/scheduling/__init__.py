@@ -1,0 +1,1 @@
+"""Decides what each step computes: queue, KV blocks, prefix cache, token budget. Pure Python, no torch."""

@@ -1,0 +1,68 @@
+"""What the scheduler tells the model runner to do in one step, and what it gets back. Plain data, no torch.
+
+The plan carries differences: a request *joins* a slot once with all it needs, gains blocks, runs, and *leaves*. Between
+those the runner keeps the request's state (token ids, position, block table, sampling state) by slot on the device and advances
+it itself, so a decode row costs one small record.
+
+Order inside `ModelRunner.execute(plan)`: leave, join, add blocks, run the rows, sample.
+A preempted request leaves its slot and joins again later with `token_ids` = prompt + what it has produced.
+"""
+
+from dataclasses import dataclass, field
+
+from turbotriton.contract.wire import SamplingParams, TokenLogprobs
+
+__all__ = ["JoinedRequest", "NewBlocks", "ScheduledRow", "StepPlan", "StepResult"]
+
+
+@dataclass(frozen=True, slots=True)
+class JoinedRequest:
+    slot: int  # in [0, max_batch_size), free until now
+    token_ids: tuple[int, ...]  # every token known: prompt, then tokens already produced (after a preemption)
+    num_prompt_tokens: int
+    block_ids: tuple[int, ...]  # blocks in sequence order; cached prefix blocks first
+    sampling: SamplingParams
+    seed: int  # resolved: never None
+    sample_index: int
+    rope_theta: float  # RopeConfig.theta_for(limit length of this request)
+
+
+@dataclass(frozen=True, slots=True)
+class NewBlocks:
+    slot: int
+    block_ids: tuple[int, ...]  # appended to the slot's block table
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledRow:
+    """Compute tokens [start, start + num_tokens) of the slot's sequence; KV of [0, start) is in its blocks already.
+
+    Prefill chunk: the ids come from `JoinedRequest.token_ids`. Decode: num_tokens == 1 and the id is the one sampled last.
+    `samples`: the row reaches the end of the known tokens, so its last logits are sampled; the token is appended to the slot.
+    """
+
+    slot: int
+    start: int
+    num_tokens: int
+    samples: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    step: int
+    left: tuple[int, ...] = ()  # slots
+    joined: tuple[JoinedRequest, ...] = ()
+    new_blocks: tuple[NewBlocks, ...] = ()
+    rows: tuple[ScheduledRow, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(row.num_tokens for row in self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Aligned with the plan's sampling rows, in their order."""
+
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs | None, ...] = field(default=())  # None where the request asked for none

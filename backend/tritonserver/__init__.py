@@ -1,0 +1,1 @@
+"""The doors: what tritonserver's Python backend loads. No torch, no transformers."""

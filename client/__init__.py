@@ -1,0 +1,1 @@
+"""What talks to a running tritonserver: Python client, terminal chat, web demo."""

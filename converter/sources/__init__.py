@@ -1,0 +1,1 @@
+"""Readers of checkpoint formats: each yields named tensors, one at a time."""

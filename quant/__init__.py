@@ -1,0 +1,1 @@
+"""Makes smaller weights: AWQ, SmoothQuant, KV scales."""

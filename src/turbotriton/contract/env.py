@@ -1,0 +1,47 @@
+"""The only place that reads the environment. One function a variable, with its meaning and default."""
+
+import os
+from pathlib import Path
+
+__all__ = ["cache_dir", "engine_option", "python_executable", "runtime_dir", "site_dirs", "test_assets_dir"]
+
+ENGINE_OPTION_PREFIX = "TURBOTRITON_"
+
+
+def engine_option(name: str) -> str | None:
+    """`TURBOTRITON_<NAME>` overrides the config.ini key `name` (session_len, max_batch_size, device, ...); None when unset or empty."""
+    return os.environ.get(ENGINE_OPTION_PREFIX + name.upper()) or None
+
+
+def site_dirs() -> list[str]:
+    """TURBOTRITON_SITE: folders (os.pathsep between) that hold this package and its dependencies, for stubs that ignore PYTHONPATH."""
+    return [part for part in os.environ.get("TURBOTRITON_SITE", "").split(os.pathsep) if part]
+
+
+def python_executable() -> str | None:
+    """TURBOTRITON_PYTHON: the interpreter for the engine process; None lets the launcher find one."""
+    return os.environ.get("TURBOTRITON_PYTHON") or None
+
+
+def runtime_dir() -> Path:
+    """TURBOTRITON_RUNTIME_DIR: where sockets and locks live (mode 0700); default $XDG_RUNTIME_DIR/turbotriton or /tmp/turbotriton-<uid>."""
+    explicit = os.environ.get("TURBOTRITON_RUNTIME_DIR")
+    if explicit:
+        return Path(explicit)
+    xdg = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(xdg) / "turbotriton" if xdg else Path(f"/tmp/turbotriton-{os.getuid()}")
+
+
+def cache_dir() -> Path:
+    """TURBOTRITON_CACHE: downloaded server runtime and the like; default $XDG_CACHE_HOME/turbotriton or ~/.cache/turbotriton."""
+    explicit = os.environ.get("TURBOTRITON_CACHE")
+    if explicit:
+        return Path(explicit)
+    xdg = os.environ.get("XDG_CACHE_HOME")
+    return (Path(xdg) if xdg else Path.home() / ".cache") / "turbotriton"
+
+
+def test_assets_dir() -> Path | None:
+    """TURBOTRITON_TEST_ASSETS: released configs, tokenizers and small models that some tests read; None when unset."""
+    value = os.environ.get("TURBOTRITON_TEST_ASSETS")
+    return Path(value) if value else None

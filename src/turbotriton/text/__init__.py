@@ -1,0 +1,1 @@
+"""Text around token ids, shared by doors, clients and pipeline: chat templates, incremental detokenisation, stop words."""
