@@ -61,7 +61,7 @@ class AttentionBatch:
     cos, sin:     [num_tokens, rotary_dim / 2], fp32 (attention factor included)
     q_scale:      [num_tokens], fp32: logn attention's factor; None when the model has none
     slot_mapping: [num_tokens], int64: block * block_size + offset of the token's key and value; -1 stores nothing
-    block_tables: [num_rows, max_blocks], int32: blocks of each row in sequence order; entries past its context are any valid block
+    block_tables: [num_rows, max_blocks], int32: blocks of each row in sequence order; past its context any valid block
     context_lens: [num_rows], int32: keys that the row's last token may see, itself included
     num_decodes:  rows [0, num_decodes) have one query token each
     max_decode_context: largest context_lens entry of those rows, 0 when there is none

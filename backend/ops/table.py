@@ -128,10 +128,10 @@ class LmHead(Protocol):
 class Sample(Protocol):
     """The next token of each row. logits: [num_rows, vocab_size], fp32, not modified. Returns [num_rows], int64.
 
-    In this order: banned ids to -inf;  l = l / temperature;  where seen, l = l p if l < 0 else l / p (p = repetition_penalty, Keskar
-    et al. 2019, arXiv:1909.05858);  l -= presence_penalty [count > 0] + frequency_penalty count (counts of the output);
-    top-k: the k largest;  top-p: of those, renormalised and descending, each whose predecessors sum to less than top_p (Holtzman et
-    al. 2019, arXiv:1904.09751);  min-p: probability at least min_p times the largest. A logit equal to the smallest kept is kept.
+    In this order: banned ids to -inf;  l = l / temperature;  where seen, l = l p if l < 0 else l / p (p = repetition_penalty,
+    arXiv:1909.05858);  l -= presence_penalty [count > 0] + frequency_penalty count (counts of the output);  top-k: the k largest;
+    top-p: of those, renormalised and descending, each whose predecessors sum to less than top_p (arXiv:1904.09751);  min-p:
+    probability at least min_p times the largest. A logit equal to the smallest kept is kept.
 
     Greedy rows: the first largest logit. Random rows: with P = softmax over what is kept and C its sums over ascending token ids
     (fp64), the first id with C[id] > uniform C[last]: the draw depends on the row's logits and its uniform number alone.

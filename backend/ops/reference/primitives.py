@@ -1,4 +1,4 @@
-"""The three small ops that have kernels, as plain torch. The fused units are built from these or from the kernels of the same names.
+"""The three small ops that have kernels, as plain torch. Fused units are built from these or from the kernels of the same names.
 
 Same signatures as the launchers in `ops/kernels/`. Slow and obvious on purpose: they define what the kernels must give.
 """
@@ -80,7 +80,7 @@ def paged_decode_attention(
     scale: float,
     sliding_window: int = 0,
 ) -> torch.Tensor:
-    """Attention of one query token a sequence over its paged keys and values, grouped heads (Ainslie et al. 2023, arXiv:2305.13245).
+    """Attention of one query token a sequence over its paged keys and values; grouped heads (Ainslie et al., arXiv:2305.13245).
 
     q: [batch, num_heads, head_dim], fp16|bf16|fp32; head h reads kv head h // (num_heads / num_kv_heads)
     k_cache, v_cache: [num_blocks, num_kv_heads, block_size, head_dim]

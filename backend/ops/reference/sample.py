@@ -36,7 +36,8 @@ def _draw(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     if batch.filters:
         logits = logits.masked_fill(logits < _filter_threshold(logits, batch), float("-inf"))
     cumulative = torch.softmax(logits, dim=-1).double().cumsum(dim=-1)
-    return torch.searchsorted(cumulative, batch.uniform * cumulative[:, -1:], right=True).squeeze(1)
+    token_ids = torch.searchsorted(cumulative, batch.uniform * cumulative[:, -1:], right=True).squeeze(1)
+    return token_ids.clamp(max=logits.shape[1] - 1)  # only a row without one finite logit gets past the end
 
 
 def _filter_threshold(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:

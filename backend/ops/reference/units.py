@@ -50,9 +50,7 @@ def norm_qkv_rotary_store(
             (weights.k_norm, heads[:, num_heads : num_heads + num_kv_heads]),
         ):
             part.copy_(rms_norm(part.reshape(-1, head_dim), gain.weight, gain.eps, None)[0].view(part.shape))
-    q = rotary_store_kv(
-        qkv, batch.cos, batch.sin, batch.q_scale, k_cache, v_cache, batch.slot_mapping, num_heads, num_kv_heads
-    )
+    q = rotary_store_kv(qkv, batch.cos, batch.sin, batch.q_scale, k_cache, v_cache, batch.slot_mapping, num_heads, num_kv_heads)
     return q, residual
 
 
