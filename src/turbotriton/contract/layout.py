@@ -22,7 +22,7 @@ With H hidden_size, D head_dim, NH heads, KV kv heads, I inter_size, V vocab_siz
 q and k columns (and biases, and q_norm/k_norm entries) are stored interleaved for rotary: within the first `rotary` dims of a
 head, new column 2i + s = Hugging Face column s * rotary/2 + i (s in 0, 1); the rest of the head stays as it is.
 
-weight_type int4 replaces each linear's `.weight` by `.qweight` and `.scales_zeros` and fuses w1 and w3 into w13; see docs/weights.md.
+weight_type int4 replaces each linear's `.weight` by `.qweight` and `.scales_zeros` and fuses w1 and w3 into w13: docs/weights.md.
 """
 
 import enum
