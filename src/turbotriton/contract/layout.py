@@ -22,8 +22,7 @@ With H hidden_size, D head_dim, NH heads, KV kv heads, I inter_size, V vocab_siz
 q and k columns (and biases, and q_norm/k_norm entries) are stored interleaved for rotary: within the first `rotary` dims of a
 head, new column 2i + s = Hugging Face column s * rotary/2 + i (s in 0, 1); the rest of the head stays as it is.
 
-weight_type int4 replaces each linear's `.weight` by `.qweight` and `.scales_zeros` and fuses w1 and w3 into w13
-(docs/weights.md).
+weight_type int4 replaces each linear's `.weight` by `.qweight` and `.scales_zeros` and fuses w1 and w3 into w13: docs/weights.md.
 
 manifest.json, beside the tensors: {"version": 1, "files": {name: {"size": bytes, "sha256": hex}}} for every tensor file.
 config.ini is not in it: people edit it.
