@@ -119,6 +119,11 @@ def _complete_config(target: Path) -> dict[str, Any]:
 
 def _convert(target: Path, config: dict[str, Any], folder: Path) -> Tokenizer:
     if (target / "tokenizer.model").is_file():
+        added = dict(config.get("added_tokens_decoder") or {})
+        if not added:  # how transformers wrote them before 4.34
+            for text, text_id in _read_json(target / "added_tokens.json").items():
+                added[str(text_id)] = {"content": text, "special": True}
+            config = {**config, "added_tokens_decoder": added}
         return tokenizer_from_sentencepiece(target / "tokenizer.model", config)
     if (target / "vocab.json").is_file() and (target / "merges.txt").is_file():
         return tokenizer_from_vocab(target)
