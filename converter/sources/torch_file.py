@@ -37,7 +37,7 @@ class TorchFile:
                 "save it as safetensors and convert that"
             ) from None
         except OSError as error:
-            raise CheckpointError(f"{self._path}: cannot be read ({error.strerror}); download it again") from None
+            raise CheckpointError(f"{self._path}: is truncated or corrupt ({error.strerror}); download it again") from None
         except (RuntimeError, EOFError, ValueError) as error:
             if "_use_new_zipfile_serialization" in str(error):
                 raise CheckpointError(
