@@ -137,7 +137,7 @@ class RopeConfig:
             scale = self.factor * ratio - (self.factor - 1)
         else:
             scale = max(2.0 ** math.ceil(math.log2(ratio) + 1) - 1, 1.0)
-        return self.theta * scale ** (self.dim / (self.dim - 2))
+        return float(self.theta * scale ** (self.dim / (self.dim - 2)))
 
 
 @dataclass(frozen=True, slots=True)
