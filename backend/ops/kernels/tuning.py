@@ -74,9 +74,7 @@ def _clamp(value: int, low: int, high: int) -> int:
 def rms_norm_config(hidden: int) -> RmsNormConfig:
     """A tile of about 4096 elements, 16 a thread: two 16-byte loads of 2-byte elements in flight from each of x and residual."""
     if not 1 <= hidden <= MAX_HIDDEN:
-        raise ConfigError(
-            f"hidden size {hidden} is outside [1, {MAX_HIDDEN}], what the rms_norm kernel takes: run on the reference ops"
-        )
+        raise ConfigError(f"hidden size {hidden} is outside [1, {MAX_HIDDEN}], what the rms_norm kernel takes: run on the reference ops")
     block_n = next_power_of_2(hidden)
     block_m = _clamp(4096 // block_n, 1, 16)
     return RmsNormConfig(block_m, block_n, num_warps=_clamp(block_m * block_n // 512, 1, 16))
@@ -105,9 +103,7 @@ def decode_attention_config(
     of splits that a shorter row does not use end at once.
     """
     if not 1 <= head_dim <= MAX_HEAD_DIM:
-        raise ConfigError(
-            f"head_dim {head_dim} is outside [1, {MAX_HEAD_DIM}], what the attention kernel takes: run on the reference ops"
-        )
+        raise ConfigError(f"head_dim {head_dim} is outside [1, {MAX_HEAD_DIM}], what the attention kernel takes: run on the reference ops")
     block_d = max(16, next_power_of_2(head_dim))
     block_g = max(MIN_DOT_ROWS, next_power_of_2(group_size))
     block_n = _clamp(KV_TILE_BYTES // (block_d * element_bytes), 16, 128)

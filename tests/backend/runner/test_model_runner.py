@@ -8,10 +8,13 @@ from tests.backend.plans import generate, greedy
 from tests.backend.runner.test_weights import HF
 from tests.backend.workspace import hf_workspace_config, write_workspace
 from tests.checkpoints import make_tensors
+from transformers import LlamaConfig
 
 from turbotriton.backend.runner.model_runner import ModelRunner
+from turbotriton.backend.runner.weights import find_weights_dir
 from turbotriton.backend.scheduling.plan import JoinedRequest, NewBlocks, ScheduledRow, StepPlan, StepResult
 from turbotriton.contract.errors import ConfigError, WorkspaceError
+from turbotriton.contract.ini import TurbotritonSection, read_workspace_config
 from turbotriton.contract.wire import SamplingParams
 
 torch.set_num_threads(1)
@@ -128,7 +131,7 @@ def test_compute_dtype_is_taken_when_asked_for(folder, dtype):
 
 
 def test_an_absent_cuda_device_is_refused(folder):
-    with pytest.raises(ConfigError, match="device is 'cuda:99'.*set device = cpu or auto"):
+    with pytest.raises(ConfigError, match=r"device is 'cuda:99'.*set device = cpu or auto"):
         make_runner(folder, device="cuda:99")
 
 
@@ -141,3 +144,30 @@ def test_it_closes(runner):
     runner.close()
     with pytest.raises(AttributeError):
         runner.execute(StepPlan(0, rows=(ScheduledRow(0, 0, 1, True),)))
+
+
+def test_a_workspace_in_lmdeploys_own_form_loads(tmp_path):
+    """No manifest, no [turbotriton] section, weights under triton_models/weights."""
+    config = LlamaConfig(
+        hidden_size=256,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_hidden_layers=1,
+        intermediate_size=64,
+        vocab_size=301,
+        rms_norm_eps=1e-5,
+    )
+    tensors = make_tensors({**config.to_dict(), "architectures": ["LlamaForCausalLM"]}, seed=1)
+    ours = hf_workspace_config(config, weight_type="fp16", session_len=64)
+    write_workspace(tmp_path / "triton_models" / "weights", ours, tensors)
+    ini = tmp_path / "triton_models" / "weights" / "config.ini"
+    ini.write_text(ini.read_text().split("[turbotriton]")[0])
+
+    folder = find_weights_dir(tmp_path)
+    theirs = read_workspace_config(folder / "config.ini")
+    assert theirs.turbotriton == TurbotritonSection()
+    outputs = []
+    for workspace in (ours, theirs):
+        runner = ModelRunner(workspace.model_config(), workspace.engine_config(OPTIONS.get), folder)
+        outputs.append(run(runner, PROMPTS, greedy(12)).token_ids)
+    assert outputs[0] == outputs[1]
