@@ -171,3 +171,22 @@ def test_a_workspace_in_lmdeploys_own_form_loads(tmp_path):
         runner = ModelRunner(workspace.model_config(), workspace.engine_config(OPTIONS.get), folder)
         outputs.append(run(runner, PROMPTS, greedy(12)).token_ids)
     assert outputs[0] == outputs[1]
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_cpus_tokens_in_fp32(folder):
+    params = [greedy(12), SamplingParams(temperature=1.1, top_p=0.9, repetition_penalty=1.2), greedy(12)]
+    outputs = [
+        run(make_runner(folder, device=device, compute_dtype="fp32"), PROMPTS, params, chunk=4).token_ids
+        for device in ("cpu", "cuda")
+    ]
+    assert outputs[0] == outputs[1]
+
+
+@pytest.mark.gpu
+def test_compute_dtype_auto_is_the_weights_dtype_on_a_gpu(tmp_path):
+    config = hf_workspace_config(HF, attn_bias=1, session_len=64, weight_type="bf16", compute_dtype="auto")
+    write_workspace(tmp_path, config, make_tensors(HF.to_dict(), seed=5))
+    runner = ModelRunner(config.model_config(), config.engine_config({**OPTIONS, "device": "cuda"}.get), tmp_path)
+    assert runner.compute_dtype == "bf16"
+    assert len(run(runner, PROMPTS, greedy(12)).token_ids[0]) == 12
