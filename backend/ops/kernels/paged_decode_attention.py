@@ -191,7 +191,7 @@ def paged_decode_attention(
 ) -> torch.Tensor:
     """Launch on the current device and stream; nothing is read back, so it can be captured in a CUDA graph.
 
-    q: [batch, num_heads, head_dim], fp16|bf16|fp32, contiguous inside a head; head h reads kv head h // (num_heads / num_kv_heads)
+    q: [batch, num_heads, head_dim], fp16|bf16|fp32, contiguous inside a head; head h reads kv head h // group_size
     k_cache, v_cache: [num_blocks, num_kv_heads, block_size, head_dim], q's dtype, strided but for the last dim
     block_tables: [batch, max_blocks], int32, rows of any stride; entries past the context are not read
     context_lens: [batch], int32, contiguous, the new token included, at most max_blocks * block_size; 0 gives a row of zeros
@@ -210,11 +210,12 @@ def paged_decode_attention(
         max_context=block_tables.shape[1] * block_size,
         num_sms=_num_sms(q.device),
     )
-    assert num_heads % num_kv_heads == 0 and k_cache.dtype == v_cache.dtype == q.dtype
-    assert 1 == q.stride(2) == k_cache.stride(3) == v_cache.stride(3) == block_tables.stride(1) == context_lens.stride(0)
     out = torch.empty((batch, num_heads, head_dim), dtype=q.dtype, device=q.device)
     if batch == 0:
         return out
+    assert num_heads % num_kv_heads == 0, f"{num_heads} heads over {num_kv_heads} kv heads"
+    assert k_cache.dtype == v_cache.dtype == q.dtype, "the cache has q's dtype"
+    assert 1 == q.stride(2) == k_cache.stride(3) == v_cache.stride(3) == block_tables.stride(1) == context_lens.stride(0)
     num_splits = config.num_splits
     one_split = num_splits == 1
     partial = log_weight = None

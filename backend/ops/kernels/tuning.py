@@ -24,8 +24,13 @@ MAX_HEAD_DIM = 256
 
 # tl.dot needs 16 rows; a GQA group is padded up to it.
 MIN_DOT_ROWS = 16
-# One K or V tile: three pipeline stages of both stay under the 99 KiB that the smallest supported chips give a program.
+# One K or V tile. The block table's load takes two pipeline stages, so five stages hold two tiles each of K and V: 72 KiB of
+# shared memory, under the 99 KiB that the smallest supported chips give a program.
 KV_TILE_BYTES = 16384
+NUM_STAGES = 5
+# tl.dot of fp32 runs without tensor cores, from registers: longer tiles spilled (376 bytes a thread at head_dim 128, 32 keys).
+FP32_BLOCK_N = 16
+FP32_NUM_STAGES = 3
 # A split shorter than this costs more in the reduction than it wins in parallelism.
 MIN_SPLIT_TOKENS = 256
 MAX_SPLITS = 256
@@ -74,7 +79,9 @@ def _clamp(value: int, low: int, high: int) -> int:
 def rms_norm_config(hidden: int) -> RmsNormConfig:
     """A tile of about 4096 elements, 16 a thread: two 16-byte loads of 2-byte elements in flight from each of x and residual."""
     if not 1 <= hidden <= MAX_HIDDEN:
-        raise ConfigError(f"hidden size {hidden} is outside [1, {MAX_HIDDEN}], what the rms_norm kernel takes: run on the reference ops")
+        raise ConfigError(
+            f"hidden size {hidden} is outside [1, {MAX_HIDDEN}], what the rms_norm kernel takes: run on the reference ops"
+        )
     block_n = next_power_of_2(hidden)
     block_m = _clamp(4096 // block_n, 1, 16)
     return RmsNormConfig(block_m, block_n, num_warps=_clamp(block_m * block_n // 512, 1, 16))
@@ -103,10 +110,14 @@ def decode_attention_config(
     of splits that a shorter row does not use end at once.
     """
     if not 1 <= head_dim <= MAX_HEAD_DIM:
-        raise ConfigError(f"head_dim {head_dim} is outside [1, {MAX_HEAD_DIM}], what the attention kernel takes: run on the reference ops")
+        raise ConfigError(
+            f"head_dim {head_dim} is outside [1, {MAX_HEAD_DIM}], what the attention kernel takes: run on the reference ops"
+        )
     block_d = max(16, next_power_of_2(head_dim))
     block_g = max(MIN_DOT_ROWS, next_power_of_2(group_size))
-    block_n = _clamp(KV_TILE_BYTES // (block_d * element_bytes), 16, 128)
+    is_fp32 = element_bytes == 4
+    block_n = FP32_BLOCK_N if is_fp32 else _clamp(KV_TILE_BYTES // (block_d * element_bytes), 16, 128)
     wanted = ceil_div(PROGRAMS_PER_SM * num_sms, max(batch * num_kv_heads, 1))
     num_splits = _clamp(wanted, 1, min(MAX_SPLITS, max(ceil_div(max_context, MIN_SPLIT_TOKENS), 1)))
-    return DecodeAttentionConfig(block_g, block_n, block_d, num_splits, MIN_SPLIT_TOKENS, num_warps=4, num_stages=3)
+    num_stages = FP32_NUM_STAGES if is_fp32 else NUM_STAGES
+    return DecodeAttentionConfig(block_g, block_n, block_d, num_splits, MIN_SPLIT_TOKENS, num_warps=4, num_stages=num_stages)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from turbotriton.backend.ops.operands import AttentionBatch, DenseWeight, NormWeight, QkvWeights, SamplingBatch
+from turbotriton.backend.ops.reference import attention as attention_module
 from turbotriton.backend.ops.table import REFERENCE, OpTable, ops_for, reference_ops
 
 torch.set_num_threads(1)
@@ -272,6 +273,12 @@ def test_every_op_has_a_comparison_case():
 def test_op_agrees_with_float64(name, dtype, device):
     where = torch.device(device)
     CASES[name](Setting(ops_for(where), where, dtype, torch.Generator().manual_seed(11)))
+
+
+def test_prefill_in_several_query_tiles_is_the_same(monkeypatch):
+    setting = Setting(REFERENCE, torch.device("cpu"), torch.float32, torch.Generator().manual_seed(5))
+    monkeypatch.setattr(attention_module, "MAX_SCORES", NUM_HEADS * 17 * 2)  # two queries a tile at the longest context
+    case_attention(setting)
 
 
 def test_cpu_column_is_the_reference():

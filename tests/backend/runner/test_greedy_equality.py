@@ -1,4 +1,4 @@
-"""Greedy output equals transformers token for token: every family at a small size with the released flags, fp32 end to end.
+"""Converted and run, greedy output equals transformers token for token: every family, small, with its released flags, in fp32.
 
 Eight ragged prompts at once, chunks of 16, a pool that forces preemption. Families without a class in transformers are compared
 with the same weights renamed into Llama or Qwen2.
@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 from tests.backend.plans import generate, greedy
-from tests.backend.workspace import hf_workspace_config, write_workspace
-from tests.checkpoints import as_transformers, make_tensors, scaled_config
+from tests.checkpoints import as_transformers, make_checkpoint, make_tensors, scaled_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from turbotriton.backend.runner.model_runner import ModelRunner
+from turbotriton.backend.runner.weights import find_weights_dir
+from turbotriton.contract.ini import read_workspace_config
+from turbotriton.converter.convert import ConvertOptions, convert_checkpoint
 
 torch.set_num_threads(1)
 
@@ -34,6 +36,7 @@ OPTIONS = {
 class Row:
     folder: str
     changes: dict[str, Any] = field(default_factory=dict)
+    flags: dict[str, Any] = field(default_factory=dict)  # what the row is here to exercise, as ModelConfig or its rope says it
     tp: int = 1
 
 
@@ -44,23 +47,29 @@ def scaling(kind: str, **keys: Any) -> dict[str, Any]:
 ROWS = {
     "llama1": Row("vicuna-7b-v1.5"),
     "llama2": Row("llama-2-7b-chat"),
-    "llama2-70b-gqa-tp2": Row("llama-2-70b", {"vocab_size": 321, "num_key_value_heads": 2}, tp=2),
-    "llama3": Row("llama3-8b-instruct"),
-    "llama3.1-rope": Row("llama3.1-8b-instruct"),
-    "llama3.2-tied": Row("llama3.2-3b-instruct"),
-    "llama-linear-rope": Row("deepseek-coder-1.3b-instruct"),
-    "llama-dynamic-rope-within-range": Row("llama-2-7b-chat", scaling("dynamic", factor=2.0)),
-    "llama-yarn-rope": Row(
-        "llama-2-7b-chat", scaling("yarn", factor=4.0, original_max_position_embeddings=32) | {"max_position_embeddings": 128}
+    "llama2-70b-gqa-tp2": Row("llama-2-70b", {"vocab_size": 321, "num_key_value_heads": 2}, {"tp": 2, "num_kv_heads": 2}, tp=2),
+    "llama3": Row("llama3-8b-instruct", flags={"theta": 500000.0}),
+    "llama3.1-rope": Row("llama3.1-8b-instruct", flags={"scaling_type": "llama3"}),
+    "llama3.2-tied": Row("llama3.2-3b-instruct", flags={"tie_word_embeddings": True}),
+    "llama-linear-rope": Row("deepseek-coder-1.3b-instruct", flags={"scaling_type": "linear", "factor": 4.0}),
+    "llama-dynamic-rope-within-range": Row(
+        "llama-2-7b-chat", scaling("dynamic", factor=2.0), {"scaling_type": "dynamic", "factor": 2.0}
     ),
-    "mistral-window": Row("mistral-7b-v0.1", {"sliding_window": 23}),
-    "mistral-no-window": Row("mistral-7b-instruct-v0.3"),
-    "qwen2": Row("qwen2-7b-instruct"),
-    "qwen1.5-tied-head-dim-20": Row("qwen1.5-0.5b-chat", {"hidden_size": 80}),
-    "qwen3": Row("qwen3-4b", {"head_dim": 24, "hidden_size": 64}),
-    "internlm": Row("internlm-chat-7b"),
-    "internlm2": Row("internlm2-chat-7b"),
-    "qwen": Row("qwen-7b-chat"),
+    "llama-yarn-rope": Row(
+        "llama-2-7b-chat",
+        scaling("yarn", factor=4.0, original_max_position_embeddings=32) | {"max_position_embeddings": 128},
+        {"scaling_type": "yarn", "original_max_position_embeddings": 32},
+    ),
+    "mistral-window": Row("mistral-7b-v0.1", {"sliding_window": 23}, {"sliding_window": 23}),
+    "mistral-no-window": Row("mistral-7b-instruct-v0.3", flags={"sliding_window": 0}),
+    "qwen2": Row("qwen2-7b-instruct", flags={"attn_bias": True}),
+    "qwen1.5-tied-head-dim-20": Row(
+        "qwen1.5-0.5b-chat", {"hidden_size": 80}, {"attn_bias": True, "tie_word_embeddings": True, "head_dim": 20}
+    ),
+    "qwen3": Row("qwen3-4b", {"head_dim": 24, "hidden_size": 64}, {"qk_norm": True, "head_dim": 24, "hidden_size": 64}),
+    "internlm": Row("internlm-chat-7b", flags={"attn_bias": True}),
+    "internlm2": Row("internlm2-chat-7b", flags={"num_kv_heads": 1}),
+    "qwen": Row("qwen-7b-chat", flags={"attn_bias": True, "use_logn_attn": True}),
     "baichuan": Row("baichuan2-7b", {"architectures": ["BaiChuanForCausalLM"]}),
     "baichuan2": Row("baichuan2-7b"),
 }
@@ -90,23 +99,23 @@ def oracle_outputs(config: Any, tensors: dict[str, torch.Tensor], prompts: list[
 def test_greedy_output_equals_transformers(name, assets, tmp_path):
     row = ROWS[name]
     released = json.loads((assets / "configs" / row.folder / "config.json").read_text())
-    small, tensors = as_transformers(*_checkpoint(released, row.changes))
-    config = AutoConfig.for_model(**small)
-    has_bias = "model.layers.0.self_attn.q_proj.bias" in tensors
-    has_qk_norm = "model.layers.0.self_attn.q_norm.weight" in tensors
-    workspace = hf_workspace_config(config, tp=row.tp, attn_bias=int(has_bias), qk_norm=int(has_qk_norm))
+    small = scaled_config(released, **row.changes)
+    options = ConvertOptions(
+        "llama2", make_checkpoint(small, tmp_path / "checkpoint", seed=3), tmp_path / "workspace", tp=row.tp, dtype="fp32"
+    )
+    convert_checkpoint(options)
+    weights_dir = find_weights_dir(options.dst_path)
+    workspace = read_workspace_config(weights_dir / "config.ini")
     model = workspace.model_config()
-    runner = ModelRunner(model, workspace.engine_config(OPTIONS.get), write_workspace(tmp_path, workspace, tensors))
+    runner = ModelRunner(model, workspace.engine_config(OPTIONS.get), weights_dir)
+    for flag, value in row.flags.items():
+        assert getattr(model, flag, None) == value or getattr(model.rope, flag, None) == value
 
     generator = torch.Generator().manual_seed(7)
     prompts = [torch.randint(3, model.vocab_size, (n,), generator=generator).tolist() for n in PROMPT_LENGTHS]
     output = generate(runner, model, prompts, greedy(NUM_NEW), num_new=NUM_NEW, chunk=16)
 
     assert output.num_preemptions > 0
-    assert output.token_ids == oracle_outputs(config, tensors, prompts)
+    oracle_config, tensors = as_transformers(small, make_tensors(small, seed=3))
+    assert output.token_ids == oracle_outputs(AutoConfig.for_model(**oracle_config), tensors, prompts)
     assert len({token for ids in output.token_ids for token in ids}) >= 20
-
-
-def _checkpoint(released: dict[str, Any], changes: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    small = scaled_config(released, **changes)
-    return small, make_tensors(small, seed=3)

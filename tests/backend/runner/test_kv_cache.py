@@ -4,13 +4,12 @@ import dataclasses
 
 import pytest
 import torch
+from tests.backend.runner.test_weights import HF
 from tests.backend.workspace import hf_workspace_config
 
 from turbotriton.backend.runner.kv_cache import allocate_kv_cache, free_memory_bytes, num_kv_blocks
 from turbotriton.contract.errors import ConfigError
 from turbotriton.contract.ini import EngineConfig
-
-from .test_weights import HF
 
 MODEL = hf_workspace_config(HF).model_config()
 ENGINE = EngineConfig(session_len=100, max_batch_size=4, cache_block_seq_len=16, cache_max_entry_count=9)
