@@ -8,7 +8,7 @@ batching, preemption and the device change nothing.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -132,29 +132,33 @@ class SamplerState:
 
         floats = self._floats[slots]
         banned_rows, banned_ids = self._bans(slots)
-        penalties: dict[str, torch.Tensor] = {}
+        temperature = column(floats[:, 0]) if (floats[:, 0] != 1).any() else None
+        shaped = SamplingBatch(temperature, banned_rows, banned_ids)
         if self._has_penalty[slots].any() and self._output_counts is not None and self._seen is not None:
             rows = torch.from_numpy(slots).to(self.device)
             # A slot without penalties may hold a former request's counts: its factors 1, 0, 0 make them count for nothing.
-            penalties = {"output_counts": self._output_counts[rows], "seen": self._seen[rows]}
-            for index, name in enumerate(("repetition_penalty", "presence_penalty", "frequency_penalty"), start=3):
-                penalties[name] = column(floats[:, index])
+            shaped = replace(
+                shaped,
+                repetition_penalty=column(floats[:, 3]),
+                presence_penalty=column(floats[:, 4]),
+                frequency_penalty=column(floats[:, 5]),
+                output_counts=self._output_counts[rows],
+                seen=self._seen[rows],
+            )
         random_rows = np.flatnonzero(self._is_random[slots])
         drawn = slots[random_rows]
-        is_any = drawn.size > 0
+        if drawn.size == 0:
+            return shaped
         uniform = uniform_numbers(self._seeds[drawn], positions[random_rows].astype(np.uint64), self._sample_indices[drawn])
-        return SamplingBatch(
-            temperature=column(floats[:, 0]) if (floats[:, 0] != 1).any() else None,
-            banned_rows=banned_rows,
-            banned_ids=banned_ids,
-            random_rows=torch.from_numpy(random_rows).to(self.device) if is_any else None,
-            top_k=column(self._top_k[drawn]) if is_any else None,
-            top_p=column(floats[random_rows, 1]) if is_any else None,
-            min_p=column(floats[random_rows, 2]) if is_any else None,
-            uniform=column(uniform) if is_any else None,
-            max_top_k=int(self._top_k[drawn].max()) if is_any else 0,
+        return replace(
+            shaped,
+            random_rows=torch.from_numpy(random_rows).to(self.device),
+            top_k=column(self._top_k[drawn]),
+            top_p=column(floats[random_rows, 1]),
+            min_p=column(floats[random_rows, 2]),
+            uniform=column(uniform),
+            max_top_k=int(self._top_k[drawn].max()),
             filters=bool(self._has_filter[drawn].any()),
-            **penalties,
         )
 
     def _bans(self, slots: npt.NDArray[np.int64]) -> tuple[torch.Tensor | None, torch.Tensor | None]:

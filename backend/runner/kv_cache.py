@@ -64,6 +64,7 @@ def num_kv_blocks(model: ModelConfig, engine: EngineConfig, free_bytes: int, dty
 def free_memory_bytes(device: torch.device) -> int:
     """Free memory of the GPU, or what Linux says a new process can use without swapping."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what loading has left in torch's allocator counts as free
         return int(torch.cuda.mem_get_info(device)[0])
     for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
         if line.startswith("MemAvailable:"):

@@ -48,7 +48,7 @@ def load_weights(config: ModelConfig, folder: Path, device: torch.device, dtype:
         return reader.read(name).to(device=device, dtype=dtype, copy=True)  # nothing may point into a file
 
     def rotary(name: str, num_heads: int) -> torch.Tensor:
-        return half_split_rotary(reader.read(name), num_heads, config.head_dim, config.rope.dim).to(device=device, dtype=dtype)
+        return half_split_rotary(reader.read(name).to(device), num_heads, config.head_dim, config.rope.dim).to(dtype)
 
     def norm(name: str) -> NormWeight:
         return NormWeight(load(name), config.norm_eps)
@@ -93,9 +93,10 @@ def half_split_rotary(tensor: torch.Tensor, num_heads: int, head_dim: int, rotar
 
     Stored column 2i + s of a head becomes column s * rotary_dim/2 + i. A copy: [..., >= num_heads * head_dim], same shape.
     """
-    column = torch.arange(num_heads * head_dim).view(num_heads, head_dim)
+    column = torch.arange(num_heads * head_dim, device=tensor.device).view(num_heads, head_dim)
     column[:, :rotary_dim] = column[:, :rotary_dim].reshape(num_heads, -1, 2).transpose(1, 2).reshape(num_heads, rotary_dim)
-    return tensor[..., torch.cat((column.flatten(), torch.arange(num_heads * head_dim, tensor.shape[-1])))]
+    rest = torch.arange(num_heads * head_dim, tensor.shape[-1], device=tensor.device)
+    return tensor[..., torch.cat((column.flatten(), rest))]
 
 
 class _Reader:

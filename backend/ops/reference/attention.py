@@ -9,6 +9,9 @@ from .primitives import paged_decode_attention as reference_paged_decode_attenti
 
 __all__ = ["attention", "prefill_attention"]
 
+#: Scores held at once (fp32 elements): 256 MiB, so that a long chunk over a long context fits beside the KV cache.
+MAX_SCORES = 2**26
+
 PagedDecodeAttention = Callable[..., torch.Tensor]
 
 
@@ -56,15 +59,21 @@ def prefill_attention(
     num_queries, num_heads, head_dim = q.shape
     num_kv_heads = k_cache.shape[1]
     table = block_table.long()
-    keys = k_cache.transpose(0, 1)[:, table].flatten(1, 2)[:, :context_len].float()  # [num_kv_heads, context_len, head_dim]
-    values = v_cache.transpose(0, 1)[:, table].flatten(1, 2)[:, :context_len].float()
+    keys = k_cache.transpose(0, 1)[:, None, table].flatten(2, 3).float()  # [num_kv_heads, 1, >= context_len, head_dim]
+    values = v_cache.transpose(0, 1)[:, None, table].flatten(2, 3).float()
+    queries = q.view(num_queries, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)  # [num_kv_heads, group, num_queries, head_dim]
     position = torch.arange(context_len, device=q.device)
-    query_position = position[context_len - num_queries :, None]
-    hidden = position > query_position  # [num_queries, context_len]
-    if sliding_window > 0:
-        hidden = hidden | (position <= query_position - sliding_window)
-    queries = q.view(num_queries, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3).float()  # [kv, group, num_queries, head_dim]
-    scores = (queries @ keys[:, None].transpose(-1, -2)) * scale
-    weights = torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1)
-    out = weights @ values[:, None]  # [num_kv_heads, group, num_queries, head_dim]
-    return out.permute(2, 0, 1, 3).reshape(num_queries, num_heads, head_dim).to(q.dtype)
+    out = torch.empty_like(q)
+    tile = max(1, MAX_SCORES // (num_heads * context_len))
+    for begin in range(0, num_queries, tile):
+        end = min(begin + tile, num_queries)
+        seen = context_len - num_queries + end  # keys up to the tile's last query
+        at = position[context_len - num_queries + begin : seen, None]
+        hidden = position[:seen] > at  # [tile, seen]
+        if sliding_window > 0:
+            hidden = hidden | (position[:seen] <= at - sliding_window)
+        scores = (queries[:, :, begin:end].float() @ keys[:, :, :seen].transpose(-1, -2)) * scale
+        weights = torch.softmax(scores.masked_fill_(hidden, float("-inf")), dim=-1)
+        part = weights @ values[:, :, :seen]  # [num_kv_heads, group, tile, head_dim]
+        out[begin:end] = part.permute(2, 0, 1, 3).reshape(end - begin, num_heads, head_dim)
+    return out

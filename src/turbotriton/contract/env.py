@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-__all__ = ["cache_dir", "engine_option", "python_executable", "runtime_dir", "site_dirs", "test_assets_dir"]
+__all__ = ["cache_dir", "engine_option", "environment", "python_executable", "runtime_dir", "site_dirs", "test_assets_dir"]
 
 ENGINE_OPTION_PREFIX = "TURBOTRITON_"
 
@@ -45,3 +45,8 @@ def test_assets_dir() -> Path | None:
     """TURBOTRITON_TEST_ASSETS: released configs, tokenizers and small models that some tests read; None when unset."""
     value = os.environ.get("TURBOTRITON_TEST_ASSETS")
     return Path(value) if value else None
+
+
+def environment() -> dict[str, str]:
+    """A copy of the whole environment, for a child process."""
+    return dict(os.environ)
