@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import turbotriton
 from turbotriton.contract.chat_templates import template_session_len
 from turbotriton.contract.errors import CheckpointError, ConfigError
 from turbotriton.contract.ini import LlamaSection, ModelConfig, TurbotritonSection, WorkspaceConfig, write_workspace_config
@@ -29,7 +28,7 @@ from .archs import META_LLAMA, Architecture, find_architecture
 from .assemble import Assembler, SourceShape, check_source
 from .int4 import TILE, pack_tiles
 from .raw_config import CheckpointConfig, ConfigFile
-from .repository import Layout, check_served_name, is_workspace, write_doors
+from .repository import Layout, check_served_name, door_templates, is_workspace, write_doors
 from .shard import split_ranks
 from .sources import MetaSource, Source, open_source
 from .tokenizer import TokenizerFolder, write_tokenizer
@@ -107,8 +106,7 @@ def convert_checkpoint(options: ConvertOptions) -> Layout:
         workspace = _workspace_config(checkpoint, tokenizer, options)
         _write_weights(checkpoint, workspace.model_config(), layout.weights, show_progress=options.show_progress)
         write_workspace_config(layout.weights / "config.ini", workspace)
-        templates = Path(turbotriton.__file__).parent / "model_repository"
-        write_doors(layout, templates, model_name=options.model_name, tp=options.tp, chat_template=tokenizer.chat_template)
+        write_doors(layout, door_templates(), model_name=options.model_name, tp=options.tp, chat_template=tokenizer.chat_template)
         _publish(temporary, options.dst_path)
     return replace(layout, root=options.dst_path)
 
