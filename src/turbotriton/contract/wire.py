@@ -119,7 +119,7 @@ class GenerateRequest:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Natural-log probabilities of one step, after penalties and temperature-free (raw model distribution)."""
+    """Natural-log probabilities of one step in the model's own distribution, before temperature, penalties, bans and filters."""
 
     token_logprob: float
     top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), most likely first
