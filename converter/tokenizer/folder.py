@@ -137,12 +137,16 @@ def _convert(target: Path, config: dict[str, Any], folder: Path) -> Tokenizer:
 
 
 def _add_special_tokens(config: dict[str, Any], target: Path, tokenizer: Tokenizer) -> bool:
-    """Fills bos_token and eos_token from the usual names where nothing says them; True when the file has to be written."""
+    """Fills bos_token and eos_token from the usual names where no file says them; True when the file has to be written.
+
+    Only special tokens count: "<s>" is an ordinary word of Qwen's vocabulary.
+    """
     changed = config != _read_json(target / "tokenizer_config.json")
     usual = {"bos_token": ("<s>",), "eos_token": ("</s>", "<|endoftext|>")}
     if not (target / "tokenizer_config.json").is_file():
+        special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
         for key, names in usual.items():
-            found = next((name for name in names if tokenizer.token_to_id(name) is not None), None)
+            found = next((name for name in names if name in special), None)
             if _text(config.get(key)) is None and found:
                 config[key] = found
         return True
