@@ -169,8 +169,9 @@ def error_from_rpc(error: grpc.RpcError, url: str) -> TurbotritonError:
     code, details = error.code(), " ".join((error.details() or "").split())
     if code in _UNAVAILABLE:
         if re.search(r"connect|resolution|Socket closed|reset|GOAWAY|RST_STREAM", details, re.IGNORECASE):
+            reason = details.rsplit(": ", 1)[-1]
             return UnavailableError(
-                f"no tritonserver answers at {url} ({_shorten(details)}); is it running, and is this its gRPC port?"
+                f"no tritonserver answers at {url} ({_shorten(reason)}); is it running, and is this its gRPC port?"
             )
         return UnavailableError(error_from_text(details).args[0])
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:

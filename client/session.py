@@ -82,8 +82,8 @@ class ChatSession:
         self._num_held = 0
         self._round = 0
         self._is_cancelled = False  # written by cancel(), reset by ask()
-        self._is_idle = threading.Event()  # no answer is being read; written by ask() only
-        self._is_idle.set()
+        self._turn_over = threading.Event()  # a new one each turn, made and set by ask()
+        self._turn_over.set()
         self.clear_messages()
 
     def clear_messages(self) -> None:
@@ -98,7 +98,7 @@ class ChatSession:
         """
         self._round += 1
         self._is_cancelled = False
-        self._is_idle.clear()
+        turn_over = self._turn_over = threading.Event()
         try:
             turn = self._plan(question)
             try:
@@ -108,7 +108,7 @@ class ChatSession:
                     raise
                 yield from self._run(self._start_again(question), question)
         finally:
-            self._is_idle.set()
+            turn_over.set()
 
     def cancel(self) -> None:
         """Interrupts the running answer through a second stream and waits until it has ended. Nothing happens when none runs.
@@ -116,14 +116,15 @@ class ChatSession:
         The request may be on its way to the server still, where STOP finds nothing to stop; so it is sent until it took.
         Raises ServerError when the answer goes on after CANCEL_TRIES of them.
         """
+        turn_over = self._turn_over
         self._is_cancelled = True
         for _ in range(CANCEL_TRIES):
-            if self._is_idle.is_set():
+            if turn_over.is_set():
                 return
             self._send_stop()
-            self._is_idle.wait(CANCEL_RETRY_S)
-        if not self._is_idle.is_set():
-            raise ServerError(f"the server did not stop session {self.session_id}; press Ctrl-C again to leave")
+            if turn_over.wait(CANCEL_RETRY_S):
+                return
+        raise ServerError(f"the server did not stop session {self.session_id}; press Ctrl-C again to leave")
 
     def _send_stop(self) -> None:
         stop = ChatSampling(max_tokens=0)

@@ -3,6 +3,7 @@
 When the engine goes away every open sink gets a last TokenDelta with an error, then `on_disconnect` callbacks run, once.
 """
 
+import contextlib
 import itertools
 import logging
 import socket
@@ -74,20 +75,16 @@ class EngineClient:
             if not self._is_alive:
                 raise EngineDiedError("the engine process is away; try again when it is up")
             self._sinks[request.request_id] = sink
-        try:
+        with contextlib.suppress(OSError):  # the receive thread sees the same end and tells every sink
             self._frames.send("submit", encode_request(request))
-        except OSError:
-            pass  # the receive thread sees the same end and tells every sink
 
     def cancel(self, request_id: int) -> None:
         """Idempotent. The last TokenDelta (CANCELLED) still comes."""
         with self._lock:
             known = request_id in self._sinks
         if known:
-            try:
+            with contextlib.suppress(OSError):  # as in submit
                 self._frames.send("cancel", request_id)
-            except OSError:
-                pass  # as in submit
 
     def stats(self) -> EngineStats:
         """The newest snapshot; observations are handed out by take_observations."""
@@ -128,10 +125,8 @@ class EngineClient:
 
     def _hand_on(self, delta: TokenDelta) -> None:
         with self._lock:
-            if delta.finish_reason is None:
-                sink = self._sinks.get(delta.request_id)
-            else:
-                sink = self._sinks.pop(delta.request_id, None)
+            is_last = delta.finish_reason is not None
+            sink = self._sinks.pop(delta.request_id, None) if is_last else self._sinks.get(delta.request_id)
         if sink is None:
             return
         try:

@@ -10,6 +10,7 @@ A "deltas" frame carries all that one step has for one connection, as flat array
 where `extras` maps the few positions that have logprobs, an error or final figures to a small map.
 """
 
+import contextlib
 import dataclasses
 import socket
 import struct
@@ -87,10 +88,8 @@ class FrameSocket:
         return kind, payload
 
     def close(self) -> None:
-        try:
+        with contextlib.suppress(OSError):  # it was closed already
             self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # it was closed already
         self._socket.close()
 
 
@@ -106,7 +105,8 @@ def decode_info(payload: Any) -> EngineInfo:
 
 
 def decode_stats(payload: dict[str, Any]) -> EngineStats:
-    return EngineStats(**{name: tuple(value) if isinstance(value, list) else value for name, value in payload.items()})
+    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in payload.items()}
+    return EngineStats(**fields)
 
 
 def encode_request(request: GenerateRequest) -> dict[str, Any]:

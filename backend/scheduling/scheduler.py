@@ -221,9 +221,9 @@ class Scheduler:
             if budget and request.state is RequestState.RUNNING:
                 rows.append(self._row(request, budget))
                 budget -= rows[-1].num_tokens
-        while budget and self._free_slots and (request := self._next_admissible()) is not None:
-            joined.append(self._join(request))
-            rows.append(self._row(request, budget))
+        while budget and self._free_slots and (admitted := self._next_admissible()) is not None:
+            joined.append(self._join(admitted))
+            rows.append(self._row(admitted, budget))
             budget -= rows[-1].num_tokens
         left, self._left_slots = tuple(self._left_slots), []
         new_blocks = [added for added in new_blocks if added.slot not in left]
