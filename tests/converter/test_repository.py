@@ -1,8 +1,14 @@
 """The workspace's folders: what is real, what is a link, what the doors' configurations say, what may be replaced."""
 
+import fcntl
 import json
 import os
+import pty
 import re
+import struct
+import subprocess
+import sys
+import termios
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -252,3 +258,17 @@ def test_output_does_not_depend_on_when_or_where(convert: Any, llama: Path) -> N
 
     assert LLAMA["vocab_size"] == 301
     assert contents(convert(llama, dst="a")) == contents(convert(llama, dst="deeper/b"))
+
+
+def test_progress_shows_layers_and_gigabytes_a_second_on_a_terminal(llama: Path, tmp_path: Path) -> None:
+    primary, secondary = pty.openpty()
+    fcntl.ioctl(secondary, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    command = [sys.executable, "-m", "turbotriton", "convert", "toy", str(llama), "--dst-path", str(tmp_path / "ws")]
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": str(root / "src"), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, stderr=secondary, stdout=subprocess.PIPE, env=environment, check=False, cwd=tmp_path)
+    os.close(secondary)
+    shown = os.read(primary, 65536).decode()
+    os.close(primary)
+    assert result.returncode == 0, shown
+    assert re.search(r"converting: +100%.* 2/2 .*0\.00 GB, \d+\.\d\d GB/s", shown), shown

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 
 from turbotriton.contract.errors import CheckpointError
 from turbotriton.converter.tokenizer import write_tokenizer
-from turbotriton.converter.tokenizer.from_tiktoken import PATTERN, SPECIAL_TOKENS
+from turbotriton.converter.tokenizer.from_tiktoken import LLAMA3, QWEN
 
 SENTENCEPIECE = ("internlm", "internlm2", "yi", "mistral_v03")
 
@@ -127,14 +127,30 @@ def test_qwen_tiktoken_ids_and_back(assets: Path, tmp_path: Path, qwen_ranks: di
     lines = (base64.b64encode(token) + b" %d\n" % rank for token, rank in sorted(ranks.items(), key=lambda item: item[1]))
     (folder / "qwen.tiktoken").write_bytes(b"".join(lines))
     tokenizer, result = written(folder, tmp_path / "t")
-    special = {token: 151643 + i for i, token in enumerate(SPECIAL_TOKENS)}
-    reference = tiktoken.Encoding("qwen", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
+    special = {token: 151643 + i for i, token in enumerate(QWEN.special_tokens)}
+    reference = tiktoken.Encoding("qwen", pat_str=QWEN.pattern, mergeable_ranks=ranks, special_tokens=special)
     for text in [*texts(assets), "<|im_start|>user\n你好<|im_end|>\n"]:
         ids = reference.encode(text, allowed_special="all")
         assert tokenizer.encode(text).ids == ids
         assert tokenizer.decode(ids, skip_special_tokens=False) == text
     assert (result.bos_token_id, result.eos_token_id) == (None, 151643)
     assert tokenizer.get_vocab_size() == 151643 + 208
+
+
+def test_llama3s_tokenizer_model_of_ranks(assets: Path, tmp_path: Path, qwen_ranks: dict[bytes, int]) -> None:
+    """Its first 128000 ranks would do; another family's, cut to that number, stand in for them."""
+    ranks = {token: rank for token, rank in qwen_ranks.items() if rank < 128000}
+    folder = tmp_path / "m"
+    folder.mkdir()
+    lines = (base64.b64encode(token) + b" %d\n" % rank for token, rank in sorted(ranks.items(), key=lambda item: item[1]))
+    (folder / "tokenizer.model").write_bytes(b"".join(lines))
+    tokenizer, result = written(folder, tmp_path / "t")
+    reference = tiktoken.Encoding("llama3", pat_str=LLAMA3.pattern, mergeable_ranks=ranks, special_tokens={})
+    for text in [*texts(assets), "1234567 e\u0301"]:
+        assert tokenizer.encode(text).ids == [128000, *reference.encode(text, disallowed_special=())]
+    ids = tokenizer.encode("<|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>", add_special_tokens=False).ids
+    assert (ids[0], ids[2], ids[-1]) == (128006, 128007, 128009)
+    assert (result.bos_token_id, result.eos_token_id, tokenizer.get_vocab_size()) == (128000, 128001, 128256)
 
 
 @pytest.mark.parametrize("version", ["1_5", "3"])
@@ -145,7 +161,7 @@ def test_vocab_and_merges_of_qwen2(assets: Path, tmp_path: Path, version: str, q
         shutil.copyfile(assets / "tokenizers/qwen2" / file, folder / file)
     shutil.copyfile(assets / f"tokenizers/qwen2/tokenizer_config.qwen{version}.json", folder / "tokenizer_config.json")
     tokenizer, result = written(folder, tmp_path / "t")
-    reference = tiktoken.Encoding("qwen", pat_str=PATTERN, mergeable_ranks=qwen_ranks, special_tokens={})
+    reference = tiktoken.Encoding("qwen", pat_str=QWEN.pattern, mergeable_ranks=qwen_ranks, special_tokens={})
     for text in texts(assets):
         assert tokenizer.encode(text).ids == reference.encode(text, disallowed_special=())
     assert tokenizer.encode("<|im_start|>a<|im_end|>").ids == [151644, 64, 151645]
