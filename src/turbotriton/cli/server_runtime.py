@@ -76,7 +76,18 @@ def fetch_server_runtime() -> Path:
 def _download(folder: Path) -> Path:
     package = f"nvidia-pytriton=={RUNTIME_VERSION}"
     logger.info("downloading the server runtime (%s, about 55 MB)", package)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(folder), package]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--dest",
+        str(folder),
+        package,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(folder.glob("nvidia_pytriton-*.whl"))
     if done.returncode or not wheels:
