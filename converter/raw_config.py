@@ -42,7 +42,7 @@ class CheckpointConfig:
     vocab_size: int
     norm_eps: float
     rope_theta: float
-    max_position_embeddings: int
+    max_position_embeddings: int  # 0: the file does not say it
     rope: RopeScaling = field(default_factory=RopeScaling)
     sliding_window: int = 0
     tie_word_embeddings: bool = False
@@ -123,7 +123,7 @@ def read_huggingface(file: ConfigFile, *, default_sliding_window: int = 0) -> Ch
     if file.values.get("head_dim") is None and hidden % heads:
         raise file.error("hidden_size", f"a multiple of num_attention_heads {heads}", hidden)
     layers = file.size("num_hidden_layers")
-    max_position = file.size("max_position_embeddings", "model_max_length", default=2048)
+    max_position = file.size("max_position_embeddings", default=0)
     theta, scaling = _rope(file, max_position)
     return CheckpointConfig(
         num_layers=layers,

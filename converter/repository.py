@@ -17,9 +17,10 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import turbotriton
 from turbotriton.contract.errors import ConfigError, TurbotritonError, WorkspaceError
 
-__all__ = ["RESERVED_NAMES", "Layout", "check_served_name", "find_weights", "is_workspace", "write_doors"]
+__all__ = ["RESERVED_NAMES", "Layout", "check_served_name", "door_templates", "find_weights", "is_workspace", "write_doors"]
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,11 @@ def check_served_name(name: str) -> None:
             f"--served-name is {name!r} (default: MODEL_NAME); use letters, digits, '.', '_' and '-', "
             "beginning with a letter or digit"
         )
+
+
+def door_templates() -> Path:
+    """The folders of `model_repository/` as installed."""
+    return Path(turbotriton.__file__).parent / "model_repository"
 
 
 def is_workspace(path: Path) -> bool:

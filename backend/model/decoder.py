@@ -26,6 +26,14 @@ class ModelWeights:
     final_norm: NormWeight
     head: LinearWeight  # [hidden, vocab_size]
 
+    @property
+    def num_elements(self) -> int:
+        """Matrix elements, each used once for a token; a tied head counts as the head it is."""
+        layers = sum(
+            linear.weight.numel() for layer in self.layers for linear in (layer.qkv.qkv, layer.output, layer.gate_up, layer.down)
+        )
+        return layers + self.head.weight.numel()
+
 
 def logn_scale(positions: torch.Tensor, max_position_embeddings: int) -> torch.Tensor:
     """Logn attention's factor on q, fp32: max(1, ln(position + 1) / ln(max_position_embeddings)). positions: [num_tokens]."""

@@ -16,7 +16,7 @@ from .base import TensorInfo
 
 __all__ = ["TorchFile"]
 
-REOPEN_BYTES = 256 * 2**20
+REOPEN_BYTES = 64 * 2**20
 
 
 class TorchFile:

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from turbotriton.contract.errors import CheckpointError
 
 from .from_sentencepiece import tokenizer_from_sentencepiece
-from .from_tiktoken import tokenizer_from_tiktoken
+from .from_tiktoken import LLAMA3, QWEN, is_tiktoken, tokenizer_from_tiktoken
 from .from_vocab import tokenizer_from_vocab
 
 __all__ = ["TokenizerFolder", "write_tokenizer"]
@@ -119,6 +119,8 @@ def _complete_config(target: Path) -> dict[str, Any]:
 
 def _convert(target: Path, config: dict[str, Any], folder: Path) -> Tokenizer:
     if (target / "tokenizer.model").is_file():
+        if is_tiktoken(target / "tokenizer.model"):
+            return tokenizer_from_tiktoken(target / "tokenizer.model", LLAMA3)
         added = dict(config.get("added_tokens_decoder") or {})
         if not added:  # how transformers wrote them before 4.34
             for text, text_id in _read_json(target / "added_tokens.json").items():
@@ -129,7 +131,7 @@ def _convert(target: Path, config: dict[str, Any], folder: Path) -> Tokenizer:
         return tokenizer_from_vocab(target)
     tiktoken = sorted(target.glob("*.tiktoken"))
     if tiktoken:
-        return tokenizer_from_tiktoken(tiktoken[0])
+        return tokenizer_from_tiktoken(tiktoken[0], QWEN)
     raise CheckpointError(
         f"{folder}: holds no tokenizer.json, tokenizer.model, vocab.json with merges.txt or qwen.tiktoken; "
         "give one by --tokenizer-path"
@@ -137,12 +139,16 @@ def _convert(target: Path, config: dict[str, Any], folder: Path) -> Tokenizer:
 
 
 def _add_special_tokens(config: dict[str, Any], target: Path, tokenizer: Tokenizer) -> bool:
-    """Fills bos_token and eos_token from the usual names where nothing says them; True when the file has to be written."""
+    """Fills bos_token and eos_token from the usual names where no file says them; True when the file has to be written.
+
+    Only special tokens count: "<s>" is an ordinary word of Qwen's vocabulary.
+    """
     changed = config != _read_json(target / "tokenizer_config.json")
-    usual = {"bos_token": ("<s>",), "eos_token": ("</s>", "<|endoftext|>")}
+    usual = {"bos_token": ("<s>", "<|begin_of_text|>"), "eos_token": ("</s>", "<|endoftext|>", "<|end_of_text|>")}
     if not (target / "tokenizer_config.json").is_file():
+        special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
         for key, names in usual.items():
-            found = next((name for name in names if tokenizer.token_to_id(name) is not None), None)
+            found = next((name for name in names if name in special), None)
             if _text(config.get(key)) is None and found:
                 config[key] = found
         return True

@@ -173,7 +173,8 @@ def _add_tokens(tokenizer: Tokenizer, model: _Model, config: Mapping[str, Any], 
     for i, (piece, _, kind) in enumerate(model.pieces):
         if i not in added and kind in (CONTROL, UNKNOWN, USER_DEFINED):
             added[i] = {"content": piece, "special": kind != USER_DEFINED, "normalized": SPACE in piece}
-    special, plain = [], []
+    special: list[AddedToken] = []
+    plain: list[AddedToken] = []
     for i in sorted(added):
         flags = {name: bool(added[i].get(name, False)) for name in ("lstrip", "rstrip", "single_word", "normalized", "special")}
         token = AddedToken(added[i]["content"], **flags)

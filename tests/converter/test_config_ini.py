@@ -136,6 +136,11 @@ def test_all_ends_of_a_turn_come_from_generation_config(convert: Any, llama: Pat
     assert model(ws).eos_token_ids == (2, 7, 9)
 
 
+def test_unknown_position_limit_is_written_as_0_as_lmdeploy_does(convert: Any, llama: Path) -> None:
+    ws = convert(changed(llama, max_position_embeddings=None))
+    assert (ws.llama["max_position_embeddings"], ws.llama["session_len"]) == ("0", "2048")
+
+
 ROPES = {
     "linear": ({"type": "linear", "factor": 4.0}, {"factor": 4.0}),
     "dynamic": ({"type": "dynamic", "factor": 2.0}, {"factor": 2.0}),

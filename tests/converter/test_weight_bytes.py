@@ -406,3 +406,32 @@ def test_awq(convert: Any, tmp_path: Path, tp: int, bias: bool) -> None:
     if bias:
         check_qkv(ws, 0, dense, s, separate(p, "bias"), torch.float16, kind="bias")
     check_whole(ws, "tok_embeddings.weight", dense["model.embed_tokens.weight"], torch.float16, -(-301 // tp) * tp)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("name", ["internlm2-chat-7b", "qwen-7b-chat", "baichuan2-7b"])
+def test_awq_of_packed_projections(convert: Any, released: Any, tmp_path: Path, name: str, tp: int) -> None:
+    kv_heads = 2 if name.startswith("internlm2") else 4
+    config = released(name, num_layers=1, num_kv_heads=kv_heads, head_dim=128, inter_size=512)
+    folder = make_checkpoint(config, tmp_path / "m", dtype=torch.float16)
+    tensors, natural = make_tensors(config, 0, torch.float16), {}
+    for seed, weight in enumerate(n for n in list(tensors) if tensors[n].ndim == 2 and ".0." in n):
+        columns, rows = tensors.pop(weight).shape
+        prefix = weight.removesuffix("weight")
+        parts, *natural[weight] = quantise((rows, columns), seed)
+        tensors |= {prefix + kind: part for kind, part in parts.items()}
+    save_file(tensors, folder / "model.safetensors")
+    ws = convert(folder, tp=tp, model_format="awq", group_size=128)
+    find = {
+        "internlm2-chat-7b": grouped("model.layers.0.attention.wqkv.weight"),
+        "qwen-7b-chat": stacked("transformer.h.0.attn.c_attn.weight"),
+        "baichuan2-7b": stacked("model.layers.0.self_attn.W_pack.weight"),
+    }[name]
+    s = Shape(512, 4, kv_heads, 128, 512, 320, tp)
+    for rank in range(tp):
+        sources = [find(*qkv_source(c, rank, s), s) for c in range((4 + 2 * kv_heads) * 128 // tp)]
+        qkv = [np.stack([np.asarray(natural[n][which])[:, row] for n, row in sources], axis=1) for which in range(3)]
+        check_int4(ws, "layers.0.attention.w_qkv", rank, qkv[0], qkv[1], torch.from_numpy(qkv[2]))
+        if name.startswith("qwen"):
+            check_whole(ws, f"layers.0.attention.wo.{rank}.bias", torch.zeros(512), torch.float16)
+    assert ws.llama["weight_type"] == "int4"

@@ -152,3 +152,18 @@ def _environment(library_folders: Iterable[str]) -> dict[str, str]:
     prepend("TURBOTRITON_SITE", [str(Path(turbotriton.__file__).parents[1]), sysconfig.get_path("purelib")])
     environment.setdefault("TURBOTRITON_PYTHON", sys.executable)
     return environment
+
+
+def main() -> int:
+    """`python -m turbotriton.cli.server_runtime`: makes sure that a tritonserver is at hand, and says which."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        print(f"tritonserver: {find_server().binary}")
+    except ServerError as error:
+        print(f"turbotriton: error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,8 +1,4 @@
-"""Chat messages to the text that a model was trained on, by the Jinja template that its tokenizer carries.
-
-Renders as transformers' `apply_chat_template` does (same environment options, filters and functions), without importing it.
-A template is foreign code: it runs in Jinja's immutable sandbox. Knows no tokenizer; the special tokens are plain text.
-"""
+"""Chat messages to the model's text, by the checkpoint's own Jinja template in a sandbox."""
 
 import datetime
 import json
@@ -10,64 +6,61 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+import jinja2.ext
+import jinja2.sandbox
 
-from turbotriton.contract.errors import InvalidInputError
+from turbotriton.contract.errors import InvalidInputError, WorkspaceError
 
-__all__ = ["ChatTemplate"]
+__all__ = ["ChatTemplate", "check_messages"]
+
+ROLES = ("system", "user", "assistant", "tool", "developer")
 
 
-class _Generation(Extension):
-    """`{% generation %} ... {% endgeneration %}` marks the assistant's part for training; here its content only."""
+class ChatTemplate:
+    """`source`: Jinja as Hugging Face tokenizers carry it; it sees messages, bos_token, eos_token, add_generation_prompt.
 
-    tags = {"generation"}  # noqa: RUF012  (jinja2's own declaration)
+    Raises WorkspaceError when the source does not compile.
+    """
 
-    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def __init__(self, source: str, bos_token: str | None = None, eos_token: str | None = None) -> None:
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+        self._tokens = {"bos_token": bos_token or "", "eos_token": eos_token or ""}
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise WorkspaceError(f"the chat template does not compile: {error}") from None
+
+    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **extra: Any) -> str:
+        """Raises InvalidInputError: a malformed message, or the template refused them."""
+        check_messages(messages)
+        try:
+            return self._template.render(messages=messages, add_generation_prompt=add_generation_prompt, **self._tokens, **extra)
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, RecursionError) as error:
+            raise InvalidInputError(f"the model's chat template refuses these messages: {error}") from None
+
+
+def check_messages(messages: Any) -> None:
+    """Raises InvalidInputError naming the message that is malformed."""
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise InvalidInputError('messages must be a non-empty list of {"role": ..., "content": ...}')
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise InvalidInputError(f"messages[{index}] is no object with role and content")
+        if message.get("role") not in ROLES:
+            raise InvalidInputError(f"messages[{index}].role is {message.get('role')!r}; it must be one of {', '.join(ROLES)}")
+        if not isinstance(message.get("content"), str):
+            raise InvalidInputError(f"messages[{index}].content must be a string")
+
+
+def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
+    """As Hugging Face's: no HTML escapes."""
+    return json.dumps(value, ensure_ascii=False, indent=indent, **options)
 
 
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
-
-
-def _tojson(value: Any, indent: int | None = None, **unused: Any) -> str:
-    """JSON for a model to read: Jinja's own filter would escape < and & for HTML."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)
-
-
-class ChatTemplate:
-    """A compiled template. Raises InvalidInputError, from here and from `render`, with the template's own reason."""
-
-    def __init__(self, source: str, bos_token: str = "", eos_token: str = "") -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
-        )
-        environment.filters["tojson"] = _tojson
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = _strftime_now
-        self._special_tokens = {"bos_token": bos_token, "eos_token": eos_token}
-        try:
-            self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise InvalidInputError(f"the model's chat template cannot be parsed: {_line(error)}") from None
-
-    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **extra: Any) -> str:
-        """The conversation's text, ending where the assistant is to speak when `add_generation_prompt`. `extra` are further
-        variables that the template may read (tools, enable_thinking ...)."""
-        variables = {**self._special_tokens, **extra, "messages": list(messages), "add_generation_prompt": add_generation_prompt}
-        try:
-            return self._template.render(variables)
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, RecursionError, OverflowError) as error:
-            raise InvalidInputError(f"the model's chat template refuses these messages: {_line(error)}") from None
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

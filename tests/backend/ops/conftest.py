@@ -33,6 +33,27 @@ TARGETS = [
 ]  # fmt: skip
 
 
+def pytest_configure() -> None:
+    if os.environ.get(REPORT_VARIABLE):
+        _repair_interpreter_of_triton_3_6()
+
+
+def _repair_interpreter_of_triton_3_6() -> None:
+    """Its scalars are arrays of one element, which new numpy refuses as loop bounds; triton 3.7 squeezes them, as here."""
+    import triton
+    from triton.runtime import interpreter
+
+    if not triton.__version__.startswith("3.6."):
+        return
+    original = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope):  # type: ignore[no-untyped-def]
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patched
+
+
 def _runs_in_child(item: pytest.Item) -> bool:
     return "interpreted" in item.keywords and not os.environ.get(REPORT_VARIABLE)
 

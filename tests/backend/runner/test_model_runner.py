@@ -10,6 +10,7 @@ from tests.backend.workspace import hf_workspace_config, write_workspace
 from tests.checkpoints import make_tensors
 from transformers import LlamaConfig
 
+from turbotriton.backend.runner import model_runner
 from turbotriton.backend.runner.model_runner import ModelRunner
 from turbotriton.backend.runner.weights import find_weights_dir
 from turbotriton.backend.scheduling.plan import JoinedRequest, NewBlocks, ScheduledRow, StepPlan, StepResult
@@ -138,6 +139,17 @@ def test_an_absent_cuda_device_is_refused(folder):
 def test_a_folder_without_weights_is_refused(tmp_path):
     with pytest.raises(WorkspaceError, match=r"holds no config\.ini"):
         make_runner(tmp_path)
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(1, 2), (10**9, 1)])
+def test_a_small_model_on_a_cpu_runs_on_one_thread(folder, monkeypatch, limit, expected):
+    monkeypatch.setattr(model_runner, "ONE_THREAD_ELEMENTS", limit)
+    torch.set_num_threads(2)
+    try:
+        make_runner(folder)
+        assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_it_closes(runner):
