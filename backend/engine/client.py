@@ -86,6 +86,11 @@ class EngineClient:
             with contextlib.suppress(OSError):  # as in submit
                 self._frames.send("cancel", request_id)
 
+    def cancel_named(self, name: str) -> None:
+        """Cancels every request of this name, whichever connection submitted it."""
+        with contextlib.suppress(OSError):
+            self._frames.send("cancel_named", name)
+
     def stats(self) -> EngineStats:
         """The newest snapshot; observations are handed out by take_observations."""
         return self._stats

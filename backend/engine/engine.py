@@ -99,6 +99,9 @@ class Engine:
         """Cancels all that `owner` has submitted: it is gone."""
         return self._account(self._scheduler.cancel_all(owner))
 
+    def cancel_named(self, name: str) -> DeltasByOwner:
+        return self._account(self._scheduler.cancel_named(name))
+
     def step(self) -> DeltasByOwner:
         """One step of the model, if anything can run. Exceptions of the runner pass through: the engine cannot go on."""
         ended = self._scheduler.expire()

@@ -1,6 +1,6 @@
 """Frames between a door and the engine over a Unix stream socket: a 4-byte little-endian length, then msgpack. No pickle.
 
-    door -> engine   ["submit", request fields]   ["cancel", request_id]
+    door -> engine   ["submit", request fields]   ["cancel", request_id]   ["cancel_named", name]
     engine -> door   ["hello", EngineInfo fields]   ["deltas", packed]   ["stats", EngineStats fields]
 
 A "deltas" frame carries all that one step has for one connection, as flat arrays:

@@ -42,6 +42,11 @@ class _Cancel:
 
 
 @dataclass(frozen=True, slots=True)
+class _CancelNamed:
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class _Drop:
     owner: object
 
@@ -62,7 +67,7 @@ class EngineLoop:
         self._publish = publish
         self._fail = fail
         self._watchdog_s = watchdog_s
-        self._inbox: queue.SimpleQueue[_Submit | _Cancel | _Drop | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Submit | _Cancel | _CancelNamed | _Drop | None] = queue.SimpleQueue()
         self._step_began: float | None = None  # written by the engine thread, read by the watchdog
         self._is_stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -77,6 +82,10 @@ class EngineLoop:
 
     def cancel(self, owner: object, request_id: int) -> None:
         self._inbox.put(_Cancel(owner, request_id))
+
+    def cancel_named(self, name: str) -> None:
+        """Cancels every request that was submitted under this name."""
+        self._inbox.put(_CancelNamed(name))
 
     def drop(self, owner: object) -> None:
         """Cancels all of an owner that is gone."""
@@ -114,6 +123,8 @@ class EngineLoop:
                     self._add(message)
                 elif isinstance(message, _Cancel):
                     self._hand_on(self._engine.cancel(message.owner, message.request_id))
+                elif isinstance(message, _CancelNamed):
+                    self._hand_on(self._engine.cancel_named(message.name))
                 elif isinstance(message, _Drop):
                     self._engine.cancel_owner(message.owner)
                 message = self._inbox.get_nowait()

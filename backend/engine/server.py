@@ -142,6 +142,9 @@ class EngineServer:
         if kind == "cancel" and isinstance(payload, int):
             self._loop.cancel(connection, payload)
             return
+        if kind == "cancel_named" and isinstance(payload, str):
+            self._loop.cancel_named(payload)
+            return
         try:
             self._loop.submit(connection, decode_request(payload))
         except TurbotritonError as error:

@@ -148,6 +148,10 @@ class Scheduler:
         mine = [request for (of, _), request in self._requests.items() if of == owner]
         return [self._finish(request, FinishReason.CANCELLED) for request in mine]
 
+    def cancel_named(self, name: str) -> list[OwnedDelta]:
+        named = [request for request in self._requests.values() if name and request.source.name == name]
+        return [self._finish(request, FinishReason.CANCELLED) for request in named]
+
     def expire(self) -> list[OwnedDelta]:
         """Ends requests past their deadline."""
         if not self._has_deadlines:

@@ -139,6 +139,15 @@ def test_input_that_is_no_terminal_is_one_question_a_line(fake):
     assert fake.sessions == {}
 
 
+def test_chat_renders_the_served_template_and_keeps_the_history_on_the_server(fake):
+    done = run_piped(fake, "one\ntwo\n", "--system", "Be brief.", cap="chat")
+    assert (done.returncode, done.stdout) == (0, "echo:ONE\necho:TWO\n")
+    first, second = fake.of("turbomind")[:2]
+    assert first.text == "<s><system>Be brief.<|end|>\n<user>one<|end|>\n<assistant>"
+    assert second.text == first.text + "echo:ONE<|end|>\n<user>two<|end|>\n<assistant>"
+    assert second.inputs["START"].item() == 0
+
+
 def test_once_asks_one_question_and_leaves(fake):
     done = run_piped(fake, "", "--once", "what?")
     assert (done.returncode, done.stdout) == (0, "echo:WHAT?\n")

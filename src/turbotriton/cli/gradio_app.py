@@ -10,12 +10,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "gradio",
         help="serve a chat page for a running tritonserver",
         description="Serve a chat page for the model of a running tritonserver. Nothing is sent to other hosts.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("url", metavar="HOST:PORT", help="tritonserver's gRPC address, such as localhost:8001")
     parser.add_argument("--model", help="the text door's name (default: the only one that the server has)")
-    parser.add_argument("--server-name", default="127.0.0.1", help="address that the page listens on; 0.0.0.0: every one")
-    parser.add_argument("--server-port", type=int, default=6006, help="port that the page listens on")
+    parser.add_argument(
+        "--server-name", default="127.0.0.1", help="address that the page listens on (default: %(default)s); 0.0.0.0: every one"
+    )
+    parser.add_argument("--server-port", type=int, default=6006, help="port that the page listens on (default: %(default)s)")
     parser.set_defaults(run=run)
 
 

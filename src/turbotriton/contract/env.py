@@ -50,3 +50,8 @@ def test_assets_dir() -> Path | None:
 def environment() -> dict[str, str]:
     """A copy of the whole environment, for a child process."""
     return dict(os.environ)
+
+
+def metric_aliases() -> bool:
+    """TURBOTRITON_METRIC_ALIASES: 0 leaves out the `vllm:*` and `nv_trt_llm_*` names (another backend may own them); default 1."""
+    return os.environ.get("TURBOTRITON_METRIC_ALIASES", "1") != "0"

@@ -114,6 +114,7 @@ class GenerateRequest:
     sampling: SamplingParams
     sample_index: int = 0
     priority: int = 0  # lower is admitted sooner; ties by arrival
+    name: str = ""  # the caller's id, for cancel_named across connections; empty: none
     deadline_ms: int | None = None  # from the engine's receipt; then finish_reason DEADLINE
 
 

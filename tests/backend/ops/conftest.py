@@ -39,7 +39,7 @@ def pytest_configure() -> None:
 
 
 def _repair_interpreter_of_triton_3_6() -> None:
-    """Its scalars are arrays of one element, which numpy 2.4 and later refuse as loop bounds; triton 3.7 squeezes them, as here."""
+    """Its scalars are arrays of one element, which new numpy refuses as loop bounds; triton 3.7 squeezes them, as here."""
     import triton
     from triton.runtime import interpreter
 

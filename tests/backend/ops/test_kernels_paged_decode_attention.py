@@ -105,6 +105,16 @@ def test_any_number_of_splits_gives_the_same_result(target, num_sms, assert_clos
     assert_close(out, oracle(*tensors, 0.2, 0), **tolerance(target.dtype))
 
 
+def test_more_splits_than_the_reduction_adds_at_once(target, assert_close, guarded_outputs, monkeypatch):
+    case = Case(2, 1, 16, 64, ((module.REDUCE_TILE + 2) * 256 - 3,))
+    monkeypatch.setattr(module, "_num_sms", lambda device: 64)
+    tensors = inputs(target, case)
+    _, k_cache, _, block_tables, _ = tensors
+    k_cache[block_tables[0, -4:-2].long()] *= 2  # the maximum lies in the last split, so what came before is rescaled
+    out = paged_decode_attention(*tensors, 0.25)
+    assert_close(out, oracle(*tensors, 0.25, 0), **tolerance(target.dtype))
+
+
 def test_scores_of_thousands_do_not_overflow(target, assert_close, guarded_outputs):
     case = Case(2, 1, 64, 16, (600,))
     q, *rest = inputs(target, case)
