@@ -41,6 +41,8 @@ def open_checkpoint(options: ConvertOptions) -> Checkpoint:
         arch = find_architecture(file)
         model_format = _quantised_format(file, model_format)
     config = arch.read_config(file)
+    if config.head_dim % 2:
+        raise CheckpointError(f"{file.path}: head_dim: expected an even number (rotary pairs), found {config.head_dim}")
     if arch.refuse(config):
         raise CheckpointError(f"{file.path}: {arch.name}: {arch.refuse(config)}")
     group_size = _group_size(options, file) if model_format == "awq" else 0
@@ -103,13 +105,17 @@ def check_tp(checkpoint: Checkpoint, options: ConvertOptions) -> None:
     for what, size in sizes.items():
         if size % tp:
             raise ConfigError(f"--tp is {tp}; it must divide the {size} {what} of {options.model_path}")
-    if checkpoint.group_size:
-        qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-        split_rows = {"attention output": config.num_heads * config.head_dim, "feed-forward": config.inter_size}
-        for what, size in {**split_rows, "qkv": qkv, "hidden": config.hidden_size}.items():
-            share = size if what == "hidden" else size // tp
-            if share % TILE or (what in split_rows and share % checkpoint.group_size):
-                raise ConfigError(
-                    f"--tp is {tp}; int4 weights need an {what} size a rank in multiples of "
-                    f"{checkpoint.group_size if what in split_rows else TILE}, found {share}"
-                )
+    if not checkpoint.group_size:
+        return
+    # inputs of a linear come in groups, outputs in tiles; w13's outputs are covered by w2's inputs
+    shares = {
+        "hidden size": (config.hidden_size, checkpoint.group_size),
+        "attention output a rank": (config.num_heads * config.head_dim // tp, checkpoint.group_size),
+        "feed-forward size a rank": (config.inter_size // tp, checkpoint.group_size),
+        "qkv size a rank": ((config.num_heads + 2 * config.num_kv_heads) * config.head_dim // tp, TILE),
+    }
+    for what, (size, unit) in shares.items():
+        if size % unit:
+            raise ConfigError(
+                f"--tp is {tp}; int4 weights need a multiple of {unit} as {what}, found {size} in {options.model_path}"
+            )

@@ -17,7 +17,6 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import turbotriton
 from turbotriton.contract.errors import ConfigError, TurbotritonError, WorkspaceError
 
 __all__ = ["RESERVED_NAMES", "Layout", "check_served_name", "door_templates", "find_weights", "is_workspace", "write_doors"]
@@ -62,7 +61,7 @@ def check_served_name(name: str) -> None:
 
 def door_templates() -> Path:
     """The folders of `model_repository/` as installed."""
-    return Path(turbotriton.__file__).parent / "model_repository"
+    return Path(__file__).parents[1] / "model_repository"
 
 
 def is_workspace(path: Path) -> bool:

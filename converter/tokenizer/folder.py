@@ -43,17 +43,18 @@ def write_tokenizer(model_path: Path, tokenizer_path: Path | None, target: Path,
         for path in sorted(folder.glob(pattern)):
             if path.is_file():
                 shutil.copyfile(path, target / path.name)
-    if tokenizer_path is not None and tokenizer_path.is_file():
-        _replace_tokenizer(tokenizer_path, target)
+    given = tokenizer_path if tokenizer_path is not None and tokenizer_path.is_file() else None
+    if given is not None:
+        _replace_tokenizer(given, target)
     elif tokenizer_path is not None and not tokenizer_path.is_dir():
         raise CheckpointError(f"{tokenizer_path}: does not exist; --tokenizer-path takes a file or a folder")
     config = _complete_config(target)
     if not (target / "tokenizer.json").is_file():
-        _convert(target, config, folder).save(str(target / "tokenizer.json"))
+        _convert(target, config, folder, given).save(str(target / "tokenizer.json"))
     try:
         tokenizer = Tokenizer.from_file(str(target / "tokenizer.json"))
     except Exception as error:  # noqa: BLE001 - the tokenizers library raises bare Exception
-        raise CheckpointError(f"{folder / 'tokenizer.json'}: cannot be read ({error}); download it again") from None
+        raise CheckpointError(f"{given or folder / 'tokenizer.json'}: cannot be read ({error}); download it again") from None
     if _add_special_tokens(config, target, tokenizer):
         (target / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return TokenizerFolder(
@@ -105,7 +106,7 @@ def _complete_config(target: Path) -> dict[str, Any]:
             config[key] = token
     template = config.get("chat_template")
     if isinstance(template, list):  # several named templates
-        template = next((t.get("template") for t in template if t.get("name") == "default"), None)
+        template = next((t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"), None)
     if (target / "chat_template.jinja").is_file():
         template = (target / "chat_template.jinja").read_text(encoding="utf-8")
     elif template is None:
@@ -117,21 +118,23 @@ def _complete_config(target: Path) -> dict[str, Any]:
     return config
 
 
-def _convert(target: Path, config: dict[str, Any], folder: Path) -> Tokenizer:
-    if (target / "tokenizer.model").is_file():
-        if is_tiktoken(target / "tokenizer.model"):
-            return tokenizer_from_tiktoken(target / "tokenizer.model", LLAMA3)
-        added = dict(config.get("added_tokens_decoder") or {})
-        if not added:  # how transformers wrote them before 4.34
+def _convert(target: Path, config: dict[str, Any], folder: Path, given: Path | None) -> Tokenizer:
+    """From the copies in `target`; errors name the originals: in `folder`, or the one file that was `given`."""
+    model = target / "tokenizer.model"
+    if model.is_file():
+        origin = given or folder / model.name
+        if is_tiktoken(model):
+            return tokenizer_from_tiktoken(origin, LLAMA3)
+        added = config.get("added_tokens_decoder") or {}
+        if added == {}:  # how transformers wrote them before 4.34
             for text, text_id in _read_json(target / "added_tokens.json").items():
                 added[str(text_id)] = {"content": text, "special": True}
-            config = {**config, "added_tokens_decoder": added}
-        return tokenizer_from_sentencepiece(target / "tokenizer.model", config)
+        return tokenizer_from_sentencepiece(origin, {**config, "added_tokens_decoder": added})
     if (target / "vocab.json").is_file() and (target / "merges.txt").is_file():
-        return tokenizer_from_vocab(target)
+        return tokenizer_from_vocab(folder)
     tiktoken = sorted(target.glob("*.tiktoken"))
     if tiktoken:
-        return tokenizer_from_tiktoken(tiktoken[0], QWEN)
+        return tokenizer_from_tiktoken(given or folder / tiktoken[0].name, QWEN)
     raise CheckpointError(
         f"{folder}: holds no tokenizer.json, tokenizer.model, vocab.json with merges.txt or qwen.tiktoken; "
         "give one by --tokenizer-path"

@@ -99,6 +99,7 @@ def tokenizer_from_sentencepiece(path: Path, config: Mapping[str, Any]) -> Token
     Raises CheckpointError when the file is corrupt or the ids differ from SentencePiece's on a text.
     """
     model = _parse(path)
+    _check_added_tokens(config, path)
     _rename_pieces(model, config)
     legacy = config.get("legacy", True) is not False
     unknown = next((piece for piece, _, kind in model.pieces if kind == UNKNOWN), None)
@@ -158,6 +159,16 @@ def _spaces(model: _Model, *, legacy: bool) -> tuple[Any, Any]:
         return normalizers.Sequence(steps), None
     scheme = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="first", split=False)
     return (normalizers.Sequence(steps) if steps else None), scheme
+
+
+def _check_added_tokens(config: Mapping[str, Any], path: Path) -> None:
+    added = config.get("added_tokens_decoder") or {}
+    if not isinstance(added, dict) or not all(
+        str(key).isdigit() and isinstance(entry, dict) and isinstance(entry.get("content"), str) for key, entry in added.items()
+    ):
+        raise CheckpointError(
+            f"{path.with_name('tokenizer_config.json')}: added_tokens_decoder: expected {{id: {{content: text}}}}"
+        )
 
 
 def _rename_pieces(model: _Model, config: Mapping[str, Any]) -> None:

@@ -21,10 +21,10 @@ def tokenizer_from_vocab(folder: Path) -> Tokenizer:
         loaded = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise CheckpointError(
-            f"{folder.name}/vocab.json: cannot be converted to tokenizer.json ({str(error).splitlines()[0]}); "
+            f"{folder}/vocab.json: cannot be converted to tokenizer.json ({str(error).splitlines()[0]}); "
             "give a tokenizer.json by --tokenizer-path"
         ) from None
     backend = getattr(loaded, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
-        raise CheckpointError(f"{folder.name}/vocab.json: transformers has no fast tokenizer for it; give a tokenizer.json")
+        raise CheckpointError(f"{folder}/vocab.json: transformers has no fast tokenizer for it; give a tokenizer.json")
     return backend

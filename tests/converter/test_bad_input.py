@@ -5,6 +5,7 @@ import pickle
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -135,6 +136,15 @@ SINGLE: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         lambda d: ((d / "tokenizer.json").unlink(), (d / "tokenizer.model").write_bytes(b"\xff" * 50)),
         ("tokenizer.model", "no SentencePiece model"),
     ),
+    "added tokens of no known form": (
+        lambda d: (
+            (d / "tokenizer.json").unlink(),
+            (d / "tokenizer.model").write_bytes(b"\x0a\x08\x0a\x01a\x15\x00\x00\x00\x00\x12\x02\x18\x02"),
+            (d / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"x": "y"}}'),
+        ),
+        ("tokenizer_config.json", "added_tokens_decoder"),
+    ),
+    "odd head size": (lambda d: config(d, head_dim=15), ("config.json", "head_dim", "15")),
     "broken tiktoken": (
         lambda d: ((d / "tokenizer.json").unlink(), (d / "qwen.tiktoken").write_text("!!! 0\n")),
         ("qwen.tiktoken", "no tiktoken file"),
@@ -197,6 +207,7 @@ def refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], *o
     assert code == 2, output.err
     assert len(lines) == 1, output.err
     assert "Traceback" not in output.err
+    assert ".converting" not in lines[0], "names the user's file, not our copy of it"
     assert "code of the checkpoint ran" not in output.out
     assert sorted(tmp_path.rglob("*")) == before, "the destination is untouched and nothing is left behind"
     assert (destination / "triton_models" / "weights" / "config.ini").read_text() == "[llama]\n"
@@ -250,12 +261,38 @@ def test_feed_forward_size_that_tp_does_not_divide(tmp_path: Path, capsys: pytes
     assert "97 feed-forward size" in refused(folder, tmp_path, capsys, "--tp", "2")
 
 
+@pytest.mark.parametrize(
+    ("sizes", "tp", "named"),
+    [
+        ({"hidden_size": 480, "intermediate_size": 256}, 1, ("hidden size", "480", "128")),
+        ({"hidden_size": 512, "intermediate_size": 256}, 4, ("feed-forward size a rank", "64")),
+        ({"hidden_size": 512, "intermediate_size": 512, "head_dim": 16}, 1, ("attention output", "64")),
+    ],
+)
+def test_int4_sizes_that_tiles_and_groups_do_not_divide(
+    sizes: dict[str, int], tp: int, named: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arch = LLAMA | {"num_hidden_layers": 1, "num_key_value_heads": 4} | sizes
+    folder = make_checkpoint(arch, tmp_path / "m", dtype=torch.float16)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if "_proj." in name]:
+        m, k = tensors.pop(name).shape
+        prefix = name.removesuffix("weight")
+        tensors[prefix + "qweight"] = torch.zeros(k, m // 8, dtype=torch.int32)
+        tensors[prefix + "qzeros"] = torch.zeros(k // 128, m // 8, dtype=torch.int32)
+        tensors[prefix + "scales"] = torch.ones(k // 128, m)
+    save_file(tensors, folder / "model.safetensors")
+    options = ("--model-format", "awq", "--group-size", "128", "--tp", str(tp))
+    line = refused(folder, tmp_path, capsys, *options)
+    assert [text for text in (f"--tp is {tp}", *named) if text not in line] == [], line
+
+
 def test_model_path_that_is_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "is no folder" in refused(tmp_path / "nowhere", tmp_path, capsys)
 
 
 def test_baichuan_13b_is_refused_for_its_alibi(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    heads = {"num_attention_heads": 40, "num_key_value_heads": 40, "hidden_size": 40, "intermediate_size": 32}
+    heads = {"num_attention_heads": 40, "num_key_value_heads": 40, "hidden_size": 80, "intermediate_size": 32}
     arch = LLAMA | heads | {"architectures": ["BaichuanForCausalLM"], "num_hidden_layers": 1}
     assert "ALiBi" in refused(make_checkpoint(arch, tmp_path / "m"), tmp_path, capsys)
 
@@ -275,3 +312,20 @@ def test_the_undamaged_checkpoint_converts(llama: Path, tmp_path: Path) -> None:
     """The same checkpoint, undamaged, converts: every refusal above has its own cause."""
     assert make_tensors(LLAMA)[Q].shape == (64, 64)
     assert main(["convert", "toy", str(llama), "--dst-path", str(tmp_path / "good")]) == 0
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "generation_config.json", "tokenizer_config.json"])
+def test_random_damage_is_refused_or_harmless(name: str, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bytes of a header or JSON file flipped at random: converted or refused in one line, never a traceback."""
+    random = Random(7)
+    original = (llama / name).read_bytes()
+    codes = set()
+    for _ in range(40):
+        raw = bytearray(original)
+        for _ in range(random.randint(1, 3)):
+            raw[random.randrange(min(len(raw), 1500))] = random.choice(b'0123456789[]{}:,"abcxyz-. \x00\xff')
+        (llama / name).write_bytes(raw)
+        codes.add(main(["convert", "toy", str(llama), "--dst-path", str(tmp_path / "ws"), "--overwrite"]))
+        assert "Traceback" not in capsys.readouterr().err
+    assert codes <= {0, 2}
+    assert 2 in codes

@@ -4,7 +4,9 @@
     else the server runtime       tritonserver 24.10 out of the PyPI package nvidia-pytriton, unpacked beside the environment
                                   (the package itself pins numpy < 2, so it is never installed)
 
-The stub embeds one libpython: of the version that runs this command, and the system must have that library.
+The stub embeds one libpython: of the version that runs this command, and the system must have that library. It takes its packages
+from the environment of the first Python on PATH. The stub of 24.10 misreads the arrays of numpy 2 (it was built before: every stride
+is 0), so the server runtime brings a small environment with numpy 1.26; the doors' other packages come through TURBOTRITON_SITE.
 """
 
 import ctypes
@@ -15,6 +17,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import venv
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -29,6 +32,7 @@ __all__ = ["RUNTIME_VERSION", "ServerRuntime", "fetch_server_runtime", "find_ser
 logger = logging.getLogger(__name__)
 
 RUNTIME_VERSION = "0.7.0"  # of nvidia-pytriton: tritonserver 2.51.0 (24.10)
+STUB_NUMPY = "numpy==1.26.4"
 _PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 _SERVER = Path("pytriton/tritonserver")
 _LIBRARIES = Path("nvidia_pytriton.libs")
@@ -51,7 +55,8 @@ def find_server() -> ServerRuntime:
     _check_libpython()
     root = fetch_server_runtime()
     binary = root / _SERVER / "bin/tritonserver"
-    return ServerRuntime(binary, (f"--backend-directory={root / 'backends'}",), _environment((str(root / _LIBRARIES),)))
+    environment = _environment((str(root / _LIBRARIES),), python_folder=root / "python/bin")
+    return ServerRuntime(binary, (f"--backend-directory={root / 'backends'}",), environment)
 
 
 def fetch_server_runtime() -> Path:
@@ -62,8 +67,9 @@ def fetch_server_runtime() -> Path:
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root.parent) as scratch:
         staged = Path(scratch) / "runtime"
-        _unpack(_download(Path(scratch)), staged)
+        _unpack(_download(Path(scratch), f"nvidia-pytriton=={RUNTIME_VERSION}"), staged)
         _assemble_backends(staged)
+        _make_stub_environment(_download(Path(scratch), STUB_NUMPY), staged / "python")
         try:
             staged.rename(root)
         except OSError:
@@ -73,9 +79,9 @@ def fetch_server_runtime() -> Path:
     return root
 
 
-def _download(folder: Path) -> Path:
-    package = f"nvidia-pytriton=={RUNTIME_VERSION}"
-    logger.info("downloading the server runtime (%s, about 55 MB)", package)
+def _download(folder: Path, package: str) -> Path:
+    """The wheel of one pinned package."""
+    logger.info("downloading %s for the server runtime", package)
     command = [
         sys.executable,
         "-m",
@@ -89,11 +95,11 @@ def _download(folder: Path) -> Path:
         package,
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = list(folder.glob("nvidia_pytriton-*.whl"))
+    wheels = list(folder.glob(f"{package.split('==')[0].replace('-', '_')}-*.whl"))
     if done.returncode or not wheels:
         last = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
         raise ServerError(
-            f"no tritonserver on PATH, and the server runtime {package} could not be downloaded: {last}. "
+            f"no tritonserver on PATH, and {package} for the server runtime could not be downloaded: {last}. "
             "Run inside an NGC tritonserver image, or make the package index reachable"
         )
     return wheels[0]
@@ -123,6 +129,13 @@ def _assemble_backends(root: Path) -> None:
     stub.chmod(0o755)
 
 
+def _make_stub_environment(numpy_wheel: Path, folder: Path) -> None:
+    """A virtual environment of this Python that holds numpy alone."""
+    venv.create(folder, symlinks=True, with_pip=False)
+    with zipfile.ZipFile(numpy_wheel) as archive:
+        archive.extractall(folder / "lib" / f"python{_PYTHON}" / "site-packages")
+
+
 def _check_libpython() -> None:
     name = f"libpython{_PYTHON}.so.1.0"
     if any((Path(folder) / name).exists() for folder in _libpython_folders()):
@@ -138,16 +151,16 @@ def _libpython_folders() -> list[str]:
     return [folder] if folder and sysconfig.get_config_var("Py_ENABLE_SHARED") else []
 
 
-def _environment(library_folders: Iterable[str]) -> dict[str, str]:
-    """Ours, plus: this interpreter's folder first on PATH (the stub takes that environment's packages), where our package and
-    its dependencies lie (the 24.10 stub ignores PYTHONPATH), and the interpreter for the engine process."""
+def _environment(library_folders: Iterable[str], python_folder: Path | None = None) -> dict[str, str]:
+    """Ours, plus: the stub's Python first on PATH, where our package and its dependencies lie (the 24.10 stub ignores
+    PYTHONPATH), and the interpreter for the engine process."""
     environment = env.environment()
 
     def prepend(name: str, parts: Iterable[str]) -> None:
         old = [part for part in environment.get(name, "").split(os.pathsep) if part]
         environment[name] = os.pathsep.join(dict.fromkeys([*parts, *old]))
 
-    prepend("PATH", [str(Path(sys.executable).parent)])
+    prepend("PATH", [str(python_folder or Path(sys.executable).parent)])
     prepend("LD_LIBRARY_PATH", [*library_folders, *_libpython_folders()])
     prepend("TURBOTRITON_SITE", [str(Path(turbotriton.__file__).parents[1]), sysconfig.get_path("purelib")])
     environment.setdefault("TURBOTRITON_PYTHON", sys.executable)
