@@ -63,6 +63,10 @@ _INVALID = {
 _STATUS_PREFIX = re.compile(
     r"\[?(?P<status>INVALID_ARG(?:UMENT)?|UNAVAILABLE|CANCELLED|DEADLINE_EXCEEDED|NOT_FOUND|UNSUPPORTED|INTERNAL)\]?:\s+"
 )
+#: What tritonserver itself answers to a request that no model sees.
+_REFUSED_BY_SERVER = re.compile(
+    r"Request for unknown model|(\[request id: [^\]]*\] )?(unexpected|expected|inference input|missing)\b"
+)
 _STATUS_TO_ERROR: dict[str, type[TurbotritonError]] = {
     "INVALID_ARG": InvalidInputError,
     "INVALID_ARGUMENT": InvalidInputError,
@@ -156,11 +160,11 @@ def _split_bytes(raw: bytes) -> Sequence[bytes]:
 
 
 def error_from_text(text: str) -> TurbotritonError:
-    """The error for a stream's `error_message`: by its leading status when it has one, else ServerError."""
+    """The error for a stream's `error_message`: by its leading status when it has one."""
     line = " ".join(text.split("\n")).strip() or "the server failed without saying why; its log may tell"
     match = _STATUS_PREFIX.match(line)
     if match is None:
-        return ServerError(line)
+        return InvalidInputError(line) if _REFUSED_BY_SERVER.match(line) else ServerError(line)
     return _STATUS_TO_ERROR[match.group("status")](line[match.end() :])
 
 

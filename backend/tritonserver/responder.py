@@ -5,7 +5,9 @@
 One response carries all that waits for a request, so a slow response path costs granularity and never throughput. A request's
 first delta overtakes the others' later ones.
 
-Invariant: one sender at a time works on a mailbox, so responses of a request keep their order.
+Invariants: one sender at a time works on a mailbox, so responses of a request keep their order. A request's sender is never asked
+is_cancelled() once FINAL may have been sent: tritonserver 24.10 then looks into freed memory and dies. `poll_lock` keeps the two
+apart.
 """
 
 import itertools
@@ -52,7 +54,8 @@ class Mailbox:
         self.deltas: list[TokenDelta] = []  # under the responder's lock
         self.is_queued = False  # under the responder's lock
         self.has_sent = False  # written by its sender thread
-        self.is_over = False  # written by its sender thread
+        self.is_over = False  # written by its sender thread, under poll_lock
+        self.poll_lock = threading.Lock()
         self.is_cancelled = False  # written by the poll thread
 
     def cancel(self) -> None:
@@ -138,17 +141,19 @@ class Responder:
             logger.exception("an answer could not be built")
             mailbox.cancel()
             responses, is_over = [error_response(TurbotritonError(f"the door failed: {error}"))], True
+        if is_over:
+            self._end(mailbox)
         for index, response in enumerate(responses):
             is_last = is_over and index == len(responses) - 1
             mailbox.sender.send(response, flags=FINAL if is_last else 0)
             mailbox.has_sent = True
-        if is_over:
-            if not responses:
-                mailbox.sender.send(flags=FINAL)
-            self._end(mailbox)
+        if is_over and not responses:
+            mailbox.sender.send(flags=FINAL)
 
     def _end(self, mailbox: Mailbox) -> None:
-        mailbox.is_over = True
+        """Called before FINAL is sent: no poll is under way then, and none begins any more."""
+        with mailbox.poll_lock:
+            mailbox.is_over = True
         with self._lock:
             self._open.pop(id(mailbox), None)
 
@@ -158,7 +163,9 @@ class Responder:
                 mailboxes = list(self._open.values())
             began = time.monotonic()
             for mailbox in mailboxes:
-                if not (mailbox.is_over or mailbox.is_cancelled) and mailbox.sender.is_cancelled():
+                with mailbox.poll_lock:
+                    is_cancelled = not (mailbox.is_over or mailbox.is_cancelled) and mailbox.sender.is_cancelled()
+                if is_cancelled:
                     mailbox.is_cancelled = True
                     mailbox.cancel()
             pause = max(POLL_INTERVAL_S, len(mailboxes) / MAX_POLLS_PER_S) - (time.monotonic() - began)

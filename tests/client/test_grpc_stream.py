@@ -95,6 +95,8 @@ def test_no_or_several_text_doors_is_an_error(models, message):
     [
         ("UNAVAILABLE: the queue is full", UnavailableError, "^the queue is full$"),
         ("INVALID_ARG: top_k is -1\nsecond line", InvalidInputError, "^top_k is -1 second line$"),
+        ("Request for unknown model: 'x' is not found", InvalidInputError, "unknown model: 'x'"),
+        ("[request id: <id_unknown>] inference input 'a' data-type is 'BYTES'", InvalidInputError, "input 'a' data-type"),
         ("something broke", ServerError, "^something broke$"),
     ],
 )

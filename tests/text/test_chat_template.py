@@ -2,7 +2,7 @@
 
 import pytest
 
-from turbotriton.contract.errors import InvalidInputError
+from turbotriton.contract.errors import InvalidInputError, WorkspaceError
 from turbotriton.text.chat_template import ChatTemplate
 
 MESSAGES = [
@@ -39,7 +39,7 @@ def test_renders_as_transformers_does(name, add_generation_prompt):
 
 
 def test_further_variables_reach_the_template():
-    assert ChatTemplate("{{ enable_thinking }}").render([], enable_thinking=False) == "False"
+    assert ChatTemplate("{{ enable_thinking }}").render(MESSAGES, enable_thinking=False) == "False"
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_what_a_template_refuses_or_may_not_do_is_one_line(source, message):
 
 
 def test_a_broken_template_is_refused_at_once():
-    with pytest.raises(InvalidInputError, match="cannot be parsed"):
+    with pytest.raises(WorkspaceError, match="does not compile"):
         ChatTemplate("{% for m in messages %}")
 
 
