@@ -99,11 +99,11 @@ def tokenizer_from_sentencepiece(path: Path, config: Mapping[str, Any]) -> Token
     Raises CheckpointError when the file is corrupt or the ids differ from SentencePiece's on a text.
     """
     model = _parse(path)
+    _check_added_tokens(config, path)
     try:
         reference = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
     except RuntimeError as error:
         raise CheckpointError(f"{path}: is no SentencePiece model ({error}); download it again") from None
-    _check_added_tokens(config, path)
     _rename_pieces(model, config)
     legacy = config.get("legacy", True) is not False
     unknown = next((piece for piece, _, kind in model.pieces if kind == UNKNOWN), None)
