@@ -34,10 +34,11 @@ def main() -> int:
     except TurbotritonError as error:
         print(f"turbotriton engine: error: {error}", file=sys.stderr)
         return error.exit_code
+    try:
+        code = server.serve()
     except ProcessLookupError:
         print(f"turbotriton engine: error: process {args.owner_pid} (--owner-pid) is gone", file=sys.stderr)
         return 1
-    code = server.serve()
     sys.stderr.flush()
     os._exit(code)  # no interpreter teardown under live threads; the kernel frees the device's memory
 

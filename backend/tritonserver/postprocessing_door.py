@@ -9,7 +9,7 @@ import triton_python_backend_utils as pb_utils
 from turbotriton.contract.errors import InvalidInputError, TurbotritonError
 from turbotriton.text.detokenizer import TextTokenizer
 
-from .door import model_dir, start_logging
+from .door import model_dir, prepare_stub
 from .errors import error_response
 from .inputs import check_parameters, read_array
 
@@ -18,7 +18,7 @@ __all__ = ["TritonPythonModel"]
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
-        start_logging()
+        prepare_stub()
         self._tokenizer = TextTokenizer.load(model_dir(args) / "tokenizer")
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:

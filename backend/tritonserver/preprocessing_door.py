@@ -9,7 +9,7 @@ import triton_python_backend_utils as pb_utils
 from turbotriton.contract.errors import InvalidInputError, TurbotritonError
 from turbotriton.text.detokenizer import TextTokenizer
 
-from .door import model_dir, start_logging
+from .door import model_dir, prepare_stub
 from .errors import error_response
 from .inputs import check_parameters, read_strings
 
@@ -20,7 +20,7 @@ NO_TOKEN = 2**32 - 1  # what LMDeploy answers for a special token that the token
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
-        start_logging()
+        prepare_stub()
         self._tokenizer = TextTokenizer.load(model_dir(args) / "tokenizer")
         eos = self._tokenizer.eos_token_id
         self._pad = 0 if eos is None else eos

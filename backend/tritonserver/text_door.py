@@ -5,7 +5,6 @@ execute: read -> submit n samples -> return at once         sender threads: ids 
 
 import json
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from turbotriton.text.detokenizer import IncrementalDetokenizer, TextTokenizer
 from turbotriton.text.stop_words import StopWords
 
 from .connection import EngineConnection
-from .door import final_error, model_dir, start_logging
+from .door import final_error, model_dir, prepare_stub
 from .errors import error_response
 from .inputs import read_bool
 from .metrics import MetricsPublisher
@@ -144,14 +143,14 @@ class TritonPythonModel:
     """What tritonserver's Python backend calls. Every request is decoupled: execute returns before the answer."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        start_logging()
+        server_pid = prepare_stub()
         folder = model_dir(args)
         weights = folder / "weights"
         self._tokenizer = TextTokenizer.load(folder / "tokenizer")
         source = self._tokenizer.chat_template
         tokenizer = self._tokenizer
         self._template = None if source is None else ChatTemplate(source, tokenizer.bos_token, tokenizer.eos_token)
-        self._connection = EngineConnection(Path(weights), os.getppid())
+        self._connection = EngineConnection(Path(weights), server_pid)
         self._connection.connect()
         self._responder = Responder()
         is_first = args["model_instance_name"].rsplit("_", 1)[-1] == "0"

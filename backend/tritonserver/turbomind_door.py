@@ -6,7 +6,6 @@ Exactly request_output_len tokens are made; 0 prefills and answers with the leng
 """
 
 import logging
-import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from turbotriton.contract.errors import InvalidInputError, TurbotritonError
 from turbotriton.contract.wire import MAX_SEED, GenerateRequest, SamplingParams, TokenDelta
 
 from .connection import EngineConnection
-from .door import final_error, model_dir, start_logging
+from .door import final_error, model_dir, prepare_stub
 from .errors import triton_error
 from .inputs import check_parameters, read_array, read_float, read_int
 from .responder import Mailbox, Responder
@@ -84,10 +83,10 @@ def _sequence_response(token_ids: Any) -> Any:
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
-        start_logging()
+        server_pid = prepare_stub()
         self.lock = threading.Lock()
         self.sessions = SessionStore()
-        self._connection = EngineConnection(model_dir(args) / "weights", os.getppid())
+        self._connection = EngineConnection(model_dir(args) / "weights", server_pid)
         self._info = self._connection.connect().info
         self._responder = Responder()
 
