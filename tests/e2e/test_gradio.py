@@ -75,7 +75,7 @@ def test_retry_replaces_the_answer_and_clear_empties_the_page(chat: ChatPage) ->
     chat.ask(TALK[0])
     chat.wait_status("tokens")
     expect(chat.stop_button).to_have_count(0, timeout=20_000)
-    first = chat.answers.last.inner_text()
+    first = chat.answers.last.text_content() or ""
     chat.page.locator("#retry").click()
     expect(chat.stop_button).to_have_count(0, timeout=20_000)
     chat.wait_status("tokens")
