@@ -10,7 +10,6 @@ All links are relative and stay inside DST; those in model_repository stay insid
 mounted or uploaded alone.
 """
 
-import logging
 import os
 import re
 import shutil
@@ -20,8 +19,6 @@ from pathlib import Path
 from turbotriton.contract.errors import ConfigError, TurbotritonError, WorkspaceError
 
 __all__ = ["RESERVED_NAMES", "Layout", "check_served_name", "door_templates", "find_weights", "is_workspace", "write_doors"]
-
-logger = logging.getLogger(__name__)
 
 RESERVED_NAMES = ("turbomind", "preprocessing", "postprocessing")
 TOP_LEVEL = frozenset({"model_repository", "triton_models", "service_docker_up.sh"})  # the last one: LMDeploy's
@@ -103,9 +100,6 @@ def write_doors(layout: Layout, templates: Path, *, model_name: str, tp: int, ch
 
 def _copy_door(template: Path, target: Path, name: str, parameters: dict[str, str]) -> None:
     config, model = template / "config.pbtxt", template / "1" / "model.py"
-    if not any(template.parent.glob("*/config.pbtxt")):
-        logger.warning("%s holds no doors yet: %s is left without its config.pbtxt", template.parent, target.name)
-        return
     for path in (config, model):
         if not path.is_file():
             raise TurbotritonError(f"{path}: a door's template is missing; install turbotriton again")

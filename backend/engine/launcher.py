@@ -54,6 +54,8 @@ class EngineLauncher:
 
     def connect(self) -> EngineClient:
         """Blocks while the weights load. Raises UnavailableError (too many starts, an old engine stays), WorkspaceError, ServerError."""
+        if self._owner_pid is not None and not Path(f"/proc/{self._owner_pid}").exists():
+            raise ServerError(f"process {self._owner_pid}, which the engine belongs to, is gone")
         folder = _runtime_dir()
         stem = f"{self._owner_pid or os.getpid()}-{_short_hash(str(self._weights_dir))}"
         socket_path = folder / f"{stem}-{self._key()}.sock"

@@ -100,6 +100,10 @@ def tokenizer_from_sentencepiece(path: Path, config: Mapping[str, Any]) -> Token
     """
     model = _parse(path)
     _check_added_tokens(config, path)
+    try:
+        reference = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: is no SentencePiece model ({error}); download it again") from None
     _rename_pieces(model, config)
     legacy = config.get("legacy", True) is not False
     unknown = next((piece for piece, _, kind in model.pieces if kind == UNKNOWN), None)
@@ -110,7 +114,6 @@ def tokenizer_from_sentencepiece(path: Path, config: Mapping[str, Any]) -> Token
         steps.append(decoders.Strip(" ", 1, 0))
     tokenizer.decoder = decoders.Sequence(steps)
     _add_tokens(tokenizer, model, config, path)
-    reference = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
     # The newer rule never doubles a space that a text begins with; SentencePiece and the legacy rule do.
     check_same_ids(tokenizer, reference.encode, path, leading_space=legacy or not model.add_dummy_prefix)
     _add_post_processor(tokenizer, reference, config)

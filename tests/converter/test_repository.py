@@ -21,7 +21,7 @@ from tritonclient.grpc import model_config_pb2
 from turbotriton.cli.main import main
 from turbotriton.contract.errors import ConfigError, TurbotritonError, WorkspaceError
 from turbotriton.converter import convert as convert_module
-from turbotriton.converter.repository import find_weights
+from turbotriton.converter.repository import door_templates, find_weights
 from turbotriton.converter.writer import verify_weights
 
 DOORS = ("turbomind", "preprocessing", "postprocessing", "text")
@@ -272,3 +272,16 @@ def test_progress_shows_layers_and_gigabytes_a_second_on_a_terminal(llama: Path,
     os.close(primary)
     assert result.returncode == 0, shown
     assert re.search(r"converting: +100%.* 2/2 .*0\.00 GB, \d+\.\d\d GB/s", shown), shown
+
+
+def test_the_installed_doors_are_complete_configurations(convert: Any, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real templates: filled in, each is a whole ModelConfig on KIND_CPU, and no parameter of ours was there before."""
+    monkeypatch.setattr(convert_module, "door_templates", door_templates)
+    repository = convert(llama, "toy").root / "model_repository"
+    for name in ("turbomind", "preprocessing", "postprocessing", "toy"):
+        config = model_config(repository / name)
+        assert (config.name, config.backend) == (name, "python")
+        assert [group.kind for group in config.instance_group] == [model_config_pb2.ModelInstanceGroup.KIND_CPU]
+        assert config.input, name
+        assert config.output, name
+        assert 'key: "model_name"' not in (door_templates() / "turbomind" / "config.pbtxt").read_text()

@@ -203,3 +203,11 @@ def test_ids_that_would_differ_are_refused(assets: Path, llama: Path, tmp_path: 
     shutil.copyfile(assets / "models/stories260K/tokenizer.model", llama / "tokenizer.model")
     with pytest.raises(CheckpointError, match=r"tokenizer\.model: cannot be converted.*'Hello, world!' expected ids \[0\]"):
         write_tokenizer(llama, None, tmp_path / "t", copy_code=False)
+
+
+def test_a_model_that_sentencepiece_refuses_is_refused(assets: Path, llama: Path, tmp_path: Path) -> None:
+    (llama / "tokenizer.json").unlink()
+    raw = (assets / "models/stories260K/tokenizer.model").read_bytes()
+    (llama / "tokenizer.model").write_bytes(raw.replace(b"<0x41>", b"<0x4_>"))
+    with pytest.raises(CheckpointError, match=r"llama/tokenizer\.model: is no SentencePiece model .*<0x4_>"):
+        write_tokenizer(llama, None, tmp_path / "t", copy_code=False)

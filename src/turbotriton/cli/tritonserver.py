@@ -6,6 +6,7 @@ import os
 import shlex
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 from turbotriton.contract.errors import InvalidInputError, WorkspaceError
@@ -99,20 +100,20 @@ def server_command(runtime: ServerRuntime, args: argparse.Namespace) -> list[str
 
 def _wait(process: "subprocess.Popen[bytes]") -> int:
     """Passes SIGINT and SIGTERM on, waits, kills after KILL_AFTER_S. Exit code: the server's, 0 when we were asked to stop."""
-    asked: list[int] = []
+    asked: list[float] = []  # when
 
     def stop(number: int, _frame: object) -> None:
-        asked.append(number)
+        asked.append(time.monotonic())
         process.send_signal(signal.SIGTERM if len(asked) == 1 else signal.SIGKILL)
 
     old = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         while True:
             try:
-                code = process.wait(KILL_AFTER_S if asked else 1.0)
+                code = process.wait(0.5)
                 break
             except subprocess.TimeoutExpired:
-                if asked:
+                if asked and time.monotonic() - asked[0] > KILL_AFTER_S:
                     logger.error("tritonserver did not stop within %.0f s; killing it", KILL_AFTER_S)
                     process.kill()
     finally:
