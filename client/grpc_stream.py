@@ -9,7 +9,7 @@ once, and closing one's stream cancels it at the engine without touching the oth
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -24,14 +24,16 @@ from .text_door import LMDEPLOY_MODELS, Delta, Result, build_generate_request, j
 __all__ = ["AsyncClient", "AsyncStream", "Client", "Delta", "Result", "Stream"]
 
 LOOKUP_TIMEOUT_S = 10.0
+RECONNECT_TIMEOUT_S = 2.0
 
 
 class Stream(Iterator[Delta]):
     """The deltas of one request. `cancel()` may be called from any thread; leaving the `with` block early cancels too."""
 
-    def __init__(self, call: Any, url: str) -> None:
+    def __init__(self, call: Any, url: str, note_lost: Callable[[], None]) -> None:
         self._call = call
         self._url = url
+        self._note_lost = note_lost
         self._is_finished = False
         self._is_cancelled = False
 
@@ -46,6 +48,8 @@ class Stream(Iterator[Delta]):
         except grpc.RpcError as error:
             if self._is_cancelled:
                 raise StopIteration from None
+            if error.code() is grpc.StatusCode.UNAVAILABLE:
+                self._note_lost()
             raise error_from_rpc(error, self._url) from None
         except BaseException:
             self.cancel()
@@ -82,6 +86,7 @@ class Client:
         self._model = model
         self._channel = grpc.insecure_channel(self.url, options=channel_options(self.url))
         self._stub = make_stub(self._channel)
+        self._was_lost = False  # the last request found no server
 
     @property
     def model(self) -> str:
@@ -134,7 +139,21 @@ class Client:
         return self._open(request, timeout)
 
     def _open(self, request: service_pb2.ModelInferRequest, timeout: float | None) -> Stream:
-        return Stream(self._stub.ModelStreamInfer(iter([request]), timeout=timeout), self.url)
+        if self._was_lost:
+            self._reconnect()
+        return Stream(self._stub.ModelStreamInfer(iter([request]), timeout=timeout), self.url, self._note_lost)
+
+    def _note_lost(self) -> None:
+        self._was_lost = True
+
+    def _reconnect(self) -> None:
+        """Gives a server that may be back a moment: a channel that failed answers with the old failure until it has tried again."""
+        ready = grpc.channel_ready_future(self._channel)
+        try:
+            ready.result(timeout=RECONNECT_TIMEOUT_S)
+            self._was_lost = False
+        except grpc.FutureTimeoutError:
+            ready.cancel()  # still away: the request itself says so
 
     def close(self) -> None:
         """Closes the connection; open streams end as cancelled."""

@@ -92,6 +92,9 @@ def channel_options(url: str) -> list[tuple[str, int]]:
     options = [
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.initial_reconnect_backoff_ms", 200),  # a server that is back is found at once, not after gRPC's two minutes
+        ("grpc.min_reconnect_backoff_ms", 500),
+        ("grpc.max_reconnect_backoff_ms", 1000),
     ]
     host = url.rsplit(":", 1)[0].strip("[]")
     if host in ("localhost", "::1", "0.0.0.0") or host.startswith("127."):

@@ -93,6 +93,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
     fail_stream_with: str | None = None  # error_message of the next stream
     fail_after: int | None = None  # cut the text stream after this many tokens
     has_bos: bool = True
+    port: int = 0  # 0: a free one
     sessions: dict[int, list[int]] = field(default_factory=dict)
     seen: list[Seen] = field(default_factory=list)
 
@@ -100,7 +101,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         self._stops: dict[int, threading.Event] = {}
         self._server = grpc.server(futures.ThreadPoolExecutor(16))
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self, self._server)
-        self.port = self._server.add_insecure_port("127.0.0.1:0")
+        self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port}")
         self.url = f"127.0.0.1:{self.port}"
 
     def __enter__(self) -> "FakeTriton":

@@ -114,6 +114,18 @@ def test_no_server_is_unavailable_and_names_the_address():
         client.generate("x")
 
 
+def test_a_server_that_is_back_is_found_by_the_first_request():
+    with FakeTriton() as fake:
+        client = Client(fake.url)
+        client.generate("x")
+    for _ in range(3):
+        with pytest.raises(UnavailableError, match="no tritonserver"):
+            client.generate("x")
+    with FakeTriton(port=fake.port):
+        assert client.generate("x").text == "echo:X"
+    client.close()
+
+
 def test_a_server_that_goes_away_mid_answer_is_unavailable(fake):
     fake.token_delay_s = 0.05
     with Client(fake.url) as client:
