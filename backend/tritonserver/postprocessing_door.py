@@ -1,6 +1,7 @@
 """The `postprocessing` door: token ids to text, LMDeploy's contract. `sequence_length` is where the wanted text begins."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,19 +10,18 @@ import triton_python_backend_utils as pb_utils
 from turbotriton.contract.errors import InvalidInputError, TurbotritonError
 from turbotriton.text.detokenizer import TextTokenizer
 
-from .door import model_dir, prepare_stub
+from .door import Door
 from .errors import error_response
 from .inputs import check_parameters, read_array
 
 __all__ = ["TritonPythonModel"]
 
 
-class TritonPythonModel:
-    def initialize(self, args: dict[str, str]) -> None:
-        prepare_stub()
-        self._tokenizer = TextTokenizer.load(model_dir(args) / "tokenizer")
+class TritonPythonModel(Door):
+    def open(self, folder: Path, args: dict[str, str], server_pid: int) -> None:
+        self._tokenizer = TextTokenizer.load(folder / "tokenizer")
 
-    def execute(self, requests: Sequence[Any]) -> list[Any]:
+    def serve(self, requests: Sequence[Any]) -> list[Any]:
         responses = []
         for request in requests:
             try:

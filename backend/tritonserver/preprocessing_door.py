@@ -1,6 +1,7 @@
 """The `preprocessing` door: text to token ids, LMDeploy's contract. `<BOS>` and `<EOS>` ask for those ids."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import triton_python_backend_utils as pb_utils
 from turbotriton.contract.errors import InvalidInputError, TurbotritonError
 from turbotriton.text.detokenizer import TextTokenizer
 
-from .door import model_dir, prepare_stub
+from .door import Door
 from .errors import error_response
 from .inputs import check_parameters, read_strings
 
@@ -18,16 +19,15 @@ __all__ = ["TritonPythonModel"]
 NO_TOKEN = 2**32 - 1  # what LMDeploy answers for a special token that the tokenizer lacks
 
 
-class TritonPythonModel:
-    def initialize(self, args: dict[str, str]) -> None:
-        prepare_stub()
-        self._tokenizer = TextTokenizer.load(model_dir(args) / "tokenizer")
+class TritonPythonModel(Door):
+    def open(self, folder: Path, args: dict[str, str], server_pid: int) -> None:
+        self._tokenizer = TextTokenizer.load(folder / "tokenizer")
         eos = self._tokenizer.eos_token_id
         self._pad = 0 if eos is None else eos
         bos = self._tokenizer.bos_token_id
         self._special = {"<BOS>": NO_TOKEN if bos is None else bos, "<EOS>": NO_TOKEN if eos is None else eos}
 
-    def execute(self, requests: Sequence[Any]) -> list[Any]:
+    def serve(self, requests: Sequence[Any]) -> list[Any]:
         responses = []
         for request in requests:
             try:

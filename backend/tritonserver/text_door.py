@@ -20,7 +20,7 @@ from turbotriton.text.detokenizer import IncrementalDetokenizer, TextTokenizer
 from turbotriton.text.stop_words import StopWords
 
 from .connection import EngineConnection
-from .door import final_error, model_dir, prepare_stub
+from .door import Door, final_error
 from .errors import error_response
 from .inputs import read_bool
 from .metrics import MetricsPublisher
@@ -139,18 +139,18 @@ def _strings(name: str, values: Sequence[str]) -> Any:
     return pb_utils.Tensor(name, np.array([value.encode() for value in values], dtype=np.object_))
 
 
-class TritonPythonModel:
-    """What tritonserver's Python backend calls. Every request is decoupled: execute returns before the answer."""
+class TritonPythonModel(Door):
+    """Every request is decoupled: serve returns before the answer."""
 
-    def initialize(self, args: dict[str, str]) -> None:
-        server_pid = prepare_stub()
-        folder = model_dir(args)
-        weights = folder / "weights"
+    needs = ("tokenizer", "weights")
+    is_decoupled = True
+
+    def open(self, folder: Path, args: dict[str, str], server_pid: int) -> None:
         self._tokenizer = TextTokenizer.load(folder / "tokenizer")
         source = self._tokenizer.chat_template
         tokenizer = self._tokenizer
         self._template = None if source is None else ChatTemplate(source, tokenizer.bos_token, tokenizer.eos_token)
-        self._connection = EngineConnection(Path(weights), server_pid)
+        self._connection = EngineConnection(folder / "weights", server_pid)
         self._connection.connect()
         self._responder = Responder()
         is_first = args["model_instance_name"].rsplit("_", 1)[-1] == "0"
@@ -158,9 +158,9 @@ class TritonPythonModel:
 
     def is_ready(self) -> bool:
         """Asked by servers that know this hook (26.03 and newer)."""
-        return self._connection.is_up
+        return self._is_filled and self._connection.is_up
 
-    def execute(self, requests: Sequence[Any]) -> None:
+    def serve(self, requests: Sequence[Any]) -> None:
         for request in requests:
             sender = request.get_response_sender()
             try:
@@ -197,8 +197,8 @@ class TritonPythonModel:
             )
             self._responder.submit(mailbox, source)
 
-    def finalize(self) -> None:
-        """Ends within a few seconds: open requests are cancelled, the engine leaves when its last door has."""
+    def close(self) -> None:
+        """Open requests are cancelled; the engine leaves when its last door has."""
         if self._metrics is not None:
             self._metrics.close()
         self._connection.close()

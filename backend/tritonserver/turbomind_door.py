@@ -9,6 +9,7 @@ import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from turbotriton.contract.errors import InvalidInputError, TurbotritonError
 from turbotriton.contract.wire import MAX_SEED, GenerateRequest, SamplingParams, TokenDelta
 
 from .connection import EngineConnection
-from .door import final_error, model_dir, prepare_stub
+from .door import Door, final_error
 from .errors import triton_error
 from .inputs import check_parameters, read_array, read_float, read_int
 from .responder import Mailbox, Responder
@@ -81,20 +82,22 @@ def _sequence_response(token_ids: Any) -> Any:
     )
 
 
-class TritonPythonModel:
-    def initialize(self, args: dict[str, str]) -> None:
-        server_pid = prepare_stub()
+class TritonPythonModel(Door):
+    needs = ("weights",)
+    is_decoupled = True
+
+    def open(self, folder: Path, args: dict[str, str], server_pid: int) -> None:
         self.lock = threading.Lock()
         self.sessions = SessionStore()
-        self._connection = EngineConnection(model_dir(args) / "weights", server_pid)
+        self._connection = EngineConnection(folder / "weights", server_pid)
         self._info = self._connection.connect().info
         self._responder = Responder()
 
     def is_ready(self) -> bool:
         """Asked by servers that know this hook (26.03 and newer)."""
-        return self._connection.is_up
+        return self._is_filled and self._connection.is_up
 
-    def execute(self, requests: Sequence[Any]) -> None:
+    def serve(self, requests: Sequence[Any]) -> None:
         for request in requests:
             sender = request.get_response_sender()
             try:
@@ -168,7 +171,7 @@ class TritonPythonModel:
             self.sessions.done(turn.session_id, session)
         sender.send(_sequence_response(token_ids), flags=FINAL)
 
-    def finalize(self) -> None:
+    def close(self) -> None:
         self._connection.close()
         self._responder.close()
 
