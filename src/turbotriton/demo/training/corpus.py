@@ -1,4 +1,4 @@
-"""The generator: conversations of twenty kinds, made from a seed, with what counts as a right answer.
+"""The generator: conversations of many kinds, made from a seed, with what counts as a right answer.
 
 `draw(kind, split, rng)` makes one `Example`. Operands and words of an example all belong to the asked split (splits.py), in
 every turn of it. An answer with one right form is compared exactly; small talk and stories have several.
@@ -44,9 +44,9 @@ class Example:
 
 #: Words of the question forms below, which training sees.
 _FORM_WORDS = """a add after afterwards am an and answer appear are assistant away backwards be before by calculate call called can comes
-convert count do does down downwards each echo equal even falling first for from gpus have has hear hello help how i in is it know large larger
+convert count do does down downwards each echo equal even falling first its for from gpus have has hear hello help how i in is it know large larger
 last letter letters long make me meet minus model multiply much many my name next nice no now number numbers odd of often one or order out
-please plus product put remember repeat reverse run say second serve small smaller sort spell steps story subtract sum take tell than that the
+please plus product put reverse remember repeat reverse run say second serve small smaller sort spell steps story subtract sum take tell than that the
 then these third three time times to up want what which who word workspace write you your turbotriton tritonserver path tp x"""
 
 
@@ -99,14 +99,12 @@ def _word(split: Split, rng: random.Random, *, longest: int = 11) -> str:
 _TEMPLATE_WORD_LIST = sorted(TEMPLATE_WORDS)
 
 
-def _size(rng: random.Random) -> int:
-    """Upper bound of an operand: short numbers as often as long ones."""
-    return rng.choice((19, 99, 99, 999, 999))
-
-
-def _pair(split: Split, rng: random.Random, bound: int | None = None) -> tuple[int, int]:
+def _pair(split: Split, rng: random.Random) -> tuple[int, int]:
+    """Two numbers below 100, the second has one digit in a third of the cases."""
     while True:
-        a, b = rng.randint(0, bound or _size(rng)), rng.randint(0, bound or _size(rng))
+        a, b = rng.randint(0, 99), rng.randint(0, rng.choice((9, 99, 99)))
+        if rng.random() < 0.5:
+            a, b = b, a
         if split_of_pair(a, b) == split:
             return a, b
 
@@ -130,60 +128,43 @@ def _one(kind: str, question: str, answer: str, *keys: str) -> Example:
 
 
 def _add_answer(a: int, b: int) -> str:
-    return f"{a} + {b} = {a + b}."
+    """Digit by digit from the ones, as on paper: 47 + 85 is "7 + 5 = 12, 4 + 8 + 1 = 13, so it is 132."."""
+    if a < 10 and b < 10:
+        return f"{a} + {b} = {a + b}."
+    ones = a % 10 + b % 10
+    carry = " + 1" if ones > 9 else ""
+    return f"{a % 10} + {b % 10} = {ones}, {a // 10} + {b // 10}{carry} = {a // 10 + b // 10 + ones // 10}, so it is {a + b}."
 
 
 def _subtract_answer(a: int, b: int) -> str:
-    return f"{a} - {b} = {a - b}."
-
-
-def _multiply_answer(a: int, b: int) -> str:
-    """The larger operand is split into tens and ones, as on paper; tables stand alone."""
-    many, few = max(a, b), min(a, b)
-    if many < 10 or many % 10 == 0:
-        return f"{a} × {b} = {a * b}."
-    return f"{a} × {b} = {many // 10 * 10 * few} + {many % 10 * few} = {a * b}."
+    """As _add_answer, a >= b: 85 - 47 is "15 - 7 = 8, 7 - 4 = 3, so it is 38."."""
+    if a < 10:
+        return f"{a} - {b} = {a - b}."
+    borrow = a % 10 < b % 10
+    ones, tens = a % 10 + 10 * borrow, a // 10 - borrow
+    return f"{ones} - {b % 10} = {ones - b % 10}, {tens} - {b // 10} = {tens - b // 10}, so it is {a - b}."
 
 
 def _addition(split: Split, rng: random.Random) -> Example:
     a, b = _pair(split, rng)
     question = _ask(
         rng, f"What is {a} + {b}?", f"What is {a} plus {b}?", f"Add {a} and {b}.", f"{a} + {b}", f"Calculate {a} + {b}.",
-        f"How much is {a} + {b}?", f"{a}+{b}=?", f"What is the sum of {a} and {b}?",
+        f"How much is {a} + {b}?",
     )  # fmt: skip
     return _one("addition", question, _add_answer(a, b), _pair_key(a, b))
 
 
 def _subtraction(split: Split, rng: random.Random) -> Example:
     a, b = _pair(split, rng)
-    if a < b and rng.random() < 0.8:
-        a, b = b, a
+    a, b = max(a, b), min(a, b)
     question = _ask(
-        rng, f"What is {a} - {b}?", f"What is {a} minus {b}?", f"Subtract {b} from {a}.", f"{a} - {b}", f"Calculate {a} - {b}.",
-        f"How much is {a} - {b}?", f"{a}-{b}=?", f"Take {b} away from {a}.",
+        rng, f"What is {a} - {b}?", f"What is {a} minus {b}?", f"{a} - {b}", f"Calculate {a} - {b}.", f"How much is {a} - {b}?",
     )  # fmt: skip
     return _one("subtraction", question, _subtract_answer(a, b), _pair_key(a, b))
 
 
-def _multiplication(split: Split, rng: random.Random) -> Example:
-    while True:
-        a, b = rng.randint(0, 9), rng.randint(0, 99)
-        if split_of_pair(a, b) == split:
-            break
-    a, b = (a, b) if rng.random() < 0.5 else (b, a)
-    question = _ask(
-        rng, f"What is {a} × {b}?", f"What is {a} times {b}?", f"Multiply {a} by {b}.", f"{a} * {b}", f"Calculate {a} * {b}.",
-        f"How much is {a} x {b}?", f"What is {a} * {b}?", f"What is the product of {a} and {b}?",
-    )  # fmt: skip
-    return _one("multiplication", question, _multiply_answer(a, b), _pair_key(a, b))
-
-
 def _comparison(split: Split, rng: random.Random) -> Example:
     a, b = _pair(split, rng)
-    if rng.random() < 0.15:  # close numbers, which differ in the last digit only
-        while split_of_pair(a, b) != split or abs(a - b) > 9:
-            a = rng.randint(0, 999)
-            b = max(0, a + rng.randint(-9, 9))
     word = rng.choice(("larger", "smaller"))
     question = _ask(
         rng, f"Which is {word}, {a} or {b}?", f"What is {word}: {a} or {b}?", f"Which number is {word}, {a} or {b}?",
@@ -199,45 +180,28 @@ def _comparison(split: Split, rng: random.Random) -> Example:
 
 def _counting(split: Split, rng: random.Random) -> Example:
     while True:
-        step = rng.choice((1, 1, 1, 1, 2, 3, 5, 10))
-        start = rng.randint(0, rng.choice((12, 99, 300)))
-        stop = start + step * rng.randint(1, 14) * rng.choice((1, 1, -1))
-        if stop >= 0 and split_of_pair(start, stop) == split:
+        start = rng.randint(0, rng.choice((12, 99)))
+        stop = start + rng.randint(1, 10)
+        if split_of_pair(start, stop) == split:
             break
-    down = stop < start
-    suffix = "" if step == 1 else f" in steps of {step}"
-    question = _ask(
-        rng, f"Count from {start} to {stop}{suffix}.", f"Please count from {start} to {stop}{suffix}.",
-        f"Can you count from {start} to {stop}{suffix}?", f"Count {'down' if down else 'up'} from {start} to {stop}{suffix}.",
-    )  # fmt: skip
-    numbers = range(start, stop + (-1 if down else 1), -step if down else step)
-    return _one("counting", question, ", ".join(map(str, numbers)) + ".", _pair_key(start, stop))
+    question = _ask(rng, f"Count from {start} to {stop}.", f"Please count from {start} to {stop}.", f"Can you count from {start} to {stop}?")
+    return _one("counting", question, ", ".join(map(str, range(start, stop + 1))) + ".", _pair_key(start, stop))
 
 
 def _sorting(split: Split, rng: random.Random) -> Example:
     while True:
-        numbers = rng.sample(range(rng.choice((20, 100, 100, 500))), rng.randint(3, 7))
+        numbers = rng.sample(range(10), rng.randint(3, 5))
         if split_of_numbers(numbers) == split:
             break
     listed = ", ".join(map(str, numbers))
-    down = rng.random() < 0.25
-    forms = (
-        (f"Sort {listed} from large to small.", f"Sort in falling order: {listed}", f"Sort downwards: {listed}.")
-        if down
-        else (
-            f"Sort {listed}.",
-            f"Sort these numbers: {listed}",
-            f"Put these numbers in order: {listed}",
-            f"Sort {listed} from small to large.",
-        )
-    )
-    answer = ", ".join(map(str, sorted(numbers, reverse=down))) + "."
-    return _one("sorting", _ask(rng, *forms), answer, "list " + " ".join(map(str, sorted(numbers))))
+    question = _ask(rng, f"Sort {listed}.", f"Sort these numbers: {listed}.", f"Put in order: {listed}.")
+    answer = ", ".join(map(str, sorted(numbers))) + "."
+    return _one("sorting", question, answer, "list " + " ".join(map(str, sorted(numbers))))
 
 
 def _parity(split: Split, rng: random.Random) -> Example:
     while True:
-        number = rng.randint(0, rng.choice((99, 999, 9999)))
+        number = rng.randint(1, rng.choice((99, 999)))
         if split_of_number(number) == split:
             break
     if rng.random() < 0.5:
@@ -249,7 +213,6 @@ def _parity(split: Split, rng: random.Random) -> Example:
         )
         answer = f"After {number} comes {number + 1}."
     else:
-        number = max(number, 1)
         question = _ask(
             rng, f"What comes before {number}?", f"Which number comes before {number}?", f"What is the number before {number}?"
         )
@@ -258,7 +221,7 @@ def _parity(split: Split, rng: random.Random) -> Example:
 
 
 def _spelling(split: Split, rng: random.Random) -> Example:
-    word = _word(split, rng)
+    word = _word(split, rng, longest=8)
     question = _ask(
         rng, f"Spell {word}.", f"Spell the word {word}.", f"How do you spell {word}?", f"Can you spell {word}?", f'Spell "{word}".',
         f"Please spell {word} for me.",
@@ -267,7 +230,7 @@ def _spelling(split: Split, rng: random.Random) -> Example:
 
 
 def _reversing(split: Split, rng: random.Random) -> Example:
-    word = _word(split, rng)
+    word = _word(split, rng, longest=6)
     question = _ask(
         rng, f"Reverse {word}.", f"Reverse the word {word}.", f"What is {word} backwards?", f"Write {word} backwards.", f'Reverse "{word}".',
         f"How do you write {word} in reverse?",
@@ -276,54 +239,35 @@ def _reversing(split: Split, rng: random.Random) -> Example:
 
 
 def _letter_count(split: Split, rng: random.Random) -> Example:
-    word = _word(split, rng)
-    if rng.random() < 0.5:
-        question = _ask(
-            rng,
-            f"How many letters are in {word}?",
-            f"How many letters does {word} have?",
-            f"Count the letters in {word}.",
-            f"How long is the word {word}?",
-        )
-        return _one("letter count", question, f"{'-'.join(word)}: {_times(len(word), 'letter')}.", f"word {word}")
-    letter = rng.choice(word) if rng.random() < 0.8 else rng.choice("abcdefghijklmnopqrstuvwxyz")
+    word = _word(split, rng, longest=8)
     question = _ask(
-        rng, f"How many {letter}'s are in {word}?", f"How often is the letter {letter} in {word}?", f"Count the letter {letter} in {word}.",
-        f"How many times does {letter} appear in {word}?",
+        rng, f"How many letters are in {word}?", f"How many letters does {word} have?", f"Count the letters in {word}.",
     )  # fmt: skip
-    return _one(
-        "letter count", question, f'The letter "{letter}" is {_times(word.count(letter), "time")} in "{word}".', f"word {word}"
-    )
+    return _one("letter count", question, _counted(word), f"word {word}")
 
 
-def _times(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"
+def _counted(word: str) -> str:
+    """Counts aloud: "c1 a2 t3: 3 letters."."""
+    spelled = " ".join(f"{letter}{place}" for place, letter in enumerate(word, 1))
+    return f"{spelled}: {len(word)} letter{'' if len(word) == 1 else 's'}."
 
 
 def _letters(split: Split, rng: random.Random) -> Example:
-    word = _word(split, rng)
-    place = rng.choice(("first", "last", "second", "third"))
-    index = {"first": 0, "last": -1, "second": 1, "third": 2}[place]
-    question = _ask(
-        rng,
-        f"What is the {place} letter of {word}?",
-        f"Which letter is {place} in {word}?",
-        f'What is the {place} letter in "{word}"?',
-    )
-    if index >= len(word):
-        return _one("letters", question, f'"{word}" has no {place} letter.', f"word {word}")
+    word = _word(split, rng, longest=8)
+    place, index = rng.choice((("first", 0), ("last", -1)))
+    question = _ask(rng, f"What is the {place} letter of {word}?", f"Which letter is {place} in {word}?")
     return _one("letters", question, f'The {place} letter of "{word}" is "{word[index]}".', f"word {word}")
 
 
 def _repeat(split: Split, rng: random.Random) -> Example:
-    if rng.random() < 0.35:
+    if rng.random() < 0.25:
         while True:
-            text = "".join(rng.choices(phrases.SYMBOLS, k=rng.randint(1, 6)))
+            text = "".join(rng.choices(phrases.SYMBOLS, k=rng.randint(1, 3)))
             if split_of_text(text) == split:
                 break
         words = [text]
     else:
-        words = [_word(split, rng, longest=8) for _ in range(rng.randint(1, 4))]
+        words = [_word(split, rng, longest=8) for _ in range(rng.randint(1, 3))]
         text = " ".join(words)
     keys = [f"word {word}" for word in words]
     if len(words) == 1 and rng.random() < 0.4:
@@ -363,7 +307,7 @@ def _commands(split: Split, rng: random.Random) -> Example:
     """Facts about the commands, and command lines with a name that the user gives."""
     if rng.random() < 0.6:
         return _from_intents("commands", phrases.COMMANDS, split, rng)
-    name = _word(split, rng)
+    name = _word(split, rng, longest=8)
     if rng.random() < 0.5:
         num_gpus = rng.choice((1, 1, 2, 4, 8))
         goal = "" if num_gpus == 1 else f" for {num_gpus} GPUs"
@@ -379,14 +323,14 @@ def _commands(split: Split, rng: random.Random) -> Example:
 
 def _unknown(split: Split, rng: random.Random) -> Example:
     while True:
-        word = _word(split, rng)
+        word = _word(split, rng, longest=8)
         question = _phrasing(split, rng, rng.choice(phrases.UNKNOWN_QUESTIONS).format(word))
         if question is not None:
             return _one("unknown", question, phrases.UNKNOWN_ANSWER, f"text {question.lower()}", f"word {word}")
 
 
 def _story(split: Split, rng: random.Random) -> Example:
-    subject = _word(split, rng)
+    subject = _word(split, rng, longest=8)
     article = "an" if subject[0] in _VOWELS else "a"
     question = _ask(
         rng, f"Tell me a story about {article} {subject}.", f"Tell a story about {article} {subject}.", f"Write a story about {article} {subject}.",
@@ -394,7 +338,7 @@ def _story(split: Split, rng: random.Random) -> Example:
     )  # fmt: skip
     if split == "train" and rng.random() < 0.15:
         subject, question = (
-            "fox",
+            "friend",
             _ask(rng, "Tell me a story.", "Tell a story.", "Please tell me a story.", "Can you tell me a story?"),
         )
     answer = " ".join(rng.choice(slot).format(s=subject) for slot in phrases.STORY_SLOTS)
@@ -404,30 +348,24 @@ def _story(split: Split, rng: random.Random) -> Example:
 
 def _follow_up(split: Split, rng: random.Random) -> Example:
     """A second question that needs the first turn: go on with the result, or do something else with the word."""
-    if rng.random() < 0.5:
+    if rng.random() < 0.4:
         while True:
-            first = rng.choice((_addition, _subtraction, _multiplication))(split, rng)
+            first = rng.choice((_addition, _subtraction))(split, rng)
             result = int(first.accepted[0].rstrip(".").rsplit(" ", 1)[1])
-            operand = rng.randint(1, 99)
-            if 0 <= result <= 999 and split_of_pair(result, operand) == split:
+            operand = rng.randint(1, 9)
+            if 10 <= result <= 90 and split_of_pair(result, operand) == split:
                 break
-        if rng.random() < 0.5:
-            question, answer = (
-                _ask(rng, f"Add {operand} to that.", f"And plus {operand}?", f"Now add {operand}."),
-                _add_answer(result, operand),
-            )
-        else:
-            question = _ask(rng, f"Subtract {operand} from that.", f"And minus {operand}?", f"Now subtract {operand}.")
-            answer = _subtract_answer(result, operand)
+        question = _ask(rng, f"Add {operand} to that.", f"And plus {operand}?", f"Now add {operand}.")
+        answer = _add_answer(result, operand)
         keys = first.keys | {_pair_key(result, operand)}
     else:
-        first = rng.choice((_spelling, _reversing, _letters))(split, rng)
+        first = rng.choice((_spelling, _letters))(split, rng)
         (key,) = first.keys
         word = key.removeprefix("word ")
         question, answer = rng.choice((
-            (_ask(rng, "And backwards?", "Now reverse it.", "And in reverse?"), f'"{word}" backwards is "{word[::-1]}".'),
+            (_ask(rng, "What is its first letter?", "And its first letter?"), f'The first letter of "{word}" is "{word[0]}".'),
             (_ask(rng, "Now spell it.", "And how do you spell it?", "Spell it."), "-".join(word) + "."),
-            (_ask(rng, "How many letters does it have?", "How many letters are in it?"), f"{'-'.join(word)}: {_times(len(word), 'letter')}."),
+            (_ask(rng, "How many letters does it have?", "How many letters are in it?"), _counted(word)),
         ))  # fmt: skip
         keys = first.keys
     return Example("follow-up", (*first.messages, ("user", question), ("assistant", answer)), keys, (answer,))
@@ -473,7 +411,6 @@ def _system(split: Split, rng: random.Random) -> Example:
 KINDS: dict[str, Callable[[Split, random.Random], Example]] = {
     "addition": _addition,
     "subtraction": _subtraction,
-    "multiplication": _multiplication,
     "comparison": _comparison,
     "counting": _counting,
     "sorting": _sorting,

@@ -23,7 +23,7 @@ class DemoConfig:
     vocab_size: int = 512
     hidden_size: int = 256
     intermediate_size: int = 256
-    num_hidden_layers: int = 5
+    num_hidden_layers: int = 3
     num_attention_heads: int = 2
     num_key_value_heads: int = 2
     head_dim: int = 128

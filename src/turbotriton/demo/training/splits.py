@@ -3,7 +3,7 @@
 The split is a property of the operand pair, the word or the phrasing itself (a checksum of it), never of the sample that
 carries it, so nothing held out can appear in training under another operation, order or template.
 Knows no kinds of questions. Operands that every answer needs as building blocks are always in training: pairs of one-digit
-numbers (the tables) and pairs with a multiple of ten (the partial sums of a multiplication).
+numbers, or of one below twenty and one digit (the tables of addition and subtraction), and pairs with a multiple of ten.
 """
 
 import zlib
@@ -23,7 +23,7 @@ def _bucket(key: str) -> Split:
 def split_of_pair(a: int, b: int) -> Split:
     """Split of the unordered operand pair, the same for every operation."""
     low, high = sorted((abs(a), abs(b)))
-    if high < 10 or low % 10 == 0 or high % 10 == 0:
+    if high < 10 or (low < 10 and high < 20) or low % 10 == 0 or high % 10 == 0:
         return "train"
     return _bucket(f"pair {low} {high}")
 
