@@ -23,8 +23,8 @@ from torch import Tensor
 
 from .corpus import KINDS
 from .evaluate import Report, evaluate
-from .muon import Muon
 from .model import DemoConfig, DemoModel, export_checkpoint
+from .muon import Muon
 from .pool import Pool, build_pool, draw_batch, target_ids
 from .tokenizer import save_tokenizer
 
@@ -33,7 +33,15 @@ __all__ = ["main", "train"]
 logger = logging.getLogger(__name__)
 
 #: Share of each kind at the start: hard kinds more often.
-_WEIGHTS = {"addition": 3.0, "subtraction": 3.0, "reversing": 1.5, "small talk": 0.7, "commands": 0.8, "unknown": 0.5, "stories": 0.2}
+_WEIGHTS = {
+    "addition": 3.0,
+    "subtraction": 3.0,
+    "reversing": 1.5,
+    "small talk": 0.7,
+    "commands": 0.8,
+    "unknown": 0.5,
+    "stories": 0.2,
+}
 
 
 @dataclass(slots=True)
@@ -112,7 +120,7 @@ class Trainer:
         return loss.detach()
 
     def check(self) -> Report:
-        """Measures the rounded weights on the development split, keeps them if they are the best, and draws weak kinds more often."""
+        """Measures the rounded weights on the development split, keeps the best, and has weak kinds drawn more often."""
         report = evaluate(self.rounded(), self.tokenizer, "dev", self.options.dev_per_kind, self.options.seed, self.options.kinds)
         shares = report.kinds
         score = report.overall + min(shares.values())
