@@ -128,10 +128,11 @@ def _array(name: str, values: list[Any], dtype: type[np.generic]) -> Tensor:
             raise InvalidInputError(
                 f"{name} is {value!r}; give {'True or False' if is_bool else f'a number ({np.dtype(dtype)})'}"
             )
-    try:
-        return np.array(values, dtype=dtype)
-    except OverflowError:
-        raise InvalidInputError(f"{name} is {values!r}, which does not fit {np.dtype(dtype)}") from None
+    if issubclass(dtype, np.integer):
+        limits = np.iinfo(dtype)
+        if not all(limits.min <= value <= limits.max for value in values):
+            raise InvalidInputError(f"{name} is {values!r}, which does not fit {np.dtype(dtype)}")
+    return np.array(values, dtype=dtype)
 
 
 def read_delta(response: service_pb2.ModelStreamInferResponse) -> Delta | None:

@@ -104,7 +104,10 @@ def decode_info(payload: Any) -> EngineInfo:
         raise ServerError(f"the engine's greeting cannot be read ({error}): are both sides of one version?") from None
 
 
-def decode_stats(payload: dict[str, Any]) -> EngineStats:
+def decode_stats(payload: Any) -> EngineStats:
+    """Raises ServerError for what no engine of ours sends."""
+    if not isinstance(payload, dict) or not payload.keys() <= {field.name for field in dataclasses.fields(EngineStats)}:
+        raise ServerError("the engine's stats cannot be read: are both sides of one version?")
     fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in payload.items()}
     return EngineStats(**fields)
 
@@ -125,6 +128,11 @@ def decode_request(payload: Any) -> GenerateRequest:
             sampling[name] = tuple(tuple(sequence) for sequence in sampling[name])
         prompt_ids = array("q")
         prompt_ids.frombytes(payload["prompt_ids"])
+        for name in ("request_id", "sample_index", "priority"):
+            if type(payload[name]) is not int:
+                raise TypeError(f"{name} is {payload[name]!r}")
+        if not isinstance(payload["name"], str) or not isinstance(payload["deadline_ms"], int | None):
+            raise TypeError(f"name is {payload['name']!r}, deadline_ms is {payload['deadline_ms']!r}")
         return GenerateRequest(**{**payload, "prompt_ids": tuple(prompt_ids), "sampling": SamplingParams(**sampling)})
     except (TypeError, KeyError, ValueError) as error:
         raise InvalidInputError(f"the request cannot be read: {error}") from None
@@ -158,6 +166,14 @@ def encode_deltas(deltas: Sequence[TokenDelta]) -> list[Any]:
 
 
 def decode_deltas(payload: Sequence[Any]) -> list[TokenDelta]:
+    """Raises ServerError for what no engine of ours sends."""
+    try:
+        return _decode_deltas(payload)
+    except (TypeError, ValueError, KeyError, IndexError) as error:
+        raise ServerError(f"the engine's deltas cannot be read ({error}): are both sides of one version?") from None
+
+
+def _decode_deltas(payload: Sequence[Any]) -> list[TokenDelta]:
     request_ids, counts, token_ids = array("q"), array("H"), array("i")
     request_ids.frombytes(payload[0])
     counts.frombytes(payload[1])

@@ -37,6 +37,8 @@ __all__ = ["EngineLauncher", "connect_engine"]
 logger = logging.getLogger(__name__)
 
 CHANGE_WAIT_S = 30.0
+MAX_SOCKET_PATH_BYTES = 107  # of sockaddr_un
+SOCKET_NAME_BYTES = 7 + 1 + 16 + 1 + 16 + 6  # pid, two hashes, ".alive"
 START_LOG_INTERVAL_S = 10.0
 MAX_STARTS_A_MINUTE = 3
 
@@ -195,6 +197,9 @@ def _runtime_dir() -> Path:
     status = folder.stat()
     if status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise ServerError(f"{folder} must belong to this user with mode 0700: fix it or set TURBOTRITON_RUNTIME_DIR")
+    longest = folder / ("x" * SOCKET_NAME_BYTES)
+    if len(os.fsencode(longest)) > MAX_SOCKET_PATH_BYTES:
+        raise ServerError(f"{folder} is too long for a socket's path: set TURBOTRITON_RUNTIME_DIR to a shorter one")
     for leftover in folder.iterdir():  # of servers that are gone
         owner = leftover.name.split("-")[0]
         if owner.isdigit() and not Path(f"/proc/{owner}").exists():

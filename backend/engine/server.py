@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from turbotriton.contract.errors import TurbotritonError
+from turbotriton.contract.errors import ServerError, TurbotritonError
 from turbotriton.contract.wire import EngineStats, FinishReason, TokenDelta
 
 from .engine import Engine
@@ -148,7 +148,9 @@ class EngineServer:
         try:
             self._loop.submit(connection, decode_request(payload))
         except TurbotritonError as error:
-            request_id = payload.get("request_id", 0) if isinstance(payload, dict) else 0
+            request_id = payload.get("request_id") if isinstance(payload, dict) else None
+            if not isinstance(request_id, int) or not 0 <= request_id < 2**63:
+                raise ServerError(f"a submit frame without a request id: {error}") from None
             refusal = TokenDelta(request_id, finish_reason=FinishReason.ERROR, error=str(error), error_status=error.triton_status)
             connection.put("deltas", encode_deltas([refusal]))
 

@@ -167,6 +167,12 @@ class Scheduler:
         self.num_waiting_tokens += len(request.token_ids)
 
     def _unqueue(self, request: Request) -> None:
+        """Off the count; its heap entry goes when it is met, or with the others when ended ones are the most."""
+        if len(self._waiting) > 2 * self.num_waiting + 64:
+            self._waiting = [
+                entry for entry in self._waiting if entry[1].state is RequestState.WAITING and entry[1] is not request
+            ]
+            heapq.heapify(self._waiting)
         self.num_waiting -= 1
         self.num_waiting_tokens -= len(request.token_ids)
 
