@@ -137,6 +137,18 @@ class TritonServer:
             time.sleep(0.1)
         assert not left, f"left behind after the stop: {left}"
 
+    def kill(self) -> None:
+        """For a server that cannot stop any more; its stubs and engine have to leave by themselves."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+        end = time.monotonic() + 15
+        while (left := [entry for entry in self._leftovers() if entry.startswith("pid")]) and time.monotonic() < end:
+            time.sleep(0.1)
+        assert not left, f"left behind after the server's death: {left}"
+        for region in Path("/dev/shm").glob(f"*{self.shm_prefix}*"):
+            region.unlink()
+
     def _leftovers(self) -> list[str]:
         own_folder = f"TURBOTRITON_RUNTIME_DIR={self.folder / 'run'}\0".encode()
         left = [str(path) for path in Path("/dev/shm").glob(f"*{self.shm_prefix}*")]
