@@ -115,7 +115,9 @@ def test_server_ends_with_the_process_in_front_of_it() -> None:
         print(process.pid, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
         """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True, timeout=60, check=False
+    )
     pid = int(done.stdout)
     watched = None
     try:

@@ -13,7 +13,14 @@ import signal
 import time
 from pathlib import Path
 
-__all__ = ["adopt_orphans", "end_children", "end_with_parent", "remove_shared_memory", "shared_memory_prefix", "sweep_dead_regions"]
+__all__ = [
+    "adopt_orphans",
+    "end_children",
+    "end_with_parent",
+    "remove_shared_memory",
+    "shared_memory_prefix",
+    "sweep_dead_regions",
+]
 
 logger = logging.getLogger(__name__)
 
