@@ -19,8 +19,8 @@ COPY constraints.txt /tmp/constraints.txt
 COPY --from=wheel /wheels /tmp/wheels
 RUN python3 -m pip install --no-cache-dir --constraint /tmp/constraints.txt /tmp/wheels/turbotriton-*.whl \
     && rm -r /tmp/wheels /tmp/constraints.txt
-# uid 1000 of the base image
-USER triton-server
+# triton-server in the base image; by number, so that Kubernetes can see that it is not root
+USER 1000
 # away from any folder named like a package: stubs put the working directory first on sys.path
 WORKDIR /
 ENV MODEL_NAME=turbomind

@@ -38,7 +38,7 @@ def test_images_are_pinned() -> None:
 
 def test_runs_as_a_user_away_from_the_sources_with_a_health_check_by_model() -> None:
     last_stage = DOCKERFILE.rsplit("\nFROM ", 1)[1]
-    assert re.findall(r"^USER (\S+)$", last_stage, re.MULTILINE) == ["triton-server"]
+    assert re.findall(r"^USER (\S+)$", last_stage, re.MULTILINE) == ["1000"]
     assert re.findall(r"^WORKDIR (\S+)$", last_stage, re.MULTILINE) == ["/"]
     assert re.search(r"HEALTHCHECK [^#]*/v2/models/\$\{MODEL_NAME\}/ready", last_stage)
 

@@ -1,6 +1,8 @@
 """Imports go down only: the table below is the architecture, read from every module's imports with `ast`."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -110,6 +112,21 @@ def test_the_environment_is_read_in_one_place() -> None:
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv"):
                     raise AssertionError(f"{name}:{node.lineno} reads the environment; contract/env.py is the place")
+
+
+@pytest.mark.parametrize("door", sorted(path.stem for path in (ROOT / "backend" / "tritonserver").glob("*_door.py")))
+def test_door_and_all_it_imports_leave_torch_and_transformers_alone(door: str) -> None:
+    """The table allows doors the engine's client, whose unit may import torch: what really gets imported decides."""
+    code = f"""
+import importlib, sys, unittest.mock
+sys.modules["triton_python_backend_utils"] = unittest.mock.MagicMock()
+importlib.import_module("turbotriton.backend.tritonserver.{door}").TritonPythonModel
+print(sorted({{"torch", "transformers", "triton", "tritonclient"}} & set(sys.modules)))
+"""
+    environment = {"PYTHONPATH": str(ROOT / "src"), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
 
 
 def test_no_root_entry_shadows_a_package() -> None:

@@ -1,5 +1,6 @@
 """A real tritonserver for tests: free ports, ready per model, stopped without leftovers."""
 
+import contextlib
 import json
 import os
 import signal
@@ -97,8 +98,7 @@ class TritonServer:
                 for name in self.model_names:
                     self.wait_model_ready(name)
             except BaseException:
-                self._process.kill()
-                self._process.wait()
+                self.kill()
                 raise
         return self
 
@@ -128,8 +128,7 @@ class TritonServer:
         try:
             code = self._process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+            self.kill()
             raise AssertionError(f"tritonserver did not stop within {STOP_TIMEOUT_S} s:\n{self.log[-4000:]}") from None
         assert code in (0, -signal.SIGTERM), f"tritonserver ended with code {code}:\n{self.log[-4000:]}"
         end = time.monotonic() + 10
@@ -137,29 +136,22 @@ class TritonServer:
             time.sleep(0.1)
         assert not left, f"left behind after the stop: {left}"
 
-    def kill(self) -> None:
-        """For a server that cannot stop any more; its stubs and engine have to leave by themselves."""
-        assert self._process is not None
-        self._process.kill()
-        self._process.wait()
-        end = time.monotonic() + 15
-        while (left := [entry for entry in self._leftovers() if entry.startswith("pid")]) and time.monotonic() < end:
-            time.sleep(0.1)
-        assert not left, f"left behind after the server's death: {left}"
-        for region in Path("/dev/shm").glob(f"*{self.shm_prefix}*"):
-            region.unlink()
-
-    def _leftovers(self) -> list[str]:
+    def _own_processes(self) -> dict[int, bytes]:
+        """pid -> command line of every process that was started with this server's runtime folder."""
         own_folder = f"TURBOTRITON_RUNTIME_DIR={self.folder / 'run'}\0".encode()
-        left = [str(path) for path in Path("/dev/shm").glob(f"*{self.shm_prefix}*")]
+        found = {}
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit() and int(entry.name) != os.getpid():
                 try:
                     if own_folder in (entry / "environ").read_bytes():
-                        left.append(f"pid {entry.name}: {(entry / 'cmdline').read_bytes()[:120]!r}")
+                        found[int(entry.name)] = (entry / "cmdline").read_bytes()
                 except OSError:
                     continue
-        return left
+        return found
+
+    def _leftovers(self) -> list[str]:
+        left = [str(path) for path in Path("/dev/shm").glob(f"*{self.shm_prefix}*")]
+        return left + [f"pid {pid}: {command[:120]!r}" for pid, command in self._own_processes().items()]
 
     def __enter__(self) -> Self:
         return self.start()
@@ -168,7 +160,16 @@ class TritonServer:
         if kind is None:
             self.stop()
             return
-        assert self._process is not None
-        self._process.kill()  # the test failed already; its message matters more than a clean stop
-        self._process.wait()
+        self.kill()  # the test failed already; its message matters more than a clean stop
         print(self.log[-6000:])
+
+    def kill(self) -> None:
+        """The server and all that it started: a stub of a killed server may never leave by itself."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+        for pid in self._own_processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for region in Path("/dev/shm").glob(f"*{self.shm_prefix}*"):
+            region.unlink(missing_ok=True)

@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import os
 import shlex
 import signal
 import subprocess
@@ -12,6 +11,14 @@ from pathlib import Path
 from turbotriton.contract.errors import InvalidInputError, WorkspaceError
 from turbotriton.contract.ini import EngineConfig
 
+from .leftovers import (
+    adopt_orphans,
+    end_children,
+    end_with_parent,
+    remove_shared_memory,
+    shared_memory_prefix,
+    sweep_dead_regions,
+)
 from .server_runtime import ServerRuntime, find_server
 
 __all__ = ["add_parser", "server_command"]
@@ -32,6 +39,7 @@ ENGINE_FLAGS: dict[str, tuple[type, str]] = {
     "max_queued_tokens": (int, "prompt tokens that may wait"),
 }
 KILL_AFTER_S = 60.0
+GRACE_S = 5.0  # after the server: stubs leave within 3 s, the engine process within 2 s
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -64,7 +72,9 @@ def run(args: argparse.Namespace) -> int:
     command = server_command(runtime, args)
     environment = runtime.environment | {f"TURBOTRITON_{name.upper()}": value for name, value in options.items()}
     logger.info("starting %s", shlex.join(command))
-    process = subprocess.Popen(command, env=environment)
+    sweep_dead_regions()
+    adopt_orphans()
+    process = subprocess.Popen(command, env=environment, preexec_fn=end_with_parent)
     return _wait(process)
 
 
@@ -94,12 +104,16 @@ def server_command(runtime: ServerRuntime, args: argparse.Namespace) -> list[str
         *(f"--{name}-address={args.host}" for name in ports),
         f"--model-control-mode={args.model_control_mode}",
         f"--exit-timeout-secs={args.exit_timeout_secs}",
-        *args.unknown,
+        f"--backend-config=python,shm-region-prefix-name={shared_memory_prefix()}",
+        *args.unknown,  # last: the user's word counts
     ]
 
 
 def _wait(process: "subprocess.Popen[bytes]") -> int:
-    """Passes SIGINT and SIGTERM on, waits, kills after KILL_AFTER_S. Exit code: the server's, 0 when we were asked to stop."""
+    """Passes SIGINT and SIGTERM on, waits, kills after KILL_AFTER_S; then ends what the server left behind.
+
+    Returns the server's exit code, 0 when we were asked to stop.
+    """
     asked: list[float] = []  # when
 
     def stop(number: int, _frame: object) -> None:
@@ -117,24 +131,8 @@ def _wait(process: "subprocess.Popen[bytes]") -> int:
                     logger.error("tritonserver did not stop within %.0f s; killing it", KILL_AFTER_S)
                     process.kill()
     finally:
+        end_children(GRACE_S)
+        remove_shared_memory()
         for number, handler in old.items():
             signal.signal(number, handler)
-        _sweep_shared_memory(process.pid)
     return 0 if asked and code in (0, -signal.SIGTERM, -signal.SIGKILL) else abs(code)
-
-
-def _sweep_shared_memory(server_pid: int) -> None:
-    """Removes the Python backend's shared memory regions that no living process maps: stubs that were killed leave theirs."""
-    mapped: set[str] = set()
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        try:
-            mapped.update(line.split()[-1] for line in maps.read_text().splitlines() if "/dev/shm/" in line)
-        except (OSError, IndexError):
-            continue
-    for region in Path("/dev/shm").glob("triton_python_backend_shm_region_*"):
-        try:
-            if region.stat().st_uid == os.getuid() and str(region) not in mapped:
-                region.unlink()
-                logger.info("removed %s, left by a stub of server %d or an earlier one", region, server_pid)
-        except FileNotFoundError:
-            continue
