@@ -19,9 +19,11 @@ import triton_python_backend_utils as pb_utils
 from turbotriton.contract.errors import EngineDiedError, InvalidInputError, TurbotritonError, UnavailableError
 from turbotriton.contract.wire import TokenDelta
 
-from .errors import error_response
+from .errors import status_text, triton_error
 
-__all__ = ["Door", "final_error"]
+__all__ = ["DecoupledDoor", "UnaryDoor", "final_error"]
+
+logger = logging.getLogger(__name__)
 
 GRACE_S = 3.0
 NOT_FILLED = "this model repository holds no model yet: run 'turbotriton convert' and serve the workspace that it writes"
@@ -30,13 +32,9 @@ _ERRORS: dict[str, type[TurbotritonError]] = {"INVALID_ARG": InvalidInputError, 
 
 
 class Door(abc.ABC):
-    """The methods that tritonserver calls. A door overrides `open`, `serve` and `close`.
-
-    needs: what `convert` puts beside model.py for this door.   is_decoupled: answers through response senders.
-    """
+    """The methods that tritonserver calls. `needs`: what `convert` puts beside model.py for this door."""
 
     needs: tuple[str, ...] = ("tokenizer",)
-    is_decoupled = False
 
     def initialize(self, args: dict[str, str]) -> None:
         server_pid = _prepare_stub()
@@ -45,30 +43,65 @@ class Door(abc.ABC):
         if self._is_filled:
             self.open(folder, args, server_pid)
 
-    def execute(self, requests: Sequence[Any]) -> list[Any] | None:
-        if self._is_filled:
-            return self.serve(requests)
-        refusals = [error_response(UnavailableError(NOT_FILLED)) for _ in requests]
-        if not self.is_decoupled:
-            return refusals
-        for request, refusal in zip(requests, refusals, strict=True):
-            request.get_response_sender().send(refusal, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-        return None
-
     def finalize(self) -> None:
         if self._is_filled:
             self.close()
+
+    def _check_filled(self) -> None:
+        if not self._is_filled:
+            raise UnavailableError(NOT_FILLED)
+
+    def error_text(self, error: TurbotritonError) -> str:
+        """A gRPC stream carries no status code, so the message begins with it."""
+        return status_text(error)
+
+    def _error_response(self, error: Exception) -> Any:
+        if not isinstance(error, TurbotritonError):
+            logger.error("a request failed in the door", exc_info=error)
+            error = TurbotritonError(f"the door failed: {error}")
+        return pb_utils.InferenceResponse(error=triton_error(error, self.error_text(error)))
 
     @abc.abstractmethod
     def open(self, folder: Path, args: dict[str, str], server_pid: int) -> None:
         """folder: the model's version folder;  args: tritonserver's. Whatever it raises keeps the model from loading."""
 
-    @abc.abstractmethod
-    def serve(self, requests: Sequence[Any]) -> list[Any] | None:
-        """One response a request, or None when they go through response senders."""
-
     def close(self) -> None:  # noqa: B027  a door without threads has nothing to end
         """Ends within a few seconds and leaves nothing behind."""
+
+
+class UnaryDoor(Door):
+    """One response a request, made while tritonserver waits."""
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        return [self._answer_or_error(request) for request in requests]
+
+    def _answer_or_error(self, request: Any) -> Any:
+        try:
+            self._check_filled()
+            return self.answer(request)
+        except Exception as error:  # noqa: BLE001  the border: the stub would fail the whole batch with it
+            return self._error_response(error)
+
+    @abc.abstractmethod
+    def answer(self, request: Any) -> Any:
+        """The InferenceResponse. Raises TurbotritonError."""
+
+
+class DecoupledDoor(Door):
+    """`execute` returns at once; responses go through the request's sender."""
+
+    def execute(self, requests: Sequence[Any]) -> None:
+        for request in requests:
+            sender = request.get_response_sender()
+            try:
+                self._check_filled()
+                self.start(request, sender)
+            except Exception as error:  # noqa: BLE001  the border, as above
+                sender.send(self._error_response(error), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    @abc.abstractmethod
+    def start(self, request: Any, sender: Any) -> None:
+        """Must see to it that `sender` gets a last response, unless it raises."""
 
 
 def _prepare_stub() -> int:

@@ -1,36 +1,25 @@
 """The `postprocessing` door: token ids to text, LMDeploy's contract. `sequence_length` is where the wanted text begins."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from turbotriton.contract.errors import InvalidInputError, TurbotritonError
+from turbotriton.contract.errors import InvalidInputError
 from turbotriton.text.detokenizer import TextTokenizer
 
-from .door import Door
-from .errors import error_response
+from .door import UnaryDoor
 from .inputs import check_parameters, read_array
 
 __all__ = ["TritonPythonModel"]
 
 
-class TritonPythonModel(Door):
+class TritonPythonModel(UnaryDoor):
     def open(self, folder: Path, args: dict[str, str], server_pid: int) -> None:
         self._tokenizer = TextTokenizer.load(folder / "tokenizer")
 
-    def serve(self, requests: Sequence[Any]) -> list[Any]:
-        responses = []
-        for request in requests:
-            try:
-                responses.append(self._answer(request))
-            except TurbotritonError as error:
-                responses.append(error_response(error))
-        return responses
-
-    def _answer(self, request: Any) -> Any:
+    def answer(self, request: Any) -> Any:
         check_parameters(request)
         ids = read_array(request, "TOKENS_BATCH")
         offset, skip = read_array(request, "sequence_length"), read_array(request, "skip_special_tokens")

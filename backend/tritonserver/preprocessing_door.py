@@ -1,17 +1,15 @@
 """The `preprocessing` door: text to token ids, LMDeploy's contract. `<BOS>` and `<EOS>` ask for those ids."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from turbotriton.contract.errors import InvalidInputError, TurbotritonError
+from turbotriton.contract.errors import InvalidInputError
 from turbotriton.text.detokenizer import TextTokenizer
 
-from .door import Door
-from .errors import error_response
+from .door import UnaryDoor
 from .inputs import check_parameters, read_strings
 
 __all__ = ["TritonPythonModel"]
@@ -19,7 +17,7 @@ __all__ = ["TritonPythonModel"]
 NO_TOKEN = 2**32 - 1  # what LMDeploy answers for a special token that the tokenizer lacks
 
 
-class TritonPythonModel(Door):
+class TritonPythonModel(UnaryDoor):
     def open(self, folder: Path, args: dict[str, str], server_pid: int) -> None:
         self._tokenizer = TextTokenizer.load(folder / "tokenizer")
         eos = self._tokenizer.eos_token_id
@@ -27,16 +25,7 @@ class TritonPythonModel(Door):
         bos = self._tokenizer.bos_token_id
         self._special = {"<BOS>": NO_TOKEN if bos is None else bos, "<EOS>": NO_TOKEN if eos is None else eos}
 
-    def serve(self, requests: Sequence[Any]) -> list[Any]:
-        responses = []
-        for request in requests:
-            try:
-                responses.append(self._answer(request))
-            except TurbotritonError as error:
-                responses.append(error_response(error))
-        return responses
-
-    def _answer(self, request: Any) -> Any:
+    def answer(self, request: Any) -> Any:
         check_parameters(request)
         texts = read_strings(request, "QUERY")
         if not texts:

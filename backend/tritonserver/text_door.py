@@ -13,15 +13,14 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from turbotriton.backend.engine.client import EngineClient
-from turbotriton.contract.errors import DeadlineExceededError, InvalidInputError, RequestCancelledError, TurbotritonError
+from turbotriton.contract.errors import DeadlineExceededError, InvalidInputError, RequestCancelledError
 from turbotriton.contract.wire import FinishReason, GenerateRequest, TokenDelta, TokenLogprobs
 from turbotriton.text.chat_template import ChatTemplate
 from turbotriton.text.detokenizer import IncrementalDetokenizer, TextTokenizer
 from turbotriton.text.stop_words import StopWords
 
 from .connection import EngineConnection
-from .door import Door, final_error
-from .errors import error_response
+from .door import DecoupledDoor, final_error
 from .inputs import read_bool
 from .metrics import MetricsPublisher
 from .responder import Mailbox, Responder
@@ -139,11 +138,10 @@ def _strings(name: str, values: Sequence[str]) -> Any:
     return pb_utils.Tensor(name, np.array([value.encode() for value in values], dtype=np.object_))
 
 
-class TritonPythonModel(Door):
+class TritonPythonModel(DecoupledDoor):
     """Every request is decoupled: serve returns before the answer."""
 
     needs = ("tokenizer", "weights")
-    is_decoupled = True
 
     def open(self, folder: Path, args: dict[str, str], server_pid: int) -> None:
         self._tokenizer = TextTokenizer.load(folder / "tokenizer")
@@ -160,18 +158,7 @@ class TritonPythonModel(Door):
         """Asked by servers that know this hook (26.03 and newer)."""
         return self._is_filled and self._connection.is_up
 
-    def serve(self, requests: Sequence[Any]) -> None:
-        for request in requests:
-            sender = request.get_response_sender()
-            try:
-                self._start(request, sender)
-            except TurbotritonError as error:
-                sender.send(error_response(error), flags=FINAL)
-            except Exception as error:
-                logger.exception("a request could not be started")
-                sender.send(error_response(TurbotritonError(f"the door failed: {error}")), flags=FINAL)
-
-    def _start(self, request: Any, sender: Any) -> None:
+    def start(self, request: Any, sender: Any) -> None:
         name = request.request_id()
         if read_bool(request, "stop"):
             if not name:

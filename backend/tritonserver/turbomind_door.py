@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from turbotriton.contract.errors import InvalidInputError, TurbotritonError
+from turbotriton.contract.errors import InvalidInputError, TurbotritonError, UnavailableError
 from turbotriton.contract.wire import MAX_SEED, GenerateRequest, SamplingParams, TokenDelta
 
 from .connection import EngineConnection
-from .door import Door, final_error
+from .door import DecoupledDoor, final_error
 from .errors import triton_error
 from .inputs import check_parameters, read_array, read_float, read_int
 from .responder import Mailbox, Responder
@@ -82,9 +82,8 @@ def _sequence_response(token_ids: Any) -> Any:
     )
 
 
-class TritonPythonModel(Door):
+class TritonPythonModel(DecoupledDoor):
     needs = ("weights",)
-    is_decoupled = True
 
     def open(self, folder: Path, args: dict[str, str], server_pid: int) -> None:
         self.lock = threading.Lock()
@@ -97,20 +96,13 @@ class TritonPythonModel(Door):
         """Asked by servers that know this hook (26.03 and newer)."""
         return self._is_filled and self._connection.is_up
 
-    def serve(self, requests: Sequence[Any]) -> None:
-        for request in requests:
-            sender = request.get_response_sender()
-            try:
-                self._start(request, sender)
-            except SessionError as error:
-                _refuse(sender, error, str(error))
-            except TurbotritonError as error:
-                _refuse(sender, error, f"{error.triton_status}: {error}")
-            except Exception as error:
-                logger.exception("a request could not be started")
-                _refuse(sender, TurbotritonError(), execution_failure(TurbotritonError(str(error))))
+    def error_text(self, error: TurbotritonError) -> str:
+        """LMDeploy's words for its codes; anything that is no fault of the values is its kFail."""
+        if isinstance(error, SessionError):
+            return str(error)
+        return super().error_text(error) if isinstance(error, InvalidInputError | UnavailableError) else execution_failure(error)
 
-    def _start(self, request: Any, sender: Any) -> None:
+    def start(self, request: Any, sender: Any) -> None:
         turn = _read_turn(request)
         if turn.stop:
             self._stop(turn, sender)
@@ -174,10 +166,6 @@ class TritonPythonModel(Door):
     def close(self) -> None:
         self._connection.close()
         self._responder.close()
-
-
-def _refuse(sender: Any, error: TurbotritonError, message: str) -> None:
-    sender.send(pb_utils.InferenceResponse(error=triton_error(error, message)), flags=FINAL)
 
 
 def _read_turn(request: Any) -> _Turn:
