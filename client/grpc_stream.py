@@ -16,9 +16,9 @@ from typing import Any, Self
 import grpc
 from tritonclient.grpc import service_pb2
 
-from turbotriton.contract.errors import ServerError
+from turbotriton.contract.errors import ServerError, TurbotritonError
 
-from .kserve import channel_options, check_url, error_from_rpc, make_stub
+from .kserve import channel_options, check_url, drain, drain_async, error_from_rpc, make_stub
 from .text_door import LMDEPLOY_MODELS, Delta, Result, build_generate_request, join_deltas, pick_model, read_delta
 
 __all__ = ["AsyncClient", "AsyncStream", "Client", "Delta", "Result", "Stream"]
@@ -51,6 +51,10 @@ class Stream(Iterator[Delta]):
             if error.code() is grpc.StatusCode.UNAVAILABLE:
                 self._note_lost()
             raise error_from_rpc(error, self._url) from None
+        except TurbotritonError:  # the response carries it
+            self._is_finished = True
+            drain(self._call)
+            raise
         except BaseException:
             self.cancel()
             raise
@@ -197,6 +201,10 @@ class AsyncStream:
             if self._is_cancelled:  # grpc.aio raises this for call.cancel() as for the task's own cancellation
                 raise StopAsyncIteration from None
             self.cancel()
+            raise
+        except TurbotritonError:  # the response carries it
+            self._is_finished = True
+            await drain_async(self._call)
             raise
         except BaseException:
             self.cancel()

@@ -6,6 +6,8 @@ The header `triton_grpc_error` is never sent (it crashes tritonserver 24.10), th
 without a status; our doors begin theirs with it ("UNAVAILABLE: queue full ...") and `error_from_text` reads that.
 """
 
+import contextlib
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -29,6 +31,8 @@ __all__ = [
     "build_request",
     "channel_options",
     "check_url",
+    "drain",
+    "drain_async",
     "error_from_rpc",
     "error_from_text",
     "make_stub",
@@ -38,6 +42,7 @@ __all__ = [
 
 Tensor = npt.NDArray[Any]  # object arrays of bytes for BYTES
 
+MAX_DRAINED = 64  # responses after an error: the server sends none
 MAX_MESSAGE_BYTES = 64 * 2**20  # what tritonserver's own HTTP door takes
 
 _KSERVE_TYPES = {
@@ -160,6 +165,22 @@ def _split_bytes(raw: bytes) -> Sequence[bytes]:
         items.append(raw[start + 4 : start + 4 + size])
         start += 4 + size
     return items
+
+
+def drain(call: Any) -> None:
+    """Reads a failed stream to its end, which the server sends next: tritonserver 24.10 keeps the request in flight for ever,
+    and cannot stop, when a client cancels between an error and the end."""
+    with contextlib.suppress(grpc.RpcError):
+        for _ in itertools.islice(call, MAX_DRAINED):
+            pass
+
+
+async def drain_async(call: Any) -> None:
+    """`drain` for grpc.aio."""
+    with contextlib.suppress(grpc.RpcError):
+        for _ in range(MAX_DRAINED):
+            if await call.read() is grpc.aio.EOF:
+                return
 
 
 def error_from_text(text: str) -> TurbotritonError:

@@ -20,6 +20,7 @@ from .kserve import (
     build_request,
     channel_options,
     check_url,
+    drain,
     error_from_rpc,
     error_from_text,
     make_stub,
@@ -159,6 +160,7 @@ class TurbomindDoor:
         try:
             for response in call:
                 if response.error_message:
+                    drain(call)
                     raise _error_from_code(response.error_message, session_id)
                 outputs = read_outputs(response.infer_response)
                 if "sequence_length" in outputs:

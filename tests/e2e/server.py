@@ -98,7 +98,7 @@ class TritonServer:
                 for name in self.model_names:
                     self.wait_model_ready(name)
             except BaseException:
-                self._kill()
+                self.kill()
                 raise
         return self
 
@@ -128,7 +128,7 @@ class TritonServer:
         try:
             code = self._process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            self._kill()
+            self.kill()
             raise AssertionError(f"tritonserver did not stop within {STOP_TIMEOUT_S} s:\n{self.log[-4000:]}") from None
         assert code in (0, -signal.SIGTERM), f"tritonserver ended with code {code}:\n{self.log[-4000:]}"
         end = time.monotonic() + 10
@@ -160,10 +160,10 @@ class TritonServer:
         if kind is None:
             self.stop()
             return
-        self._kill()  # the test failed already; its message matters more than a clean stop
+        self.kill()  # the test failed already; its message matters more than a clean stop
         print(self.log[-6000:])
 
-    def _kill(self) -> None:
+    def kill(self) -> None:
         """The server and all that it started: a stub of a killed server may never leave by itself."""
         assert self._process is not None
         self._process.kill()
