@@ -14,6 +14,8 @@ from pathlib import Path
 from turbotriton.contract import env
 from turbotriton.contract.errors import ServerError
 
+from .leftovers import end_with_parent
+
 __all__ = ["add_parser"]
 
 logger = logging.getLogger(__name__)
@@ -43,7 +45,9 @@ def run(args: argparse.Namespace) -> int:
     command += [f"--http-port={http}", f"--grpc-port={grpc}", f"--metrics-port={metrics}"]
     with open(log_path, "wb") as log:
         # its own group: Ctrl-C in the chat stops an answer, not the server
-        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        server = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=end_with_parent
+        )
     try:
         _wait_ready(server, http, ("turbomind", "preprocessing", "postprocessing", "demo"), log_path)
         return _talk(f"localhost:{grpc}", args)
