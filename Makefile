@@ -1,5 +1,7 @@
 # Run `make` for the list of targets.
 PYTHON ?= python3
+# where torch's CPU build comes from, if not from pip's own index: make setup TORCH_INDEX=URL
+TORCH_INDEX ?=
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.setup-done
@@ -16,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	@if ! command -v nvidia-smi >/dev/null; then \
-		echo "no GPU here: installing torch's CPU build"; $(BIN)/python -m pip install --quiet torch==2.13.0; fi
+		echo "no GPU here: installing torch's CPU build"; $(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0; fi
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/python -m turbotriton.cli.server_runtime
 	@touch $@
