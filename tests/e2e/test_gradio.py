@@ -10,6 +10,7 @@ from playwright.sync_api import expect
 from tests.client.browser import ChatPage, chat_page_server, chromium
 
 from .metrics import metric, wait_idle, wait_until
+from .processes import engine_pid, paused
 from .server import TritonServer
 
 pytestmark = [pytest.mark.e2e, pytest.mark.browser]
@@ -62,11 +63,16 @@ def test_a_conversation_streams_with_its_speed(chat: ChatPage, demo_server: Trit
 
 
 def test_stop_returns_the_answers_blocks_at_the_engine(chat: ChatPage, demo_server: TritonServer) -> None:
+    """The engine is paused while Stop is clicked, so that the answer cannot end by itself first."""
     set_endless(chat)
-    chat.ask("Tell me a long story.")
-    expect(chat.answers).to_have_count(1, timeout=20_000)
-    wait_until(lambda: metric(demo_server, "turbotriton_kv_cache_usage") > 0, "blocks being held")
-    chat.stop_button.click()
+    for _ in range(5):  # a random answer may be over before the pause
+        chat.ask("Tell me a long story.")
+        wait_until(lambda: metric(demo_server, "turbotriton_kv_cache_usage") > 0, "blocks being held")
+        with paused(engine_pid(demo_server)):
+            if not chat.stop_button.count():
+                continue
+            chat.stop_button.click()
+        break
     wait_idle(demo_server, timeout_s=3)
     chat.wait_status("stopped")
 

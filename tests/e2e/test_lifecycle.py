@@ -15,6 +15,7 @@ from turbotriton.backend.engine.client import EngineClient
 from turbotriton.client import Client
 from turbotriton.contract.errors import TurbotritonError
 
+from .processes import children, engine_pid
 from .server import TritonServer
 
 pytestmark = pytest.mark.e2e
@@ -38,44 +39,6 @@ def wait_until(condition, timeout_s: float, what: str) -> float:
         assert time.monotonic() - start < timeout_s, f"{what} did not happen within {timeout_s} s"
         time.sleep(0.02)
     return time.monotonic() - start
-
-
-def children(pid: int) -> dict[int, str]:
-    """Every living descendant of a process: pid -> command line."""
-    parents, commands = {}, {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                stat = (entry / "stat").read_text()
-                commands[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-                parents[int(entry.name)] = int(stat.rsplit(")", 1)[1].split()[1])
-            except OSError:
-                continue
-    found: dict[int, str] = {}
-    front = {pid}
-    while front:
-        front = {child for child, parent in parents.items() if parent in front and child not in found}
-        found.update({child: commands[child] for child in front})
-    return found
-
-
-def engine_pid(server: TritonServer) -> int:
-    """The one engine process that was started for this server (it may have its own process group and parent)."""
-    owner = f"--owner-pid {server.pid} "
-    pids = [
-        int(entry.name)
-        for entry in Path("/proc").iterdir()
-        if entry.name.isdigit() and owner in _command(entry) + " " and "turbotriton.backend.engine" in _command(entry)
-    ]
-    assert len(pids) == 1, f"expected one engine process of server {server.pid}, found {pids}"
-    return pids[0]
-
-
-def _command(entry: Path) -> str:
-    try:
-        return (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-    except OSError:
-        return ""
 
 
 class Streams:
@@ -213,7 +176,7 @@ def test_sigterm_leaves_no_process_and_no_shared_memory(demo_workspace: Path) ->
 
 def test_metrics_page_has_every_family_and_its_aliases(server: TritonServer) -> None:
     with Client(server.grpc_url) as client:
-        client.generate(messages=QUESTION, max_tokens=8)
+        client.generate(messages=QUESTION, max_tokens=8, ignore_eos=True)
     for name in (
         "turbotriton_requests_waiting",
         "turbotriton_requests_running",
