@@ -30,6 +30,10 @@ MAX_LOGPROBS = 1024
 MAX_SEED = 2**64 - 1
 
 
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 class FinishReason(enum.Enum):
     """Why a request ended. The value is the text that clients see."""
 
@@ -74,6 +78,9 @@ class SamplingParams:
         def finite(value: float) -> bool:
             return isinstance(value, (int, float)) and math.isfinite(value)
 
+        for name in ("max_new_tokens", "min_new_tokens", "top_k", "seed", "num_logprobs"):
+            may_be_none = name not in ("min_new_tokens", "top_k")
+            check(_is_int(getattr(self, name)) or (may_be_none and getattr(self, name) is None), name, "a whole number")
         check(self.max_new_tokens is None or self.max_new_tokens >= 0, "max_new_tokens", "0 or more")
         check(self.min_new_tokens >= 0, "min_new_tokens", "0 or more")
         if self.max_new_tokens is not None:
@@ -101,6 +108,8 @@ class SamplingParams:
         )
         for name in ("stop_sequences", "bad_sequences"):
             check(all(len(seq) > 0 for seq in getattr(self, name)), name, "sequences of at least one token id")
+            check(all(_is_int(token_id) for seq in getattr(self, name) for token_id in seq), name, "sequences of whole numbers")
+        check(all(_is_int(token_id) for token_id in self.stop_token_ids), "stop_token_ids", "whole numbers")
 
     @property
     def is_greedy(self) -> bool:

@@ -6,6 +6,10 @@ from hypothesis import strategies as st
 from tests.backend.scheduling.fakes import Bench, oracle
 
 from turbotriton.contract.errors import InvalidInputError, UnavailableError
+from turbotriton.contract.ini import RopeConfig
+from turbotriton.contract.wire import GenerateRequest, SamplingParams
+
+DYNAMIC_ROPE = RopeConfig(dim=8, theta=10000.0, scaling_type="dynamic", factor=2.0, max_position_embeddings=16)
 
 
 def test_step_mixes_decodes_and_a_prefill_chunk_under_the_budget_decodes_first() -> None:
@@ -30,6 +34,69 @@ def test_second_prompt_computes_only_after_the_last_full_cached_block() -> None:
     assert plan.joined[0].block_ids[:2] == (0, 1)
     assert (plan.rows[0].start, plan.rows[0].num_tokens) == (8, 2)
     assert bench.deltas[-1].delta.num_cached_tokens == 8
+
+
+def test_requests_of_another_rotary_base_share_no_block() -> None:
+    bench = Bench(num_blocks=16, rope=DYNAMIC_ROPE)
+    bench.add(1, range(10), 1)
+    bench.run()
+    bench.add(2, range(10), 20)  # may grow past max_position_embeddings: its keys are rotated otherwise
+    plan = bench.step()
+    assert plan.rows[0].start == 0
+    assert not {0, 1} & set(plan.joined[0].block_ids)
+    bench.run()
+    assert bench.tokens(2) == oracle(range(10), 20)
+
+
+def test_fully_cached_prompt_still_computes_its_last_block() -> None:
+    bench = Bench()
+    for request_id in (1, 2):
+        bench.add(request_id, range(8), 1)
+        bench.run()
+    assert [(row.start, row.num_tokens, row.samples) for plan in bench.plans for row in plan.rows] == [(0, 8, True), (4, 4, True)]
+    assert bench.tokens(2) == bench.tokens(1) == oracle(range(8), 1)
+
+
+def test_two_running_requests_share_the_full_blocks_of_a_common_prompt() -> None:
+    bench = Bench()
+    bench.add(1, range(9), 8)
+    bench.step()
+    bench.add(2, range(9), 8)
+    plan = bench.step()
+    assert plan.joined[0].block_ids == (0, 1, 3)
+    bench.scheduler.cancel("test", 1)
+    bench.run()
+    assert bench.tokens(2) == oracle(range(9), 8)
+    assert bench.scheduler.blocks.num_free_blocks == 8
+
+
+def test_least_recently_freed_prefix_is_given_away_first() -> None:
+    bench = Bench(num_blocks=4)
+    bench.add(1, [1, 2, 3, 4, 5], 1)  # blocks 0, 1; free afterwards: 2 3 1 0
+    bench.run()
+    bench.add(2, [6, 7, 8, 9, 10], 1)  # blocks 2, 3; free afterwards: 1 0 3 2
+    bench.run()
+    bench.add(3, range(100, 108), 1)  # takes 1 and 0: the first prompt is forgotten, the second is not
+    assert bench.step().joined[0].block_ids == (1, 0)
+    bench.run()
+    bench.add(4, [6, 7, 8, 9, 10], 1)
+    bench.add(5, [1, 2, 3, 4, 5], 1)
+    plan = bench.step()
+    assert [row.start for row in plan.rows] == [4, 0]
+
+
+def test_preempted_request_computes_again_only_what_was_given_away() -> None:
+    bench = Bench(num_blocks=5)
+    bench.add(1, range(7), 8)
+    bench.add(2, range(100, 107), 8)
+    bench.run()
+    again = [(plan.joined[0], plan.rows) for plan in bench.plans[1:] if plan.joined]
+    assert len(again) == bench.scheduler.num_preemptions == 1
+    joined, rows = again[0]
+    assert joined.num_prompt_tokens == 7
+    assert list(joined.token_ids[7:]) == oracle(range(100, 107), 8)[: len(joined.token_ids) - 7]
+    assert [row.start for row in rows if row.slot == joined.slot] == [4]  # the first block was still in the cache
+    assert bench.tokens(2) == oracle(range(100, 107), 8)
 
 
 def test_preempted_request_resumes_with_the_same_tokens() -> None:
@@ -98,6 +165,41 @@ def test_cancel_frees_the_blocks_at_once(steps: int) -> None:
     assert bench.scheduler.cancel("test", 1) is None
 
 
+def test_preempted_request_can_be_cancelled() -> None:
+    bench = Bench(num_blocks=4)
+    bench.add(1, range(7), 8)
+    bench.add(2, range(100, 107), 8)
+    while not bench.scheduler.num_preemptions:
+        bench.step()
+    assert bench.scheduler.num_waiting == 1
+    assert bench.scheduler.cancel("test", 2) is not None
+    assert bench.scheduler.num_waiting == bench.scheduler.num_waiting_tokens == 0
+    bench.run()
+    assert bench.tokens(1) == oracle(range(7), 8)
+    assert bench.scheduler.blocks.num_free_blocks == 4
+
+
+def test_cancelled_requests_do_not_pile_up_behind_one_that_waits() -> None:
+    bench = Bench(max_batch_size=1)
+    bench.add(1, [1], 30)
+    bench.add(2, [2], 1)
+    bench.step()
+    for request_id in range(3, 1003):
+        bench.add(request_id, [3], 1, priority=1)
+        bench.scheduler.cancel("test", request_id)
+    assert len(bench.scheduler._waiting) < 100
+
+
+def test_an_owner_that_is_gone_takes_only_its_own_requests_along() -> None:
+    bench = Bench()
+    bench.add(1, [1], 5)
+    bench.scheduler.add("other", GenerateRequest(2, (2,), SamplingParams(max_new_tokens=5)))
+    bench.step()
+    assert [delta.request_id for _, delta in bench.scheduler.cancel_all("other")] == [2]
+    bench.run()
+    assert bench.tokens(1) == oracle([1], 5)
+
+
 def test_deadline_ends_a_running_and_a_waiting_request() -> None:
     bench = Bench(max_batch_size=1)
     bench.add(1, [1], 20, deadline_ms=100)
@@ -138,7 +240,8 @@ ACTIONS = st.lists(
 @settings(max_examples=60, deadline=None)
 @given(actions=ACTIONS, budget=st.integers(1, 9))
 def test_random_traffic_leaks_no_block_and_ends_every_request_once(actions: list[tuple[str, int, int, int]], budget: int) -> None:
-    bench = Bench(num_blocks=6, budget=budget, max_batch_size=3)
+    """Prompts begin alike often enough for prefix hits; the longer ones get another rotary base. FakeRunner checks each read."""
+    bench = Bench(num_blocks=6, budget=budget, max_batch_size=3, rope=DYNAMIC_ROPE)
     asked: dict[int, tuple[range, int]] = {}
     for kind, a, b, c in actions:
         if kind == "add":
@@ -152,6 +255,7 @@ def test_random_traffic_leaks_no_block_and_ends_every_request_once(actions: list
             bench.step()
     bench.run()
     assert bench.scheduler.blocks.num_free_blocks == 6
+    assert bench.scheduler.num_waiting == bench.scheduler.num_waiting_tokens == 0
     assert not any(bench.scheduler.blocks._ref_counts)
     for request_id, (prompt, count) in asked.items():
         (reason,) = bench.reasons(request_id)
