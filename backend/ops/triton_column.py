@@ -6,8 +6,9 @@ import functools
 from .kernels.paged_decode_attention import paged_decode_attention
 from .kernels.rms_norm import rms_norm
 from .kernels.rotary_store_kv import rotary_store_kv
+from .kernels.silu_and_mul import silu_and_mul
 from .reference.attention import attention
-from .reference.units import lm_head, norm_qkv_rotary_store, output_projection_norm
+from .reference.units import gate_up_silu, lm_head, norm_qkv_rotary_store, output_projection_norm
 from .table import REFERENCE
 
 __all__ = ["TRITON", "UNITS_WITH_REFERENCE_PARTS"]
@@ -17,6 +18,7 @@ TRITON = dataclasses.replace(
     norm_qkv_rotary_store=functools.partial(norm_qkv_rotary_store, rms_norm=rms_norm, rotary_store_kv=rotary_store_kv),
     attention=functools.partial(attention, paged_decode_attention=paged_decode_attention),
     output_projection_norm=functools.partial(output_projection_norm, rms_norm=rms_norm),
+    gate_up_silu=functools.partial(gate_up_silu, silu_and_mul=silu_and_mul),
     lm_head=functools.partial(lm_head, rms_norm=rms_norm),
 )
 

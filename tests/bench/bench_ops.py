@@ -20,9 +20,10 @@ from turbotriton.backend.ops.kernels import paged_decode_attention as attention_
 from turbotriton.backend.ops.kernels.paged_decode_attention import paged_decode_attention
 from turbotriton.backend.ops.kernels.rms_norm import rms_norm
 from turbotriton.backend.ops.kernels.rotary_store_kv import rotary_store_kv
+from turbotriton.backend.ops.kernels.silu_and_mul import silu_and_mul
 
 DTYPE = torch.bfloat16
-NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, HIDDEN = 32, 8, 128, 64, 4096  # Llama 3 8B
+NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, HIDDEN, INTER = 32, 8, 128, 64, 4096, 14336  # Llama 3 8B
 EXCEED_L2_BYTES = 256 << 20
 NUM_SAMPLES = 20
 
@@ -112,6 +113,19 @@ def rotary_case(num_tokens: int) -> Case:
     return Case("rotary_store_kv", f"{num_tokens} x {NUM_HEADS}+2*{NUM_KV_HEADS} x {HEAD_DIM}", num_bytes, make)
 
 
+def silu_case(num_tokens: int) -> Case:
+    def make():
+        x = randn(num_tokens, 2 * INTER)
+
+        def by_torch():
+            gate, up = x.chunk(2, dim=-1)
+            return torch.nn.functional.silu(gate) * up
+
+        return lambda: silu_and_mul(x), by_torch
+
+    return Case("silu_and_mul", f"{num_tokens} x 2*{INTER}", 3 * num_tokens * INTER * DTYPE.itemsize, make)
+
+
 def attention_case(batch: int, context_len: int) -> Case:
     max_blocks = context_len // BLOCK_SIZE
 
@@ -135,6 +149,7 @@ def attention_case(batch: int, context_len: int) -> Case:
 CASES = [
     *(norm_case(num_tokens) for num_tokens in (1, 64, 8192)),
     *(rotary_case(num_tokens) for num_tokens in (1, 64, 8192)),
+    *(silu_case(num_tokens) for num_tokens in (1, 64, 8192)),
     *(attention_case(*shape) for shape in ((1, 1024), (1, 32768), (8, 4096), (64, 1024), (64, 8192), (256, 2048))),
 ]
 

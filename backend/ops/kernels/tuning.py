@@ -12,11 +12,13 @@ __all__ = [
     "DecodeAttentionConfig",
     "RmsNormConfig",
     "RotaryConfig",
+    "SiluAndMulConfig",
     "ceil_div",
     "decode_attention_config",
     "next_power_of_2",
     "rms_norm_config",
     "rotary_config",
+    "silu_and_mul_config",
 ]
 
 MAX_HIDDEN = 32768  # one row in the registers of 16 warps: 64 fp32 values a thread
@@ -49,6 +51,13 @@ class RotaryConfig:
     block_h: int  # heads a program
     block_half: int  # rotary_dim / 2, padded
     block_rest: int  # head_dim - rotary_dim, padded; 0 when the whole head turns
+    num_warps: int
+
+
+@dataclass(frozen=True, slots=True)
+class SiluAndMulConfig:
+    block_m: int  # rows a program
+    block_n: int  # columns of y a program
     num_warps: int
 
 
@@ -99,6 +108,12 @@ def rotary_config(num_heads: int, num_kv_heads: int, head_dim: int, rotary_dim: 
     rest = head_dim - rotary_dim
     num_warps = _clamp(block_h * next_power_of_2(head_dim) // 512, 1, 8)
     return RotaryConfig(block_h, next_power_of_2(rotary_dim // 2), next_power_of_2(rest) if rest else 0, num_warps)
+
+
+def silu_and_mul_config(inter: int) -> SiluAndMulConfig:
+    """1024 elements, 8 a thread: one 16-byte load of 2-byte elements from each half. Common sizes of `inter` are multiples of it."""
+    block_n = _clamp(next_power_of_2(inter), 1, 1024)
+    return SiluAndMulConfig(1024 // block_n, block_n, num_warps=4)
 
 
 def decode_attention_config(

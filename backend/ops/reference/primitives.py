@@ -1,11 +1,11 @@
-"""The three small ops that have kernels, as plain torch. Fused units are built from these or from the kernels of the same names.
+"""The small ops that have kernels, as plain torch. Fused units are built from these or from the kernels of the same names.
 
 Same signatures as the launchers in `ops/kernels/`. Slow and obvious on purpose: they define what the kernels must give.
 """
 
 import torch
 
-__all__ = ["paged_decode_attention", "rms_norm", "rotary_store_kv"]
+__all__ = ["paged_decode_attention", "rms_norm", "rotary_store_kv", "silu_and_mul"]
 
 
 def rms_norm(
@@ -69,6 +69,19 @@ def rotary_store_kv(
     k_cache[block, :, offset] = k
     v_cache[block, :, offset] = v
     return q.to(qkv.dtype)
+
+
+def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+    """SiLU of the gate times the up projection (Shazeer 2020, arXiv:2002.05202).
+
+    x: [num_tokens, 2 inter], fp16|bf16|fp32, columns [gate | up]
+
+        y = gate / (1 + exp(-gate)) * up      in fp32, rounded once
+
+    Returns y: [num_tokens, inter] in x's dtype. num_tokens may be 0.
+    """
+    gate, up = x.float().chunk(2, dim=-1)
+    return (torch.nn.functional.silu(gate) * up).to(x.dtype)
 
 
 def paged_decode_attention(

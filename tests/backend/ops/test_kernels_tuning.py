@@ -11,6 +11,7 @@ from turbotriton.backend.ops.kernels.tuning import (
     next_power_of_2,
     rms_norm_config,
     rotary_config,
+    silu_and_mul_config,
 )
 
 H200_SMS = 132
@@ -37,6 +38,13 @@ def test_rotary_blocks_cover_half_and_rest():
             assert config.block_rest >= head_dim - rotary_dim
             assert (config.block_rest == 0) == (rotary_dim == head_dim)
             assert config.block_h * next_power_of_2(head_dim) <= 4096
+
+
+@pytest.mark.parametrize("inter", [1, 33, 1000, 8192, 14336, 28672])
+def test_a_silu_tile_is_1024_elements_and_no_wider_than_the_row_padded(inter):
+    config = silu_and_mul_config(inter)
+    assert config.block_m * config.block_n == 1024
+    assert config.block_n <= next_power_of_2(inter)
 
 
 def test_attention_tiles_do_not_change_with_batch_or_length():
