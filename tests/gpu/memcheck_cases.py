@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from turbotriton.backend.ops.kernels.paged_decode_attention import paged_decode_attention
+from turbotriton.backend.ops.kernels.paged_prefill_attention import paged_prefill_attention
 from turbotriton.backend.ops.kernels.rms_norm import rms_norm
 from turbotriton.backend.ops.kernels.rotary_store_kv import rotary_store_kv
 from turbotriton.backend.ops.kernels.silu_and_mul import silu_and_mul
@@ -42,6 +43,12 @@ def launch_all() -> None:
             tables = torch.randperm(96, device="cuda").view(4, 24).int()
             tables[1:, 20:] = 1 << 30  # must not be followed
             paged_decode_attention(zeros(4, num_heads, head_dim), k_cache, v_cache, tables, lens, 0.1, window)
+            bounds = torch.tensor(
+                [0, block_size * 5, block_size * 5, block_size * 5 + 1, block_size * 5 + 41], device="cuda"
+            ).int()
+            lens[1] = 0
+            q = zeros(block_size * 5 + 41, num_heads, head_dim)
+            paged_prefill_attention(q, k_cache, v_cache, tables, lens, bounds, 0.1, window)
     torch.cuda.synchronize()
 
 
