@@ -65,6 +65,7 @@ class AttentionBatch:
     context_lens: [num_rows], int32: keys that the row's last token may see, itself included
     num_decodes:  rows [0, num_decodes) have one query token each
     max_decode_context: largest context_lens entry of those rows, 0 when there is none
+    cu_seqlens_q: [num_rows - num_decodes + 1], int32: query tokens of the remaining rows before each of them, and of all
     prefills:     (num_query_tokens, context_len) of each remaining row; its queries are the last positions of its context
     """
 
@@ -76,6 +77,7 @@ class AttentionBatch:
     context_lens: torch.Tensor
     num_decodes: int
     max_decode_context: int
+    cu_seqlens_q: torch.Tensor
     prefills: tuple[tuple[int, int], ...]
 
 

@@ -89,11 +89,14 @@ class SlotState:
         place = {index: at for at, index in enumerate(order)}
         sampled = np.array([place[i] for i, row in enumerate(rows) if row.samples], np.int64)
         sampled_tokens = ends[sampled] - 1
-        sizes = [token_slots.size, positions.size, slots.size, contexts.size, sampled_tokens.size]
-        packed = torch.from_numpy(np.concatenate((token_slots, positions, slots, contexts, sampled_tokens))).to(self._device)
-        device_slots, device_positions, row_slots, row_contexts, device_sampled = torch.split(packed, sizes)
         num_decodes = int((lens == 1).sum())
-        batch = self._attention_batch(device_slots, device_positions, row_slots, row_contexts, contexts, lens, num_decodes)
+        cu_seqlens = np.concatenate(([0], ends[num_decodes:] - num_decodes))
+        parts = (token_slots, positions, slots, contexts, cu_seqlens, sampled_tokens)
+        packed = torch.from_numpy(np.concatenate(parts)).to(self._device)
+        split = torch.split(packed, [part.size for part in parts])
+        device_slots, device_positions, row_slots, row_contexts, device_cu_seqlens, device_sampled = split
+        device_rows = (row_slots, row_contexts, device_cu_seqlens)
+        batch = self._attention_batch(device_slots, device_positions, device_rows, contexts, lens, num_decodes)
         return StepInputs(
             token_ids=self._token_ids[device_slots, device_positions].long(),
             batch=batch,
@@ -106,12 +109,12 @@ class SlotState:
         self,
         token_slots: torch.Tensor,
         positions: torch.Tensor,
-        row_slots: torch.Tensor,
-        row_contexts: torch.Tensor,
+        device_rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         contexts: I64,
         lens: I64,
         num_decodes: int,
     ) -> AttentionBatch:
+        row_slots, row_contexts, cu_seqlens = device_rows
         cos, sin = cos_sin(self._inverse[token_slots], positions, self._rope_factor)
         blocks = self._block_tables[token_slots, positions // self._block_size].long()
         max_blocks = -(-int(contexts.max()) // self._block_size)
@@ -125,5 +128,6 @@ class SlotState:
             context_lens=row_contexts.int(),
             num_decodes=num_decodes,
             max_decode_context=int(contexts[:num_decodes].max()) if num_decodes else 0,
+            cu_seqlens_q=cu_seqlens.int(),
             prefills=tuple(zip(lens[num_decodes:].tolist(), contexts[num_decodes:].tolist(), strict=True)),
         )

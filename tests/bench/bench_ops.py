@@ -1,12 +1,14 @@
-"""Speed of each kernel: GB/s against a measured copy and against plain torch. python tests/bench/bench_ops.py [--sweep]
+"""Speed of each kernel against a measured copy or GEMM and against plain torch. python tests/bench/bench_ops.py [--sweep]
 
 Method: the calls are captured in a CUDA graph, one after the other over copies of the inputs that together exceed the L2 cache
 (256 MiB, at most 64 copies), and the graph is replayed; a sample is one replay divided by its calls. GB/s counts the bytes that
-the formula must read and write, nothing that an implementation adds.
+the formula must read and write, nothing that an implementation adds. Prefill attention is bound by arithmetic: its TFLOP/s count two
+products over the keys that each query sees, and stand against a GEMM of 8192^3.
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
 import statistics
 import subprocess
@@ -15,14 +17,18 @@ from pathlib import Path
 
 import torch
 import triton
+from torch.nn.attention.bias import causal_lower_right
 
 from turbotriton.backend.ops.kernels import paged_decode_attention as attention_module
 from turbotriton.backend.ops.kernels.paged_decode_attention import paged_decode_attention
+from turbotriton.backend.ops.kernels import paged_prefill_attention as prefill_module
+from turbotriton.backend.ops.kernels.paged_prefill_attention import paged_prefill_attention
 from turbotriton.backend.ops.kernels.rms_norm import rms_norm
 from turbotriton.backend.ops.kernels.rotary_store_kv import rotary_store_kv
+from turbotriton.backend.ops.kernels.silu_and_mul import silu_and_mul
 
 DTYPE = torch.bfloat16
-NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, HIDDEN = 32, 8, 128, 64, 4096  # Llama 3 8B
+NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, HIDDEN, INTER = 32, 8, 128, 64, 4096, 14336  # Llama 3 8B
 EXCEED_L2_BYTES = 256 << 20
 NUM_SAMPLES = 20
 
@@ -35,6 +41,7 @@ class Case:
     shape: str
     num_bytes: int
     make: Callable[[], tuple[Callable[[], object], Callable[[], object]]]
+    num_flops: int = 0  # 0: bound by bytes
 
 
 def sample_us(calls: list[Callable[[], object]]) -> list[float]:
@@ -68,6 +75,11 @@ def copy_gb_per_s() -> float:
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.numel() / statistics.median(sample_us([lambda: target.copy_(source)])) / 1e3
+
+
+def gemm_tflop_per_s() -> float:
+    a, b = randn(8192, 8192), randn(8192, 8192)
+    return 2 * 8192**3 / statistics.median(sample_us([lambda: torch.mm(a, b)])) / 1e6
 
 
 def randn(*shape: int) -> torch.Tensor:
@@ -112,6 +124,19 @@ def rotary_case(num_tokens: int) -> Case:
     return Case("rotary_store_kv", f"{num_tokens} x {NUM_HEADS}+2*{NUM_KV_HEADS} x {HEAD_DIM}", num_bytes, make)
 
 
+def silu_case(num_tokens: int) -> Case:
+    def make():
+        x = randn(num_tokens, 2 * INTER)
+
+        def by_torch():
+            gate, up = x.chunk(2, dim=-1)
+            return torch.nn.functional.silu(gate) * up
+
+        return lambda: silu_and_mul(x), by_torch
+
+    return Case("silu_and_mul", f"{num_tokens} x 2*{INTER}", 3 * num_tokens * INTER * DTYPE.itemsize, make)
+
+
 def attention_case(batch: int, context_len: int) -> Case:
     max_blocks = context_len // BLOCK_SIZE
 
@@ -132,20 +157,67 @@ def attention_case(batch: int, context_len: int) -> Case:
     return Case("paged_decode_attention", f"{batch} x {context_len} keys", num_bytes, make)
 
 
+def prefill_case(shape: str, *rows: tuple[int, int]) -> Case:
+    """rows: (queries, context) of each."""
+    num_tokens = sum(queries for queries, _ in rows)
+    max_blocks = max(-(-context // BLOCK_SIZE) for _, context in rows)
+
+    def make():
+        q = randn(num_tokens, NUM_HEADS, HEAD_DIM)
+        k_cache, v_cache = (randn(len(rows) * max_blocks, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM) for _ in "kv")
+        tables = torch.randperm(len(rows) * max_blocks, device="cuda").view(len(rows), max_blocks).int()
+        lens = torch.tensor([context for _, context in rows], device="cuda").int()
+        bounds = [0, *itertools.accumulate(queries for queries, _ in rows)]
+        starts = torch.tensor(bounds, device="cuda").int()
+        # torch's gets contiguous tensors, one call a row: it pays for no paging
+        separate = [
+            (randn(1, NUM_HEADS, queries, HEAD_DIM), *(randn(1, NUM_KV_HEADS, context, HEAD_DIM) for _ in "kv"))
+            for queries, context in rows
+        ]
+
+        def by_torch():
+            return [
+                torch.nn.functional.scaled_dot_product_attention(
+                    *tensors, attn_mask=causal_lower_right(queries, context), enable_gqa=True
+                )
+                for tensors, (queries, context) in zip(separate, rows, strict=True)
+            ]
+
+        return lambda: paged_prefill_attention(q, k_cache, v_cache, tables, lens, starts, HEAD_DIM**-0.5), by_torch
+
+    num_bytes = 2 * sum(context * NUM_KV_HEADS + queries * NUM_HEADS for queries, context in rows) * HEAD_DIM * DTYPE.itemsize
+    pairs = sum(queries * (context - queries) + queries * (queries + 1) // 2 for queries, context in rows)
+    return Case("paged_prefill_attention", shape, num_bytes, make, num_flops=4 * HEAD_DIM * NUM_HEADS * pairs)
+
+
+PREFILL_CASES = [
+    prefill_case("1 x 512", (512, 512)),
+    prefill_case("2 x 4096", (4096, 4096), (4096, 4096)),
+    prefill_case("1 x 32768", (32768, 32768)),
+    prefill_case("2048 after 30720", (2048, 32768)),
+    prefill_case("16 of 64 to 1024", *((64 + 64 * index, 64 + 64 * index) for index in range(16))),
+]
 CASES = [
     *(norm_case(num_tokens) for num_tokens in (1, 64, 8192)),
     *(rotary_case(num_tokens) for num_tokens in (1, 64, 8192)),
+    *(silu_case(num_tokens) for num_tokens in (1, 64, 8192)),
     *(attention_case(*shape) for shape in ((1, 1024), (1, 32768), (8, 4096), (64, 1024), (64, 8192), (256, 2048))),
+    *PREFILL_CASES,
 ]
 
 
-def measure(case: Case, ceiling: float) -> dict[str, object]:
+def measure(case: Case, copy_rate: float, gemm_rate: float) -> dict[str, object]:
     num_copies = max(1, min(64, -(-EXCEED_L2_BYTES // case.num_bytes)))
     pairs = [case.make() for _ in range(num_copies)]
     ours, torchs = sample_us([pair[0] for pair in pairs]), sample_us([pair[1] for pair in pairs])
     p20, p50, p80 = (percentile(ours, share) for share in (0.2, 0.5, 0.8))
-    rate = case.num_bytes / p50 / 1e3
-    times = {"p20_us": p20, "p50_us": p50, "p80_us": p80, "gb_per_s": rate, "share_of_copy": rate / ceiling}
+    times = {"p20_us": p20, "p50_us": p50, "p80_us": p80}
+    if case.num_flops:
+        rate = case.num_flops / p50 / 1e6
+        times |= {"tflop_per_s": rate, "share_of_gemm": rate / gemm_rate}
+    else:
+        rate = case.num_bytes / p50 / 1e3
+        times |= {"gb_per_s": rate, "share_of_copy": rate / copy_rate}
     return {"op": case.op, "shape": case.shape} | {
         name: round(value, 3) for name, value in (times | {"torch_p50_us": percentile(torchs, 0.5)}).items()
     }
@@ -190,6 +262,25 @@ def sweep() -> None:
     attention_module.decode_attention_config = chosen
 
 
+def sweep_prefill() -> None:
+    """Prefill tiles against each other, as `sweep` does for decode."""
+    chosen = prefill_module.prefill_attention_config
+    cases = [PREFILL_CASES[index] for index in (1, 3, 4)]
+    calls = [[case.make()[0]] for case in cases]
+    print(f"\nsweep, TFLOP/s: {'block_m block_n stages warps':34}" + "".join(f"{case.shape:>18}" for case in cases))
+    for block_m, block_n, num_stages, num_warps in itertools.product((64, 128), (32, 64, 128), (3, 4, 5), (4, 8)):
+        tile = {"block_m": block_m, "block_n": block_n, "num_stages": num_stages, "num_warps": num_warps}
+        prefill_module.prefill_attention_config = lambda *shape, tile=tile: dataclasses.replace(chosen(*shape), **tile)
+        label = f"{block_m:>23} {block_n:>7} {num_stages:>6} {num_warps:>5}"
+        try:
+            rates = [case.num_flops / statistics.median(sample_us(call)) / 1e6 for case, call in zip(cases, calls, strict=True)]
+        except triton.runtime.errors.OutOfResources as error:
+            print(f"{label} {error}")
+            continue
+        print(f"{label:50}" + "".join(f"{rate:18.0f}" for rate in rates), flush=True)
+    prefill_module.prefill_attention_config = chosen
+
+
 def commit() -> str:
     root = Path(__file__).resolve().parents[2]
     result = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
@@ -198,29 +289,33 @@ def commit() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sweep", action="store_true", help="also time attention tiles and splits against each other")
+    parser.add_argument("--sweep", action="store_true", help="also time attention tiles and splits against each other; minutes")
     arguments = parser.parse_args()
-    ceiling = copy_gb_per_s()
-    print(f"{torch.cuda.get_device_name()}, copy {ceiling:.0f} GB/s, {DTYPE}")
-    print(f"{'op':24}{'shape':>22}{'p50 us':>10}{'GB/s':>8}{'of copy':>9}{'torch us':>10}{'speed-up':>10}")
+    copy_rate, gemm_rate = copy_gb_per_s(), gemm_tflop_per_s()
+    print(f"{torch.cuda.get_device_name()}, copy {copy_rate:.0f} GB/s, GEMM {gemm_rate:.0f} TFLOP/s, {DTYPE}")
+    print(f"{'op':24}{'shape':>22}{'p50 us':>10}{'GB/s':>8}{'TFLOP/s':>8}{'of limit':>9}{'torch us':>10}{'speed-up':>10}")
     rows = []
     for case in CASES:
-        row = measure(case, ceiling)
+        row = measure(case, copy_rate, gemm_rate)
         rows.append(row)
         print(
-            f"{row['op']:24}{row['shape']:>22}{row['p50_us']:10.1f}{row['gb_per_s']:8.0f}{row['share_of_copy']:9.0%}"
-            f"{row['torch_p50_us']:10.1f}{row['torch_p50_us'] / row['p50_us']:10.2f}",
+            f"{row['op']:24}{row['shape']:>22}{row['p50_us']:10.1f}"
+            + (f"{row['gb_per_s']:8.0f}{'':8}{row['share_of_copy']:9.0%}" if "gb_per_s" in row else "")
+            + (f"{'':8}{row['tflop_per_s']:8.0f}{row['share_of_gemm']:9.0%}" if "tflop_per_s" in row else "")
+            + f"{row['torch_p50_us']:10.1f}{row['torch_p50_us'] / row['p50_us']:10.2f}",
             flush=True,
         )
         torch.cuda.empty_cache()
     if arguments.sweep:
         sweep()
+        sweep_prefill()
     versions = {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda}
     device = torch.cuda.get_device_name()
     document = {
         "bench": "ops",
         "gpu": device,
-        "copy_gb_per_s": round(ceiling),
+        "copy_gb_per_s": round(copy_rate),
+        "gemm_tflop_per_s": round(gemm_rate),
         "dtype": str(DTYPE),
         "commit": commit(),
     } | versions

@@ -10,8 +10,10 @@ import triton
 import triton.language as tl
 
 from turbotriton.backend.ops.kernels.paged_decode_attention import paged_decode_attention
+from turbotriton.backend.ops.kernels.paged_prefill_attention import paged_prefill_attention
 from turbotriton.backend.ops.kernels.rms_norm import rms_norm
 from turbotriton.backend.ops.kernels.rotary_store_kv import rotary_store_kv
+from turbotriton.backend.ops.kernels.silu_and_mul import silu_and_mul
 
 
 @triton.jit
@@ -27,6 +29,8 @@ def launch_all() -> None:
 
         for num_tokens, hidden in ((3, 72), (17, 1000), (5, 4096)):
             rms_norm(zeros(num_tokens, hidden), zeros(hidden), 1e-5, zeros(num_tokens, hidden))
+        for num_tokens, inter in ((7, 33), (3, 1025), (2, 8192)):
+            silu_and_mul(zeros(num_tokens, 2 * inter))
         for num_tokens, num_heads, num_kv_heads, head_dim, rotary_dim in ((7, 6, 3, 40, 24), (3, 32, 8, 128, 128)):
             qkv, angle = zeros(num_tokens, (num_heads + 2 * num_kv_heads) * head_dim), zeros(num_tokens, rotary_dim // 2).float()
             k_cache, v_cache = zeros(2, num_kv_heads, 5, head_dim), zeros(2, num_kv_heads, 5, head_dim)
@@ -39,6 +43,12 @@ def launch_all() -> None:
             tables = torch.randperm(96, device="cuda").view(4, 24).int()
             tables[1:, 20:] = 1 << 30  # must not be followed
             paged_decode_attention(zeros(4, num_heads, head_dim), k_cache, v_cache, tables, lens, 0.1, window)
+            bounds = torch.tensor(
+                [0, block_size * 5, block_size * 5, block_size * 5 + 1, block_size * 5 + 41], device="cuda"
+            ).int()
+            lens[1] = 0
+            q = zeros(block_size * 5 + 41, num_heads, head_dim)
+            paged_prefill_attention(q, k_cache, v_cache, tables, lens, bounds, 0.1, window)
     torch.cuda.synchronize()
 
 

@@ -1,4 +1,4 @@
-"""Tile choice for every kernel: pure functions of shapes and the device's size. No measurement at run time, no state.
+"""Tile choice for every kernel: pure functions of shapes and the device's size and kind. No measurement at run time, no state.
 
 A tile never depends on num_tokens or on context lengths, so a kernel compiles once a model and dtype (twice for attention: one
 split, several splits) and never on the request path. Only the number of splits follows the batch, as an ordinary argument.
@@ -10,13 +10,17 @@ from turbotriton.contract.errors import ConfigError
 
 __all__ = [
     "DecodeAttentionConfig",
+    "PrefillAttentionConfig",
     "RmsNormConfig",
     "RotaryConfig",
+    "SiluAndMulConfig",
     "ceil_div",
     "decode_attention_config",
     "next_power_of_2",
+    "prefill_attention_config",
     "rms_norm_config",
     "rotary_config",
+    "silu_and_mul_config",
 ]
 
 MAX_HIDDEN = 32768  # one row in the registers of 16 warps: 64 fp32 values a thread
@@ -31,6 +35,8 @@ NUM_STAGES = 5
 # tl.dot of fp32 runs without tensor cores, from registers: longer tiles spilled (376 bytes a thread at head_dim 128, 32 keys).
 FP32_BLOCK_N = 16
 FP32_NUM_STAGES = 3
+# Prefill's block table takes a stage too: two tiles each of K and V, 96 KiB of shared memory with q at most.
+PREFILL_NUM_STAGES = 3
 # A split shorter than this costs more in the reduction than it wins in parallelism.
 MIN_SPLIT_TOKENS = 256
 MAX_SPLITS = 256
@@ -53,12 +59,28 @@ class RotaryConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class SiluAndMulConfig:
+    block_m: int  # rows a program
+    block_n: int  # columns of y a program
+    num_warps: int
+
+
+@dataclass(frozen=True, slots=True)
 class DecodeAttentionConfig:
     block_g: int  # query heads of one kv head, padded
     block_n: int  # keys a tile
     block_d: int  # head_dim, padded
     num_splits: int
     min_split_tokens: int  # a multiple of block_n
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillAttentionConfig:
+    block_m: int  # rows of a tile: queries times the query heads of one kv head
+    block_n: int  # keys a tile
+    block_d: int  # head_dim, padded
     num_warps: int
     num_stages: int
 
@@ -101,6 +123,12 @@ def rotary_config(num_heads: int, num_kv_heads: int, head_dim: int, rotary_dim: 
     return RotaryConfig(block_h, next_power_of_2(rotary_dim // 2), next_power_of_2(rest) if rest else 0, num_warps)
 
 
+def silu_and_mul_config(inter: int) -> SiluAndMulConfig:
+    """1024 elements, 8 a thread: one 16-byte load of 2-byte elements from each half. Common sizes of `inter` are multiples of it."""
+    block_n = _clamp(next_power_of_2(inter), 1, 1024)
+    return SiluAndMulConfig(1024 // block_n, block_n, num_warps=4)
+
+
 def decode_attention_config(
     batch: int, num_kv_heads: int, group_size: int, head_dim: int, element_bytes: int, max_context: int, num_sms: int
 ) -> DecodeAttentionConfig:
@@ -121,3 +149,30 @@ def decode_attention_config(
     num_splits = _clamp(wanted, 1, min(MAX_SPLITS, max(ceil_div(max_context, MIN_SPLIT_TOKENS), 1)))
     num_stages = FP32_NUM_STAGES if is_fp32 else NUM_STAGES
     return DecodeAttentionConfig(block_g, block_n, block_d, num_splits, MIN_SPLIT_TOKENS, num_warps=4, num_stages=num_stages)
+
+
+def prefill_attention_config(
+    group_size: int, head_dim: int, element_bytes: int, compute_capability: int
+) -> PrefillAttentionConfig:
+    """From sm_90 on: 128 rows on eight warps, two groups of four as Hopper's matrix instruction wants them. Before: fragments of
+    every operand live in registers, and 64 keys spilled (64 bytes a thread at head_dim 128). Past head_dim 128 eight warps share
+    64 rows; four spilled on every chip. All without measurements of speed.
+
+    compute_capability: 10 * major + minor.
+    """
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        raise ConfigError(
+            f"head_dim {head_dim} is outside [1, {MAX_HEAD_DIM}], what the attention kernel takes: run on the reference ops"
+        )
+    block_d = max(16, next_power_of_2(head_dim))
+    if element_bytes == 4:
+        block_m, block_n, num_warps = 32, FP32_BLOCK_N, 4 if block_d <= 128 else 8
+    elif block_d > 128:
+        block_m, block_n, num_warps = 64, 32, 8
+    elif compute_capability >= 90:
+        block_m, block_n, num_warps = 128, 64, 8
+    else:
+        block_m, block_n, num_warps = 64, 32, 4
+    return PrefillAttentionConfig(
+        max(block_m, next_power_of_2(group_size)), block_n, block_d, num_warps, num_stages=PREFILL_NUM_STAGES
+    )

@@ -1,11 +1,14 @@
-"""The three small ops that have kernels, as plain torch. Fused units are built from these or from the kernels of the same names.
+"""The small ops that have kernels, as plain torch. Fused units are built from these or from the kernels of the same names.
 
 Same signatures as the launchers in `ops/kernels/`. Slow and obvious on purpose: they define what the kernels must give.
 """
 
 import torch
 
-__all__ = ["paged_decode_attention", "rms_norm", "rotary_store_kv"]
+__all__ = ["paged_decode_attention", "paged_prefill_attention", "rms_norm", "rotary_store_kv", "silu_and_mul"]
+
+#: Prefill scores held at once (fp32 elements): 256 MiB, so that a long chunk over a long context fits beside the KV cache.
+MAX_SCORES = 2**26
 
 
 def rms_norm(
@@ -71,6 +74,19 @@ def rotary_store_kv(
     return q.to(qkv.dtype)
 
 
+def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+    """SiLU of the gate times the up projection (Shazeer 2020, arXiv:2002.05202).
+
+    x: [num_tokens, 2 inter], fp16|bf16|fp32, columns [gate | up]
+
+        y = gate / (1 + exp(-gate)) * up      in fp32, rounded once
+
+    Returns y: [num_tokens, inter] in x's dtype. num_tokens may be 0.
+    """
+    gate, up = x.float().chunk(2, dim=-1)
+    return (torch.nn.functional.silu(gate) * up).to(x.dtype)
+
+
 def paged_decode_attention(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -107,3 +123,67 @@ def paged_decode_attention(
     weights = torch.softmax(scores.masked_fill(hidden[:, None], float("-inf")), dim=-1)
     out = weights @ values  # [num_kv_heads, batch, group, head_dim]
     return out.transpose(0, 1).reshape(batch, num_heads, head_dim).to(q.dtype)
+
+
+def paged_prefill_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    scale: float,
+    sliding_window: int = 0,
+) -> torch.Tensor:
+    """Causal attention of each row's last positions over all its paged keys; grouped heads (Ainslie et al., arXiv:2305.13245).
+
+    q: [num_tokens, num_heads, head_dim], fp16|bf16|fp32; head h reads kv head h // (num_heads / num_kv_heads)
+    k_cache, v_cache: [num_blocks, num_kv_heads, block_size, head_dim]
+    block_tables: [num_rows, max_blocks], int32; entries past the context are any valid block
+    context_lens: [num_rows], int32: keys of each row, its queries included
+    cu_seqlens_q: [num_rows + 1], int32: row i's queries are q[cu_seqlens_q[i] : cu_seqlens_q[i + 1]]; from 0 to num_tokens
+    scale: > 0      sliding_window: keys that a query sees, itself included; 0: all
+
+    The query at position p sees keys max(0, p + 1 - window) <= key <= p. Scores, softmax and sum in fp32, rounded once.
+    Returns [num_tokens, num_heads, head_dim] in q's dtype. num_tokens may be 0.
+    """
+    out = torch.empty_like(q)
+    bounds = cu_seqlens_q.tolist()
+    for row, context_len in enumerate(context_lens.tolist()):
+        queries = slice(bounds[row], bounds[row + 1])
+        table = block_tables[row, : -(-context_len // k_cache.shape[2])]
+        out[queries] = _attend_row(q[queries], k_cache, v_cache, table, context_len, scale, sliding_window)
+    return out
+
+
+def _attend_row(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    context_len: int,
+    scale: float,
+    sliding_window: int,
+) -> torch.Tensor:
+    """One row of the above. q: [num_queries, num_heads, head_dim]; block_table: [blocks of the context]."""
+    num_queries, num_heads, head_dim = q.shape
+    num_kv_heads = k_cache.shape[1]
+    table = block_table.long()
+    keys = k_cache.transpose(0, 1)[:, None, table].flatten(2, 3).float()  # [num_kv_heads, 1, >= context_len, head_dim]
+    values = v_cache.transpose(0, 1)[:, None, table].flatten(2, 3).float()
+    queries = q.view(num_queries, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)  # [num_kv_heads, group, num_queries, head_dim]
+    position = torch.arange(context_len, device=q.device)
+    out = torch.empty_like(q)
+    tile = max(1, MAX_SCORES // (num_heads * context_len))
+    for begin in range(0, num_queries, tile):
+        end = min(begin + tile, num_queries)
+        seen = context_len - num_queries + end  # keys up to the tile's last query
+        at = position[context_len - num_queries + begin : seen, None]
+        hidden = position[:seen] > at  # [tile, seen]
+        if sliding_window > 0:
+            hidden = hidden | (position[:seen] <= at - sliding_window)
+        scores = (queries[:, :, begin:end].float() @ keys[:, :, :seen].transpose(-1, -2)) * scale
+        weights = torch.softmax(scores.masked_fill_(hidden, float("-inf")), dim=-1)
+        part = weights @ values[:, :, :seen]  # [num_kv_heads, group, tile, head_dim]
+        out[begin:end] = part.permute(2, 0, 1, 3).reshape(end - begin, num_heads, head_dim)
+    return out

@@ -10,11 +10,13 @@ import torch
 from ..operands import AttentionBatch, LinearWeight, NormWeight, QkvWeights
 from .primitives import rms_norm as reference_rms_norm
 from .primitives import rotary_store_kv as reference_rotary_store_kv
+from .primitives import silu_and_mul as reference_silu_and_mul
 
 __all__ = ["down_projection", "embed", "gate_up_silu", "linear", "lm_head", "norm_qkv_rotary_store", "output_projection_norm"]
 
 RmsNorm = Callable[[torch.Tensor, torch.Tensor, float, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
 RotaryStoreKv = Callable[..., torch.Tensor]
+SiluAndMul = Callable[[torch.Tensor], torch.Tensor]
 
 
 def linear(x: torch.Tensor, weight: LinearWeight) -> torch.Tensor:
@@ -65,9 +67,8 @@ def output_projection_norm(
     return rms_norm(linear(attended.flatten(1), weight), norm.weight, norm.eps, residual)
 
 
-def gate_up_silu(x: torch.Tensor, weight: LinearWeight) -> torch.Tensor:
-    gate, up = linear(x, weight).chunk(2, dim=-1)  # [num_tokens, inter_size] each
-    return torch.nn.functional.silu(gate) * up
+def gate_up_silu(x: torch.Tensor, weight: LinearWeight, *, silu_and_mul: SiluAndMul = reference_silu_and_mul) -> torch.Tensor:
+    return silu_and_mul(linear(x, weight))
 
 
 def down_projection(x: torch.Tensor, weight: LinearWeight) -> torch.Tensor:

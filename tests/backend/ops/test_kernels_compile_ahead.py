@@ -17,6 +17,7 @@ from triton.compiler import ASTSource
 
 SMALLEST_SHARED_LIMIT_BYTES = 101376  # sm_86 and sm_89: 99 KiB a program; sm_80 has 163 KiB, sm_90 and sm_100 227 KiB
 PACKAGE = "turbotriton.backend.ops.kernels"
+MODULES = ("rms_norm", "rotary_store_kv", "silu_and_mul", "paged_decode_attention", "paged_prefill_attention")
 POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32"}
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 
@@ -59,28 +60,33 @@ def source_of(kernel, arguments):
 def launches(monkeypatch):
     assert os.environ.get("TRITON_INTERPRET", "0") == "0", "TRITON_INTERPRET turns kernels into functions that cannot be compiled"
     recorded = []
-    for name in ("rms_norm", "rotary_store_kv", "paged_decode_attention"):
+    for name in MODULES:
         module = importlib.import_module(f"{PACKAGE}.{name}")
         for attribute in [attribute for attribute in vars(module) if attribute.endswith("_kernel")]:
             monkeypatch.setattr(module, attribute, Recorder(getattr(module, attribute), recorded))
     return recorded
 
 
-def launch_all(monkeypatch, dtype, head_dim, num_heads=32, num_kv_heads=8, hidden=4096):
+def launch_all(monkeypatch, capability, dtype, head_dim, num_heads=32, num_kv_heads=8, hidden=4096):
     def empty(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype)
 
-    rms_norm, rotary_store_kv, attention = (
-        importlib.import_module(f"{PACKAGE}.{name}") for name in ("rms_norm", "rotary_store_kv", "paged_decode_attention")
+    rms_norm, rotary_store_kv, silu_and_mul, attention, prefill = (
+        importlib.import_module(f"{PACKAGE}.{name}") for name in MODULES
     )
     rms_norm.rms_norm(empty(16, hidden), empty(hidden), 1e-5, empty(16, hidden))
     cache, angle = empty(4, num_kv_heads, 64, head_dim), empty(16, head_dim // 2, dtype=FP32)
     qkv, slots = empty(16, (num_heads + 2 * num_kv_heads) * head_dim), empty(16, dtype=torch.int64)
     rotary_store_kv.rotary_store_kv(qkv, angle, angle, empty(16, dtype=FP32), cache, cache, slots, num_heads, num_kv_heads)
+    silu_and_mul.silu_and_mul(empty(16, 2 * 14336))
     for num_sms in (1, 132):  # one split, then several
         monkeypatch.setattr(attention, "_num_sms", lambda device, num_sms=num_sms: num_sms)
         tables, lens = empty(16, 128, dtype=torch.int32), empty(16, dtype=torch.int32)
         attention.paged_decode_attention(empty(16, num_heads, head_dim), cache, cache, tables, lens, 0.1)
+    monkeypatch.setattr(prefill, "_compute_capability", lambda device: capability)
+    q, bounds, small_blocks = empty(256, num_heads, head_dim), empty(17, dtype=torch.int32), empty(4, num_kv_heads, 16, head_dim)
+    prefill.paged_prefill_attention(q, cache, cache, tables, lens, bounds, 0.1)
+    prefill.paged_prefill_attention(q, small_blocks, small_blocks, tables, lens, bounds, 0.1, 4096)
 
 
 def resource_usage(cubin, folder):
@@ -93,9 +99,18 @@ def resource_usage(cubin, folder):
 
 @pytest.mark.parametrize(("capability", "dtype", "head_dim"), CASES, ids=lambda value: str(value).removeprefix("torch."))
 def test_every_kernel_compiles_without_spills(capability, dtype, head_dim, launches, monkeypatch, tmp_path):
-    launch_all(monkeypatch, dtype, head_dim)
+    launch_all(monkeypatch, capability, dtype, head_dim)
     names = [kernel.__name__ for kernel, _ in launches]
-    assert names == ["_rms_norm_kernel", "_rotary_store_kv_kernel", "_split_kernel", "_split_kernel", "_reduce_kernel"]
+    assert names == [
+        "_rms_norm_kernel",
+        "_rotary_store_kv_kernel",
+        "_silu_and_mul_kernel",
+        "_split_kernel",
+        "_split_kernel",
+        "_reduce_kernel",
+        "_prefill_kernel",
+        "_prefill_kernel",
+    ]
     for kernel, arguments in launches:
         options = {name: arguments[name] for name in ("num_warps", "num_stages") if name in arguments}
         compiled = triton.compile(source_of(kernel, arguments), target=GPUTarget("cuda", capability, 32), options=options)
@@ -108,8 +123,8 @@ def test_every_kernel_compiles_without_spills(capability, dtype, head_dim, launc
 
 def test_the_main_attention_tile_is_pipelined(launches, monkeypatch):
     """Copies to shared memory that stay in flight over a tile: a wait for fewer than all of them."""
-    launch_all(monkeypatch, BF16, 128)
-    kernel, arguments = launches[2]
+    launch_all(monkeypatch, 90, BF16, 128)
+    kernel, arguments = next(launch for launch in launches if launch[0].__name__ == "_split_kernel")
     compiled = triton.compile(
         source_of(kernel, arguments), target=GPUTarget("cuda", 90, 32), options={"num_warps": arguments["num_warps"]}
     )

@@ -9,8 +9,10 @@ from turbotriton.backend.ops.kernels.tuning import (
     MIN_SPLIT_TOKENS,
     decode_attention_config,
     next_power_of_2,
+    prefill_attention_config,
     rms_norm_config,
     rotary_config,
+    silu_and_mul_config,
 )
 
 H200_SMS = 132
@@ -39,6 +41,13 @@ def test_rotary_blocks_cover_half_and_rest():
             assert config.block_h * next_power_of_2(head_dim) <= 4096
 
 
+@pytest.mark.parametrize("inter", [1, 33, 1000, 8192, 14336, 28672])
+def test_a_silu_tile_is_1024_elements_and_no_wider_than_the_row_padded(inter):
+    config = silu_and_mul_config(inter)
+    assert config.block_m * config.block_n == 1024
+    assert config.block_n <= next_power_of_2(inter)
+
+
 def test_attention_tiles_do_not_change_with_batch_or_length():
     """They would compile anew on the request path."""
     tiles = {
@@ -62,6 +71,20 @@ def test_splits_stop_where_the_context_ends():
     assert attention(max_context=256).num_splits == 1
     assert attention(max_context=1024).num_splits == 4
     assert attention(num_kv_heads=1, max_context=10**6).num_splits <= MAX_SPLITS
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_a_prefill_tile_holds_a_query_and_fits_the_smallest_chip(capability):
+    """q, and two tiles each of K and V, in the 99 KiB of sm_86 and sm_89."""
+    for head_dim, element_bytes, group_size in itertools.product((16, 40, 64, 128, 256), (2, 4), (1, 4, 7, 16)):
+        config = prefill_attention_config(group_size, head_dim, element_bytes, capability)
+        assert config.block_m >= group_size
+        assert config.block_d >= head_dim
+        assert (config.block_m + 4 * config.block_n) * config.block_d * element_bytes <= 99 * 1024
+
+
+def test_a_group_larger_than_the_prefill_tile_widens_it():
+    assert prefill_attention_config(71, 64, 2, 80).block_m == 128
 
 
 def test_groups_are_padded_to_the_rows_of_a_matrix_instruction():

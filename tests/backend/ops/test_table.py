@@ -1,6 +1,7 @@
 """Each op of each column against an independent float64 computation. An op without a case here fails."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from turbotriton.backend.ops.operands import AttentionBatch, DenseWeight, NormWeight, QkvWeights, SamplingBatch
-from turbotriton.backend.ops.reference import attention as attention_module
+from turbotriton.backend.ops.reference import primitives
 from turbotriton.backend.ops.table import REFERENCE, OpTable, ops_for, reference_ops
 
 torch.set_num_threads(1)
@@ -84,6 +85,7 @@ def attention_batch(s: Setting, *, rotary_dim: int = HEAD_DIM, logn: bool = Fals
         context_lens=torch.tensor(contexts, dtype=torch.int32).to(s.device),
         num_decodes=len(DECODE_CONTEXTS),
         max_decode_context=max(DECODE_CONTEXTS),
+        cu_seqlens_q=torch.tensor([0, *itertools.accumulate(n for n, _ in PREFILLS)], dtype=torch.int32).to(s.device),
         prefills=PREFILLS,
     )
 
@@ -277,7 +279,7 @@ def test_op_agrees_with_float64(name, dtype, device):
 
 def test_prefill_in_several_query_tiles_is_the_same(monkeypatch):
     setting = Setting(REFERENCE, torch.device("cpu"), torch.float32, torch.Generator().manual_seed(5))
-    monkeypatch.setattr(attention_module, "MAX_SCORES", NUM_HEADS * 17 * 2)  # two queries a tile at the longest context
+    monkeypatch.setattr(primitives, "MAX_SCORES", NUM_HEADS * 17 * 2)  # two queries a tile at the longest context
     case_attention(setting)
 
 

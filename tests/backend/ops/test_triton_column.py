@@ -60,7 +60,7 @@ def interpret(code: str) -> str:
 
 def test_ops_with_kernels_agree_with_float64():
     found = interpret(OP_CASES).split()
-    assert found == ["attention", "lm_head", "norm_qkv_rotary_store", "output_projection_norm"]
+    assert found == ["attention", "gate_up_silu", "lm_head", "norm_qkv_rotary_store", "output_projection_norm"]
 
 
 def test_a_model_gives_the_same_tokens_in_both_columns():
