@@ -23,6 +23,7 @@ ALLOWED = {
     "backend.runner": ("contract", "backend.ops", "backend.model", "backend.scheduling"),
     "backend.engine": ("contract", "backend.scheduling", "backend.runner"),
     "backend.tritonserver": ("contract", "text", "backend.engine"),
+    "backend.pipeline": ("contract", "text", "backend.scheduling", "backend.runner", "backend.engine", "converter"),
     "backend": ("contract",),
     "client": ("contract", "text"),
     "cli": ("contract", "text", "demo", "backend", "converter", "client", "quant"),
@@ -41,6 +42,7 @@ ONLY_IN = {
     "gradio": ("client",),
     "fastapi": ("client",),
     "msgpack": ("backend.engine",),
+    "huggingface_hub": ("converter",),
     "socket": ("backend.engine", "client", "cli"),
 }
 
