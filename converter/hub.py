@@ -14,9 +14,14 @@ __all__ = ["local_model_path"]
 
 logger = logging.getLogger(__name__)
 
+TORCH_PATTERNS = ["*.bin", "*.pth", "*.pt"]
 #: What a checkpoint or a workspace may consist of; everything else on a hub (pictures, other frameworks' weights) stays there.
-PATTERNS = ["*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.py", "*.bin", "*.pth", "*.pt"]
-WORKSPACE_PATTERNS = ["model_repository/**", "triton_models/**"]
+PATTERNS = [
+    *("*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.py", "model_repository/**", "triton_models/**"),
+    *TORCH_PATTERNS,
+]
+CONNECT_TIMEOUT_S = 10.0
+MAX_REASON = 240
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -34,38 +39,48 @@ def local_model_path(
         return path
     text = os.fspath(model_path)
     if not _ID.fullmatch(text):
-        raise CheckpointError(f"{text}: does not exist, and is no hub id such as owner/name; give a model's folder or its hub id")
+        raise CheckpointError(
+            f"{text}: is no folder, and no hub id such as owner/name either; give a model's folder or its hub id"
+        )
     return _download(text, revision, download_dir)
 
 
 def _download(repo_id: str, revision: str | None, download_dir: str | os.PathLike[str] | None) -> Path:
-    import httpx
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError
 
-    cache = None if download_dir is None else Path(download_dir)
+    def snapshot(patterns: list[str], *, only_local: bool) -> Path:
+        cache = None if download_dir is None else Path(download_dir)
+        found = snapshot_download(
+            repo_id, revision=revision, cache_dir=cache, allow_patterns=patterns, local_files_only=only_local
+        )
+        return Path(found)
+
     try:
-        patterns = [*PATTERNS, *WORKSPACE_PATTERNS]
         try:
-            names = HfApi().list_repo_files(repo_id, revision=revision)
-            if any(name.endswith(".safetensors") for name in names):  # the same weights again in torch's own format
-                patterns = [pattern for pattern in patterns if pattern not in ("*.bin", "*.pth", "*.pt")]
-        except (OfflineModeIsEnabled, httpx.TransportError):
-            logger.info("the hub cannot be reached; looking for %s in its cache", repo_id)
-        return Path(snapshot_download(repo_id, revision=revision, cache_dir=cache, allow_patterns=patterns))
-    except (
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        HFValidationError,
-        httpx.TransportError,
-        OSError,
-    ) as error:
+            info = HfApi().model_info(repo_id, revision=revision, timeout=CONNECT_TIMEOUT_S)
+        except HfHubHTTPError:
+            raise  # the hub answered
+        except Exception as error:  # noqa: BLE001  no connection: its client passes on what its HTTP library raises
+            logger.info("the hub cannot be reached (%s); looking for %s in the download folder", error, repo_id)
+            try:
+                return snapshot(PATTERNS, only_local=True)
+            except OSError:
+                raise error from None
+        return snapshot(_wanted([sibling.rfilename for sibling in info.siblings or []]), only_local=False)
+    except Exception as error:  # noqa: BLE001  as above
         raise CheckpointError(
-            f"{repo_id}: is no local folder, and as a hub id it could not be downloaded ({_reason(error)})"
+            f"{repo_id}: is no local folder, and as a hub id it could not be downloaded: {_reason(error)}"
         ) from None
 
 
+def _wanted(names: list[str]) -> list[str]:
+    """PATTERNS without the same weights again in torch's own format."""
+    if any(name.endswith(".safetensors") for name in names):
+        return [pattern for pattern in PATTERNS if pattern not in TORCH_PATTERNS]
+    return PATTERNS
+
+
 def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return (text[:200] + "...") if len(text) > 200 else text or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text[:MAX_REASON] + "..." if len(text) > MAX_REASON else text

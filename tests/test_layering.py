@@ -26,7 +26,8 @@ ALLOWED = {
     "backend.pipeline": ("contract", "text", "backend.scheduling", "backend.runner", "backend.engine", "converter"),
     "backend": ("contract",),
     "client": ("contract", "text"),
-    "cli": ("contract", "text", "demo", "backend", "converter", "client", "quant"),
+    "api": ("contract", "backend", "client"),
+    "cli": ("contract", "text", "demo", "backend", "converter", "client", "quant", "api"),
 }
 
 #: third-party package -> the only units that may import it.
@@ -51,7 +52,7 @@ ENVIRONMENT_READER = "turbotriton.contract.env"
 
 
 def modules() -> list[tuple[str, Path]]:
-    found = []
+    found = [("turbotriton.api", PACKAGE / "api.py")]
     folders = ["contract", "text", "demo", "cli", "backend", "converter", "client", "quant"]
     for folder in folders:
         for path in sorted((PACKAGE / folder).rglob("*.py")):

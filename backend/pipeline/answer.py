@@ -3,13 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal
 
-from turbotriton.contract.errors import (
-    EngineDiedError,
-    InvalidInputError,
-    RequestCancelledError,
-    TurbotritonError,
-    UnavailableError,
-)
+from turbotriton.contract.errors import EngineDiedError, InvalidInputError, TurbotritonError
 from turbotriton.contract.wire import FinishReason, TokenDelta
 from turbotriton.text.detokenizer import IncrementalDetokenizer, TextTokenizer
 from turbotriton.text.stop_words import StopWords
@@ -18,7 +12,7 @@ from .options import Response
 
 __all__ = ["Answer"]
 
-_ERRORS: dict[str, type[TurbotritonError]] = {"INVALID_ARG": InvalidInputError, "UNAVAILABLE": UnavailableError}
+_ERRORS: dict[str, type[TurbotritonError]] = {"INVALID_ARG": InvalidInputError, "UNAVAILABLE": EngineDiedError}
 
 
 class Answer:
@@ -38,6 +32,7 @@ class Answer:
         self.finish_reason: Literal["stop", "length"] | None = None
         self.num_tokens = 0
         self.num_cached_tokens = 0
+        self.is_cancelled = False
         self.needs_cancel = False  # a stop word ended it and the engine does not know
         self._num_prompt_tokens = num_prompt_tokens
         self._detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
@@ -46,7 +41,7 @@ class Answer:
         self._wants_logprobs = wants_logprobs
 
     def take(self, deltas: Sequence[TokenDelta]) -> Response:
-        """Raises what the engine refused or failed with, RequestCancelledError when the request was cancelled."""
+        """Raises what the engine refused or failed with."""
         text = ""
         token_ids: list[int] = []
         logprobs: list[dict[int, float]] = []
@@ -74,7 +69,8 @@ class Answer:
         if delta.error is not None:
             raise _error(delta)
         if delta.finish_reason is FinishReason.CANCELLED:
-            raise RequestCancelledError("the request was cancelled")
+            self.is_cancelled = True
+            return self._detokenizer.flush()
         shown = delta.token_ids[:-1] if delta.stop_token_matched and self._hides_stop_token else delta.token_ids
         text, matched = self._stop_words.push(self._detokenizer.push(shown))
         if delta.finish_reason is not None:
@@ -91,6 +87,4 @@ class Answer:
 
 def _error(delta: TokenDelta) -> TurbotritonError:
     assert delta.error is not None
-    if delta.error_status == "UNAVAILABLE" and delta.token_ids == ():
-        return EngineDiedError(delta.error)
     return _ERRORS.get(delta.error_status, TurbotritonError)(delta.error)

@@ -235,10 +235,12 @@ def listed_template_names() -> list[str]:
 
 
 def guess_template_name(model_name: str, path: str) -> str | None:
-    """The row's name by the model's name if there is one, else by the path: LMDeploy's rules, in its order. None: no rule matches."""
+    """The row's name by the model's name if there is one, else by the path's last name, else by its last two: LMDeploy's rules, in
+    its order. None: no rule matches."""
     row = _BY_NAME.get(model_name)
-    if row is None:
-        row = next((row for row in ROWS if row.path.matches(path.lower())), None)
+    parts = [part for part in path.lower().split("/") if part]
+    for text in (*parts[-1:], "/".join(parts[-2:])):
+        row = row or next((row for row in ROWS if row.path.matches(text)), None)
     return None if row is None else row.name
 
 
