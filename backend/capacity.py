@@ -123,8 +123,8 @@ def plan(model: ModelShape, gpu: Gpu, *, tp: int, quant: str, quant_policy: int,
     kv_tokens = int(kv_bytes / (model.kv_bytes_a_token(quant_policy) / tp))
     if kv_tokens < model.session_len:
         raise InvalidInputError(
-            f"{weights / GIB:.1f} GiB of weights leave room for {kv_tokens} tokens of KV cache "
-            f"on {gpu.title} with {gpu.memory / GIB:.0f} GiB, fewer than session_len {model.session_len}; try {_remedy(quant, quant_policy, tp)}"
+            f"{weights / GIB:.1f} GiB of weights leave room for {kv_tokens} tokens of KV cache on {gpu.title} "
+            f"with {gpu.memory / GIB:.0f} GiB, fewer than session_len {model.session_len}; try {_remedy(quant, quant_policy, tp)}"
         )
     return Plan(weights, kv_bytes, kv_tokens, kv_tokens // model.session_len)
 

@@ -9,6 +9,8 @@ from turbotriton.contract.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from turbotriton.backend.capacity import ModelShape
+    from turbotriton.contract.ini import ModelConfig
+    from turbotriton.converter.raw_config import CheckpointConfig
 
 __all__ = ["add_parser"]
 
