@@ -17,7 +17,6 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +25,7 @@ from typing import Self
 import turbotriton
 from turbotriton.contract import env
 from turbotriton.contract.chat_templates import guess_template_name, template_session_len
-from turbotriton.contract.errors import WorkspaceError
+from turbotriton.contract.errors import CheckpointError, WorkspaceError
 from turbotriton.contract.ini import read_workspace_config
 
 from .options import EngineOptions
@@ -50,14 +49,15 @@ class ModelFiles:
     tokenizer: Path
     name: str
     template_name: str | None
-    lock: "contextlib.ExitStack | None" = None
+    lock: int | None = None  # a descriptor
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         if self.lock is not None:
-            self.lock.close()
+            os.close(self.lock)
+            self.lock = None
 
 
 def open_model(model_path: str | os.PathLike[str], options: EngineOptions) -> ModelFiles:
@@ -66,7 +66,9 @@ def open_model(model_path: str | os.PathLike[str], options: EngineOptions) -> Mo
     from turbotriton.converter.repository import find_weights
 
     path = local_model_path(model_path, revision=options.revision, download_dir=options.download_dir)
-    weights = find_weights(path) if path.is_dir() else None
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: is no folder; give a workspace, a checkpoint's folder, or a hub id")
+    weights = find_weights(path)
     if weights is not None:
         config = read_workspace_config(weights / "config.ini")
         name = options.model_name or config.llama.model_name
@@ -75,11 +77,9 @@ def open_model(model_path: str | os.PathLike[str], options: EngineOptions) -> Mo
 
 
 def _find_tokenizer(root: Path, weights: Path) -> Path:
-    places = [
-        root / "triton_models" / "tokenizer",
-        weights.parent / "tokenizer",
-        *sorted(root.glob("model_repository/*/1/tokenizer")),
-    ]
+    repositories = [root / "model_repository", *weights.resolve().parents[2:3]]  # of .../<door>/1/weights
+    places = [root / "triton_models" / "tokenizer", weights.parent / "tokenizer"]
+    places += [place for repository in repositories for place in sorted(repository.glob("*/1/tokenizer"))]
     found = next((place for place in places if place.is_dir()), None)
     if found is None:
         raise WorkspaceError(
@@ -91,21 +91,27 @@ def _find_tokenizer(root: Path, weights: Path) -> Path:
 def _open_checkpoint(path: Path, asked: str, options: EngineOptions) -> ModelFiles:
     root = env.cache_dir() / "workspaces"
     root.mkdir(parents=True, exist_ok=True)
-    key = _key(path, options) if path.is_dir() else "none"  # convert says what is wrong with it
-    workspace = root / key
-    stack = contextlib.ExitStack()
-    lock = stack.enter_context(_locked(root / f"{key}.lock"))
+    key = _key(path, options)
+    workspace, lock_path = root / key, root / f"{key}.lock"
+    while True:
+        lock = _lock(lock_path, fcntl.LOCK_SH)
+        if workspace.is_dir():
+            break
+        os.close(lock)
+        exclusive = _lock(lock_path, fcntl.LOCK_EX)
+        try:
+            if not workspace.is_dir():
+                _convert(path, workspace, options)
+        finally:
+            os.close(exclusive)
     try:
-        if not workspace.is_dir():
-            _convert(path, workspace, options)
-        os.utime(root / f"{key}.lock")
-        fcntl.flock(lock, fcntl.LOCK_SH)
+        os.utime(lock_path)
         _remove_old(root)
         files = open_model(workspace, options)
     except BaseException:
-        stack.close()
+        os.close(lock)
         raise
-    files.lock = stack
+    files.lock = lock
     files.template_name = guess_template_name(options.model_name or "", asked)
     if options.model_name is None:
         files.name = Path(asked).name or asked
@@ -155,20 +161,12 @@ def _remove_old(root: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[int]:
-    """An exclusive lock on a file that others may remove meanwhile: then it is made and taken again."""
+def _lock(path: Path, kind: int) -> int:
+    """The descriptor of a locked file that others may remove meanwhile: then it is made and locked again."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        try:
-            is_current = os.fstat(descriptor).st_ino == os.stat(path).st_ino
-        except FileNotFoundError:
-            is_current = False
-        if is_current:
-            break
-        os.close(descriptor)
-    try:
-        yield descriptor
-    finally:
+        fcntl.flock(descriptor, kind)
+        with contextlib.suppress(FileNotFoundError):
+            if os.fstat(descriptor).st_ino == os.stat(path).st_ino:
+                return descriptor
         os.close(descriptor)

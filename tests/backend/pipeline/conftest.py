@@ -1,25 +1,25 @@
-"""One pipeline over the bundled model for all tests of the folder, with a cache of its own."""
+"""One pipeline over the bundled model for all tests of the folder, converted into a cache of its own."""
 
-import os
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from turbotriton import Pipeline, pipeline
+from turbotriton import Pipeline, TurbomindEngineConfig, pipeline
 from turbotriton.demo import checkpoint_path
 
 
 @pytest.fixture(scope="session")
-def pipe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
-    before = os.environ.get("TURBOTRITON_CACHE")
-    os.environ["TURBOTRITON_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    with warnings.catch_warnings():
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def pipe(cache: Path) -> Iterator[Pipeline]:
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        made = pipeline(str(checkpoint_path()))
-    if before is None:
-        del os.environ["TURBOTRITON_CACHE"]
-    else:
-        os.environ["TURBOTRITON_CACHE"] = before
+        patch.setenv("TURBOTRITON_CACHE", str(cache))
+        made = pipeline(str(checkpoint_path()), backend_config=TurbomindEngineConfig(max_batch_size=4))
     with made:
         yield made
