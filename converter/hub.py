@@ -16,9 +16,8 @@ logger = logging.getLogger(__name__)
 
 TORCH_PATTERNS = ["*.bin", "*.pth", "*.pt"]
 #: What a checkpoint or a workspace may consist of; everything else on a hub (pictures, other frameworks' weights) stays there.
-PATTERNS = [
+SAFE_PATTERNS = [
     *("*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.py", "model_repository/**", "triton_models/**"),
-    *TORCH_PATTERNS,
 ]
 CONNECT_TIMEOUT_S = 10.0
 MAX_REASON = 240
@@ -64,23 +63,30 @@ def _download(repo_id: str, revision: str | None, download_dir: str | os.PathLik
         except Exception as error:  # noqa: BLE001  no connection: its client passes on what its HTTP library raises
             logger.info("the hub cannot be reached (%s); looking for %s in the download folder", error, repo_id)
             try:
-                return snapshot(PATTERNS, only_local=True)
+                return snapshot(SAFE_PATTERNS, only_local=True)
             except OSError:
                 raise error from None
         return snapshot(_wanted([sibling.rfilename for sibling in info.siblings or []]), only_local=False)
     except Exception as error:  # noqa: BLE001  as above
         raise CheckpointError(
-            f"{repo_id}: is no local folder, and as a hub id it could not be downloaded: {_reason(error)}"
+            f"{repo_id}: is no local folder, and as a hub id it could not be downloaded: {_reason(error, revision)}"
         ) from None
 
 
 def _wanted(names: list[str]) -> list[str]:
-    """PATTERNS without the same weights again in torch's own format."""
-    if any(name.endswith(".safetensors") for name in names):
-        return [pattern for pattern in PATTERNS if pattern not in TORCH_PATTERNS]
-    return PATTERNS
+    """Without the same weights again in torch's own format."""
+    has_safetensors = any(name.endswith(".safetensors") for name in names)
+    return SAFE_PATTERNS if has_safetensors else SAFE_PATTERNS + TORCH_PATTERNS
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, revision: str | None) -> str:
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    if isinstance(error, GatedRepoError):  # a RepositoryNotFoundError too
+        return "its owner grants access there by name; ask for it, then set HF_TOKEN"
+    if isinstance(error, RepositoryNotFoundError):
+        return "the hub knows no such model, or shows it to others only (set HF_TOKEN)"
+    if isinstance(error, RevisionNotFoundError):
+        return f"it has no revision {revision!r}"
     text = " ".join(str(error).split()) or type(error).__name__
     return text[:MAX_REASON] + "..." if len(text) > MAX_REASON else text

@@ -48,7 +48,7 @@ class ModelFiles:
     weights: Path
     tokenizer: Path
     name: str
-    template_name: str | None
+    template_name: str | None = None
     lock: int | None = None  # a descriptor
 
     def __enter__(self) -> Self:
@@ -68,12 +68,21 @@ def open_model(model_path: str | os.PathLike[str], options: EngineOptions) -> Mo
     path = local_model_path(model_path, revision=options.revision, download_dir=options.download_dir)
     if not path.is_dir():
         raise CheckpointError(f"{path}: is no folder; give a workspace, a checkpoint's folder, or a hub id")
-    weights = find_weights(path)
-    if weights is not None:
-        config = read_workspace_config(weights / "config.ini")
-        name = options.model_name or config.llama.model_name
-        return ModelFiles(weights, _find_tokenizer(path, weights), name, guess_template_name(name, str(path)))
-    return _open_checkpoint(path, str(model_path), options)
+    if find_weights(path) is None:
+        return _open_checkpoint(path, str(model_path), options)
+    files = _workspace_files(path)
+    if options.model_name is not None:
+        files.name = options.model_name
+    files.template_name = guess_template_name(files.name, str(path))
+    return files
+
+
+def _workspace_files(root: Path) -> ModelFiles:
+    from turbotriton.converter.repository import find_weights
+
+    weights = find_weights(root)
+    assert weights is not None
+    return ModelFiles(weights, _find_tokenizer(root, weights), read_workspace_config(weights / "config.ini").llama.model_name)
 
 
 def _find_tokenizer(root: Path, weights: Path) -> Path:
@@ -107,14 +116,13 @@ def _open_checkpoint(path: Path, asked: str, options: EngineOptions) -> ModelFil
     try:
         os.utime(lock_path)
         _remove_old(root)
-        files = open_model(workspace, options)
+        files = _workspace_files(workspace)
     except BaseException:
         os.close(lock)
         raise
     files.lock = lock
+    files.name = options.model_name or Path(asked).name or asked
     files.template_name = guess_template_name(options.model_name or "", asked)
-    if options.model_name is None:
-        files.name = Path(asked).name or asked
     return files
 
 

@@ -106,7 +106,14 @@ def run(args: argparse.Namespace) -> int:
         print(f"turbotriton: note: {warning.message}", file=sys.stderr)
     with pipe:
         conversation = _Conversation(pipe, gen_config)
-        terminal = Terminal(conversation, conversation.describe, stream=args.stream, multiline=args.multiline)
+        terminal = Terminal(
+            conversation,
+            conversation.describe,
+            stream=args.stream,
+            multiline=args.multiline,
+            stdin=sys.stdin,
+            out=sys.stdout,
+        )
         if args.once is not None:
             terminal.answer(args.once)
             return 0

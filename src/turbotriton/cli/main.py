@@ -36,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         build_parser().error(f"unrecognized arguments: {' '.join(unknown)}")
     args.unknown = unknown
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    for name in ("httpx", "httpx2"):  # a line a request
+        logging.getLogger(name).setLevel(logging.WARNING)
     try:
         return int(args.run(args) or 0)
     except TurbotritonError as error:
