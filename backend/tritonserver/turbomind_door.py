@@ -170,11 +170,14 @@ def _read_turn(request: Any) -> _Turn:
     length = read_int(request, "input_lengths", 0, UINT32)
     num_new_tokens = read_int(request, "request_output_len", 0, UINT32)
     if ids is None or length is None or num_new_tokens is None:
-        raise InvalidInputError("input_ids, input_lengths and request_output_len are required")
+        required = {"input_ids": ids, "input_lengths": length, "request_output_len": num_new_tokens}
+        missing = [name for name, value in required.items() if value is None]
+        raise InvalidInputError(f"{' and '.join(missing)} missing; every request needs {', '.join(required)}")
     if length > ids.size:
         raise InvalidInputError(f"input_lengths is {length} and input_ids has {ids.size} ids")
-    if (read_int(request, "beam_width", 0, UINT32) or 1) != 1:
-        raise InvalidInputError("beam_width must be 1: beam search is not implemented")
+    beam_width = read_int(request, "beam_width", 0, UINT32)
+    if beam_width not in (None, 1):
+        raise InvalidInputError(f"beam_width is {beam_width}; it must be 1: beam search is not implemented")
     for name in ("input_embeddings", "input_embedding_ranges"):
         array = read_array(request, name)
         if array is not None and array.size:
