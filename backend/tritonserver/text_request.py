@@ -179,21 +179,36 @@ def _read_json_sampling(request: Any) -> dict[str, Any]:
 
 def _parse_json(name: str, text: str) -> Any:
     try:
-        return json.loads(text)
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InvalidInputError(f"{name} is no JSON: {error}") from None
+    try:
+        json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:  # JSON may name half a character, which no text and no token has
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise InvalidInputError(f"{name} contains the lone surrogate {half}; send whole characters") from None
+    return content
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number of more than 308 digits
+        return False
 
 
 def _check_json(key: str, name: str, value: Any) -> Any:
     def wrong(rule: str) -> InvalidInputError:
-        return InvalidInputError(f"sampling_parameters: {key} is {value!r}; it must be {rule}")
+        shown = repr(value)
+        shown = shown if len(shown) <= 80 else f"{shown[:40]}... ({len(shown)} characters)"
+        return InvalidInputError(f"sampling_parameters: {key} is {shown}; it must be {rule}")
 
     if name in _BOOLS:
         if not isinstance(value, bool):
             raise wrong("true or false")
         return value
     if name in _FLOATS:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not _is_finite(value):
             raise wrong("a finite number")
         return float(value)
     if name in _INTS:
