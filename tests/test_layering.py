@@ -26,8 +26,8 @@ ALLOWED = {
     "backend.pipeline": ("contract", "text", "backend.scheduling", "backend.runner", "backend.engine", "converter"),
     "backend": ("contract",),
     "client": ("contract", "text"),
-    "api": ("contract", "backend", "client"),
-    "cli": ("contract", "text", "demo", "backend", "converter", "client", "quant", "api"),
+    "cli": ("contract", "text", "demo", "backend", "converter", "client", "quant"),
+    "api": ("contract", "backend", "converter", "client", "cli"),
 }
 
 #: third-party package -> the only units that may import it.

@@ -1,7 +1,7 @@
 """`turbotriton chat` as a process: on a terminal, through a pipe, and what it refuses."""
 
 import os
-from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.cli.process import turbotriton
@@ -44,23 +44,22 @@ def test_a_terminal_streams_stops_and_forgets(environment: dict[str, str]) -> No
 
 
 @pytest.mark.parametrize("form", [["torch"], ["pytorch"], ["turbomind"]])
-def test_the_older_forms_choose_the_backend(form: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import turbotriton.api
-    from turbotriton import PytorchEngineConfig, TurbomindEngineConfig
+def test_the_older_forms_choose_the_backend(form: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from turbotriton.backend.pipeline import loading
     from turbotriton.contract.errors import TurbotritonError
 
     given = []
 
-    def record(*arguments: object, **options: object) -> None:
+    def record(*arguments: Any) -> None:
         given.append(arguments)
         raise TurbotritonError("far enough")
 
-    monkeypatch.setattr(turbotriton.api, "pipeline", record)
+    monkeypatch.setattr(loading, "load_pipeline", record)
     assert main(["chat", *form, DEMO, "--session-len", "99"]) == 1
-    ((path, _, config, *_),) = given
+    ((path, options, _),) = given
     assert path == DEMO
-    assert isinstance(config, TurbomindEngineConfig if form == ["turbomind"] else PytorchEngineConfig)
-    assert config.session_len == 99
+    assert options.reference_ops == (form != ["turbomind"])
+    assert options.overrides["session_len"] == "99"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import logging
 import sys
 import time
 import warnings
@@ -86,22 +87,18 @@ def run(args: argparse.Namespace) -> int:
     backend, model_path = _backend_and_path(args)
     if args.adapters:
         raise ConfigError(f"--adapters is {' '.join(args.adapters)!r}; LoRA adapters are not part of this version, merge them")
-    from turbotriton.api import pipeline
+    from turbotriton.backend.pipeline import loading
+    from turbotriton.backend.pipeline.options import engine_options
     from turbotriton.client.terminal import Terminal
 
-    engine_config = _engine_config(args, backend)
-    gen_config = _gen_config(args)
+    logging.getLogger("turbotriton").setLevel(args.log_level)
+    options = engine_options(
+        _engine_config(args, backend), model_name=args.model_name, revision=args.revision, download_dir=args.download_dir
+    )
+    gen_config, template = _gen_config(args), _template_config(args)
     with warnings.catch_warnings(record=True) as noted:
         warnings.simplefilter("always", UserWarning)
-        pipe = pipeline(
-            model_path,
-            args.model_name,
-            engine_config,
-            _template_config(args),
-            args.log_level,
-            revision=args.revision,
-            download_dir=args.download_dir,
-        )
+        pipe = loading.load_pipeline(model_path, options, template)
     for warning in noted:
         print(f"turbotriton: note: {warning.message}", file=sys.stderr)
     with pipe:
