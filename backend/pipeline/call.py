@@ -50,12 +50,16 @@ class Job:
 
 
 class Call:
-    """`sink` takes deltas on the engine thread and must not block; whoever empties it hands them to `process`."""
+    """`sink` takes deltas on the engine thread and must not block; whoever empties it hands them to `process`.
 
-    def __init__(self, model: Model, jobs: Iterator[Job], sink: Sink) -> None:
+    `streams` False: `process` gives each answer once, whole.
+    """
+
+    def __init__(self, model: Model, jobs: Iterator[Job], sink: Sink, *, streams: bool = True) -> None:
         self._model = model
         self._jobs = jobs
         self._sink = sink
+        self._streams = streams
         self._has_more = True
         self._window = WINDOW_BATCHES * model.engine.info.max_batch_size
         self._answers: dict[int, Answer] = {}
@@ -101,6 +105,7 @@ class Call:
             stop_words,
             skip_special_tokens=config.skip_special_tokens,
             wants_logprobs=config.logprobs is not None,
+            streams=self._streams,
         )
         self._model.engine.submit(request, self._sink)
 
@@ -135,7 +140,7 @@ class Call:
                 del self._answers[request_id]
             if answer.needs_cancel:
                 self._model.engine.cancel(request_id)
-            if response.token_ids or response.text or is_over:
+            if response is not None:
                 responses.append(response)
         return responses
 

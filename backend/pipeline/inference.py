@@ -76,10 +76,8 @@ class Pipeline:
         adapter_name: str | None = None,
     ) -> Response | list[Response]:
         """As calling the pipeline; gen_config may be a list, one for each prompt. Without it GenerationConfig's defaults count."""
-        whole = _Whole()
-        for delta in self.stream_infer(prompts, gen_config, do_preprocess, adapter_name):
-            whole.add(delta)
-        return whole.result(prompts)
+        found = list(self.iter_infer(prompts, gen_config, do_preprocess, adapter_name))
+        return _in_order(found, prompts)
 
     def iter_infer(
         self,
@@ -89,11 +87,7 @@ class Pipeline:
         adapter_name: str | None = None,
     ) -> Iterator[Response]:
         """Whole answers as they end, in that order; `session_id` is the prompt's index. Keeps none: for prompts without number."""
-        whole = _Whole()
-        for delta in self.stream_infer(prompts, gen_config, do_preprocess, adapter_name):
-            whole.add(delta)
-            if delta.finish_reason is not None:
-                yield whole.pop(delta.session_id)
+        return self._run(self._jobs(prompts, gen_config, do_preprocess, adapter_name), streams=False)
 
     def stream_infer(
         self,
@@ -103,8 +97,11 @@ class Pipeline:
         adapter_name: str | None = None,
     ) -> Iterator[Response]:
         """What each answer grew by, interleaved; `session_id` is the prompt's index, the last of each has finish_reason."""
+        return self._run(self._jobs(prompts, gen_config, do_preprocess, adapter_name), streams=True)
+
+    def _run(self, jobs: Iterator[Job], *, streams: bool) -> Iterator[Response]:
         arrived: queue.SimpleQueue[TokenDelta] = queue.SimpleQueue()
-        call = Call(self._model, self._jobs(prompts, gen_config, do_preprocess, adapter_name), arrived.put)
+        call = Call(self._model, jobs, arrived.put, streams=streams)
         try:
             yield from call.fill()
             while not call.is_over:
@@ -121,8 +118,12 @@ class Pipeline:
         adapter_name: str | None = None,
     ) -> AsyncIterator[Response]:
         """`stream_infer` for `async for`."""
+        async for response in self._run_async(self._jobs(prompts, gen_config, do_preprocess, adapter_name), streams=True):
+            yield response
+
+    async def _run_async(self, jobs: Iterator[Job], *, streams: bool) -> AsyncIterator[Response]:
         mailbox = AsyncMailbox()
-        call = Call(self._model, self._jobs(prompts, gen_config, do_preprocess, adapter_name), mailbox.put)
+        call = Call(self._model, jobs, mailbox.put, streams=streams)
         try:
             for response in call.fill():
                 yield response
@@ -142,10 +143,8 @@ class Pipeline:
         adapter_name: str | None = None,
     ) -> Response | list[Response]:
         """`batch_infer` for `await`."""
-        whole = _Whole()
-        async for delta in self.async_stream_infer(prompts, gen_config, do_preprocess, adapter_name):
-            whole.add(delta)
-        return whole.result(prompts)
+        jobs = self._jobs(prompts, gen_config, do_preprocess, adapter_name)
+        return _in_order([response async for response in self._run_async(jobs, streams=False)], prompts)
 
     async def generate(
         self,
@@ -204,26 +203,6 @@ class Pipeline:
         self.close()
 
 
-class _Whole:
-    """Deltas put together, by session_id."""
-
-    def __init__(self) -> None:
-        self._responses: dict[int, Response] = {}
-
-    def add(self, delta: Response) -> None:
-        whole = self._responses.setdefault(delta.session_id, delta)
-        if whole is delta:
-            return
-        whole.text += delta.text
-        whole.token_ids += delta.token_ids
-        whole.generate_token_len = delta.generate_token_len
-        whole.finish_reason = delta.finish_reason
-        if whole.logprobs is not None and delta.logprobs is not None:
-            whole.logprobs += delta.logprobs
-
-    def pop(self, session_id: int) -> Response:
-        return self._responses.pop(session_id)
-
-    def result(self, prompts: Prompts) -> Response | list[Response]:
-        ordered = [self._responses[index] for index in sorted(self._responses)]
-        return ordered[0] if is_single(prompts) else ordered
+def _in_order(found: list[Response], prompts: Prompts) -> Response | list[Response]:
+    found.sort(key=lambda response: response.session_id)
+    return found[0] if is_single(prompts) else found
