@@ -140,7 +140,7 @@ class MetricFamily:
         self.metrics: list[_Metric] = []
         self.families[name] = self
 
-    def Metric(self, *, labels: Mapping[str, str], buckets: Sequence[float] | None = None) -> _Metric:  # noqa: N802
+    def Metric(self, *, labels: Mapping[str, str], buckets: Sequence[float] | None = None) -> _Metric:
         assert (buckets is not None) == (self.kind == self.HISTOGRAM)
         metric = _Metric(labels, buckets)
         self.metrics.append(metric)
