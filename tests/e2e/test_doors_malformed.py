@@ -111,6 +111,56 @@ SERVER_HTTP: dict[str, tuple[dict[str, Any] | bytes, int, str]] = {
 }
 
 
+def tensors(*inputs: tuple[str, str, list[int], list[Any]], **rest: Any) -> dict[str, Any]:
+    """The JSON body of POST /infer."""
+    named = ("name", "datatype", "shape", "data")
+    return {"inputs": [dict(zip(named, item, strict=True)) for item in inputs], **rest}
+
+
+def generate_turn(**changed: Any) -> dict[str, Any]:
+    return {"input_ids": [40], "input_lengths": 1, "request_output_len": 2, **changed}
+
+
+IDS = ("TOKENS_BATCH", "UINT32", [1, 1, 2], [40, 41])
+SKIP = ("skip_special_tokens", "INT32", [1, 1], [1])
+#: (path below /v2/models, JSON body, status, what the error must name)
+OTHER_HTTP: dict[str, tuple[str, dict[str, Any], int, str]] = {
+    "unknown model": ("nobody/generate", GOOD, 404, "nobody"),
+    "unknown version": ("demo/versions/7/generate", GOOD, 404, "version 7"),
+    "text door without generate": ("demo/infer", tensors(("text_input", "BYTES", [1], ["a"])), 501, "decoupled"),
+    "turn without generate": ("turbomind/infer", tensors(("input_ids", "UINT32", [1, 1], [40])), 501, "decoupled"),
+    "turn length": ("turbomind/generate", generate_turn(input_lengths=2), 400, "input_lengths is 2"),
+    "turn of an unknown session": ("turbomind/generate", generate_turn(START=0, CORRID=9), 400, "failure:  1 (session 9"),
+    "turn with an unknown key": ("turbomind/generate", generate_turn(top_k=1), 400, "'top_k'"),
+    "turn id beyond the vocabulary": ("turbomind/generate", generate_turn(input_ids=[9999]), 400, "9999"),
+    "query that is a number": ("preprocessing/infer", tensors(("QUERY", "BYTES", [1, 1], [7])), 500, "non-string as string"),
+    "query of another shape": ("preprocessing/infer", tensors(("QUERY", "BYTES", [1, 2], ["a"])), 400, "'QUERY'"),
+    "query of another type": ("preprocessing/infer", tensors(("QUERY", "FP32", [1, 1], [1.0])), 400, "'QUERY' data-type"),
+    "query of no type": ("preprocessing/infer", tensors(("QUERY", "TEXT", [1, 1], ["a"])), 400, "QUERY"),
+    "query empty": ("preprocessing/infer", tensors(("QUERY", "BYTES", [1, 0], [])), 400, "QUERY is empty"),
+    "query with a parameter": (
+        "preprocessing/infer",
+        tensors(("QUERY", "BYTES", [1, 1], ["a"]), parameters={"lang": "en"}),
+        400,
+        "'lang'",
+    ),
+    "query without inputs": ("preprocessing/infer", {}, 500, "'inputs'"),
+    "tokens without an offset": ("postprocessing/infer", tensors(IDS), 400, "'sequence_length'"),
+    "tokens offset": (
+        "postprocessing/infer",
+        tensors(IDS, ("sequence_length", "UINT32", [1, 1], [3]), SKIP),
+        400,
+        "sequence_length is 3",
+    ),
+    "tokens negative": (
+        "postprocessing/infer",
+        tensors((*IDS[:3], [40, -1]), ("sequence_length", "UINT32", [1, 1], [0]), SKIP),
+        500,
+        "non-unsigned-integer",
+    ),
+}
+
+
 def one(name: str, datatype: str, value: Any, shape: tuple[int, ...] = (1, 1)) -> Input:
     return Input(name, datatype, shape, [value])
 
@@ -308,6 +358,15 @@ def test_json_that_the_server_itself_refuses(doors: Doors, case: str) -> None:
     reply = doors.http.post("demo/generate", content=body if isinstance(body, bytes) else json.dumps(body).encode())
     assert reply.status_code == status
     assert words in reply.json()["error"]
+    doors.refused()
+
+
+@pytest.mark.parametrize("case", OTHER_HTTP)
+def test_other_doors_over_http(doors: Doors, case: str) -> None:
+    path, body, status, named = OTHER_HTTP[case]
+    reply = doors.http.post(path, json=body)
+    assert reply.status_code == status, reply.text
+    assert named in reply.json()["error"]
     doors.refused()
 
 
