@@ -9,14 +9,14 @@ from tests.backend.tritonserver import fake_pb_utils
 DOORS = "turbotriton.backend.tritonserver"
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _fake_pb_utils() -> Iterator[None]:
-    """Tests import door modules inside functions, after this."""
+    """Tests import door modules inside functions, after this; none that saw the fake outlives the test file."""
     assert "triton_python_backend_utils" not in sys.modules
     sys.modules["triton_python_backend_utils"] = fake_pb_utils
     yield
     del sys.modules["triton_python_backend_utils"]
-    for name in [name for name in sys.modules if name.startswith(f"{DOORS}.")]:
+    for name in [name for name in sys.modules if name == DOORS or name.startswith(f"{DOORS}.")]:
         del sys.modules[name]
 
 
