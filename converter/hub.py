@@ -19,15 +19,24 @@ TORCH_PATTERNS = ["*.bin", "*.pth", "*.pt"]
 SAFE_PATTERNS = [
     *("*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.py", "model_repository/**", "triton_models/**"),
 ]
+CONFIG_PATTERNS = ["config.json", "generation_config.json", "params.json", "model_repository/*/1/weights/config.ini"]
+#: The same model again for other programs.
+OTHER_FOLDERS = ["original/*", "onnx/*", "openvino/*", "coreml/*", "gguf/*"]
 CONNECT_TIMEOUT_S = 10.0
 MAX_REASON = 240
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def local_model_path(
-    model_path: str | os.PathLike[str], *, revision: str | None = None, download_dir: str | os.PathLike[str] | None = None
+    model_path: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    download_dir: str | os.PathLike[str] | None = None,
+    config_only: bool = False,
 ) -> Path:
     """The folder itself, or the downloaded snapshot of a hub id. `download_dir`: the hub client's cache; None: its own choice.
+
+    `config_only`: without weights and tokenizer.
 
     Raises CheckpointError: neither a path nor an id, or the download failed.
     """
@@ -41,17 +50,25 @@ def local_model_path(
         raise CheckpointError(
             f"{text}: is no folder, and no hub id such as owner/name either; give a model's folder or its hub id"
         )
-    return _download(text, revision, download_dir)
+    return _download(text, revision, download_dir, CONFIG_PATTERNS if config_only else None)
 
 
-def _download(repo_id: str, revision: str | None, download_dir: str | os.PathLike[str] | None) -> Path:
+def _download(
+    repo_id: str, revision: str | None, download_dir: str | os.PathLike[str] | None, patterns: list[str] | None
+) -> Path:
+    """`patterns` None: what a checkpoint needs, weights in one format."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
     def snapshot(patterns: list[str], *, only_local: bool) -> Path:
         cache = None if download_dir is None else Path(download_dir)
         found = snapshot_download(
-            repo_id, revision=revision, cache_dir=cache, allow_patterns=patterns, local_files_only=only_local
+            repo_id,
+            revision=revision,
+            cache_dir=cache,
+            allow_patterns=patterns,
+            ignore_patterns=OTHER_FOLDERS,
+            local_files_only=only_local,
         )
         return Path(found)
 
@@ -63,10 +80,10 @@ def _download(repo_id: str, revision: str | None, download_dir: str | os.PathLik
         except Exception as error:  # noqa: BLE001  no connection: its client passes on what its HTTP library raises
             logger.info("the hub cannot be reached (%s); looking for %s in the download folder", error, repo_id)
             try:
-                return snapshot(SAFE_PATTERNS, only_local=True)
+                return snapshot(patterns or SAFE_PATTERNS, only_local=True)
             except OSError:
                 raise error from None
-        return snapshot(_wanted([sibling.rfilename for sibling in info.siblings or []]), only_local=False)
+        return snapshot(patterns or _wanted([sibling.rfilename for sibling in info.siblings or []]), only_local=False)
     except Exception as error:  # noqa: BLE001  as above
         raise CheckpointError(
             f"{repo_id}: is no local folder, and as a hub id it could not be downloaded: {_reason(error, revision)}"

@@ -43,6 +43,15 @@ def test_convert_takes_a_hub_id(hub: HubStub, tmp_path: Path, monkeypatch: pytes
     assert not [path for path in hub.paths if path.endswith((".bin", ".png"))]
 
 
+def test_plan_takes_a_hub_id_and_leaves_the_weights_there(
+    hub: HubStub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use(hub, monkeypatch)
+    assert main(["plan", "somebody/demo", "--gpu", "h200", "--download-dir", str(tmp_path)]) == 0
+    assert "KV cache" in capsys.readouterr().out
+    assert not [path for path in hub.paths if path.endswith((".safetensors", ".bin", "tokenizer.json"))]
+
+
 def test_offline_is_one_line_and_code_2(tmp_path: Path) -> None:
     environment = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
     done = turbotriton("chat", "somebody/demo", environment=environment)

@@ -14,8 +14,11 @@ def add_hub_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--download-dir", type=Path, help="folder for downloads (default: the hub client's cache)")
 
 
-def resolve_model_path(model_path: str | Path, args: argparse.Namespace) -> Path:
-    """The local folder; downloads with a progress bar where it is a hub id. Raises CheckpointError."""
+def resolve_model_path(model_path: str | Path, args: argparse.Namespace, *, config_only: bool = False) -> Path:
+    """The local folder; downloads with a progress bar where it is a hub id. Raises CheckpointError.
+
+    `config_only`: the configuration is enough.
+    """
     from turbotriton.converter.hub import local_model_path
 
-    return local_model_path(model_path, revision=args.revision, download_dir=args.download_dir)
+    return local_model_path(model_path, revision=args.revision, download_dir=args.download_dir, config_only=config_only)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from turbotriton.contract.errors import InvalidInputError
 
+from .hub import add_hub_options, resolve_model_path
+
 if TYPE_CHECKING:
     from turbotriton.backend.capacity import ModelShape
     from turbotriton.contract.ini import ModelConfig
@@ -27,7 +29,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "bandwidth, operations over rate). Reads config files only.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("model", type=Path, metavar="MODEL", help="a model folder with config.json, or a workspace")
+    parser.add_argument("model", metavar="MODEL", help="a model folder with config.json, a workspace, or a hub id")
     parser.add_argument("--gpu", choices=("auto", *GPUS), default="auto", help="auto: the one that nvidia-smi names")
     parser.add_argument("--tp", type=int, choices=(1, 2, 4, 8), default=1, help="GPUs that share the model")
     parser.add_argument("--quant", choices=tuple(WEIGHT_BITS), default="none", help="format of the linears' weights")
@@ -40,6 +42,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument("--input-len", type=int, default=1024, help="tokens of a prompt")
     parser.add_argument("--output-len", type=int, default=256, help="tokens of an answer")
+    add_hub_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -52,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     if not 0 < args.cache_max_entry_count < 1:
         raise InvalidInputError(f"--cache-max-entry-count is {args.cache_max_entry_count}; it must be between 0 and 1")
     gpu = GPUS[_gpu_here()] if args.gpu == "auto" else GPUS[args.gpu]
-    model = read_model(args.model, args.session_len)
+    model = read_model(resolve_model_path(args.model, args, config_only=True), args.session_len)
     fits = plan(model, gpu, tp=args.tp, quant=args.quant, quant_policy=args.quant_policy, cache_share=args.cache_max_entry_count)
     first_s = prefill_s(model, gpu, args.input_len, tp=args.tp, quant=args.quant)
     print(f"{args.tp} x {gpu.title}, {gpu.memory / GIB:.1f} GiB each")
