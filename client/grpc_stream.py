@@ -18,7 +18,17 @@ from tritonclient.grpc import service_pb2
 
 from turbotriton.contract.errors import ServerError, TurbotritonError
 
-from .kserve import channel_options, check_url, drain, drain_async, error_from_rpc, make_stub
+from .kserve import (
+    Tensor,
+    build_request,
+    channel_options,
+    check_url,
+    drain,
+    drain_async,
+    error_from_rpc,
+    make_stub,
+    read_outputs,
+)
 from .text_door import LMDEPLOY_MODELS, Delta, Result, build_generate_request, join_deltas, pick_model, read_delta
 
 __all__ = ["AsyncClient", "AsyncStream", "Client", "Delta", "Result", "Stream"]

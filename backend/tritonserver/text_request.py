@@ -13,6 +13,7 @@ from turbotriton.contract.errors import InvalidInputError
 from turbotriton.contract.wire import MAX_LOGPROBS, MAX_SEED, SamplingParams
 from turbotriton.text.chat_template import ChatTemplate
 from turbotriton.text.detokenizer import TextTokenizer
+from turbotriton.text.prompt_format import encode_messages
 
 from .inputs import check_parameters, read_array, read_bool, read_float, read_int, read_string, read_strings
 
@@ -143,8 +144,8 @@ def _read_prompt(request: Any, tokenizer: TextTokenizer, template: ChatTemplate 
     if messages is not None:
         if template is None:
             raise InvalidInputError("this model has no chat template; send text_input or input_ids instead of messages")
-        rendered = template.render(_parse_json("messages", messages), **_read_template_options(request))
-        return tokenizer.encode(rendered, add_special_tokens=False), ""
+        content = _parse_json("messages", messages)
+        return encode_messages(tokenizer, template, content, template_options=_read_template_options(request)), ""
     assert ids is not None
     if not ids.size:
         raise InvalidInputError("input_ids is empty; send at least one token id")
