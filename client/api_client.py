@@ -1,5 +1,6 @@
 """A client of the OpenAI server without the `openai` package: LMDeploy's `APIClient`, and conversations for terminal and web page."""
 
+import contextlib
 import json
 import socket
 import threading
@@ -37,7 +38,10 @@ class APIClient:
         self.url = api_server_url.rstrip("/").removesuffix("/v1")
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._http = httpx.Client(
-            base_url=self.url, headers=headers, timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S), trust_env=not _is_local(self.url)
+            base_url=self.url,
+            headers=headers,
+            timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),
+            trust_env=not _is_local(self.url),
         )
         self._models: list[str] | None = None
 
@@ -60,16 +64,24 @@ class APIClient:
         found = self._json("POST", "/v1/encode", {"input": input, "do_preprocess": do_preprocess, "add_bos": add_bos})
         return found["input_ids"], found["length"]
 
-    def chat_completions_v1(self, model: str, messages: str | list[dict[str, Any]], stream: bool = False, **options: Any) -> Iterator[dict[str, Any]]:
+    def chat_completions_v1(
+        self, model: str, messages: str | list[dict[str, Any]], stream: bool = False, **options: Any
+    ) -> Iterator[dict[str, Any]]:
         yield from self._answers("/v1/chat/completions", {"model": model, "messages": messages, "stream": stream, **options})
 
-    def completions_v1(self, model: str, prompt: str | list[Any], stream: bool = False, **options: Any) -> Iterator[dict[str, Any]]:
+    def completions_v1(
+        self, model: str, prompt: str | list[Any], stream: bool = False, **options: Any
+    ) -> Iterator[dict[str, Any]]:
         yield from self._answers("/v1/completions", {"model": model, "prompt": prompt, "stream": stream, **options})
 
-    def chat_interactive_v1(self, prompt: str | list[dict[str, Any]], stream: bool = False, **options: Any) -> Iterator[dict[str, Any]]:
+    def chat_interactive_v1(
+        self, prompt: str | list[dict[str, Any]], stream: bool = False, **options: Any
+    ) -> Iterator[dict[str, Any]]:
         yield from self._answers("/v1/chat/interactive", {"prompt": prompt, "stream": stream, **options})
 
-    def chat(self, prompt: str, session_id: int, request_output_len: int = 512, stream: bool = False, **options: Any) -> Iterator[tuple[str, int, str | None]]:
+    def chat(
+        self, prompt: str, session_id: int, request_output_len: int = 512, stream: bool = False, **options: Any
+    ) -> Iterator[tuple[str, int, str | None]]:
         """One turn of a conversation that the server keeps: (text, tokens so far, finish_reason) of each piece."""
         for reply in self.chat_interactive_v1(
             prompt, stream=stream, session_id=session_id, request_output_len=request_output_len, interactive_mode=True, **options
@@ -187,10 +199,8 @@ class ChatStream:
         connection = self._response.extensions.get("network_stream")
         raw = connection.get_extra_info("socket") if connection is not None else None
         if raw is not None:
-            try:
+            with contextlib.suppress(OSError):  # it may be over
                 raw.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads
-            except OSError:
-                pass  # it is over
 
     def __enter__(self) -> Self:
         return self
@@ -208,10 +218,10 @@ class InteractiveConversation:
 
     def ask(self, question: str) -> Iterator[str]:
         self._last = None
-        tokens = 0
-        for text, tokens, _ in self._client.chat(question, self._session_id, stream=True, **self._options):
+        num_tokens = 0
+        for text, num_tokens, _ in self._client.chat(question, self._session_id, stream=True, **self._options):  # noqa: B007
             yield text
-        self._last = f"{tokens} tokens"
+        self._last = f"{num_tokens} tokens"
 
     def cancel(self) -> None:
         self._client.cancel(self._session_id)

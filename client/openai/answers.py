@@ -6,9 +6,10 @@ with seed + i, so that streamed and whole answers are the same.
 
 import asyncio
 import contextlib
+import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +32,16 @@ def sampling_options(request: SamplingFields) -> dict[str, Any]:
     options: dict[str, Any] = {
         name: getattr(request, name)
         for name in (
-            *("temperature", "top_p", "top_k", "min_p", "min_tokens", "repetition_penalty", "presence_penalty", "frequency_penalty"),
+            *(
+                "temperature",
+                "top_p",
+                "top_k",
+                "min_p",
+                "min_tokens",
+                "repetition_penalty",
+                "presence_penalty",
+                "frequency_penalty",
+            ),
             *("ignore_eos", "skip_special_tokens", "stop_token_ids", "bad_words", "priority", "max_tokens"),
         )
     }
@@ -79,9 +89,9 @@ class Answer:
         self.id = f"{self.kind}-{uuid.uuid4().hex}"
         self.created = int(time.time())
 
-    async def deltas(self) -> AsyncIterator[tuple[_Choice, Delta]]:
+    async def deltas(self) -> AsyncGenerator[tuple[_Choice, Delta]]:
         """Every choice's deltas as they come. Raises ApiError; closing the generator cancels what runs."""
-        came: asyncio.Queue[tuple[_Choice, Delta | None | Exception]] = asyncio.Queue()
+        came: asyncio.Queue[tuple[_Choice, Delta | Exception | None]] = asyncio.Queue()
         tasks = [asyncio.create_task(self._run(choice, came)) for choice in self._choices]
         num_open = len(tasks)
         try:
@@ -99,7 +109,7 @@ class Answer:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _run(self, choice: _Choice, came: "asyncio.Queue[tuple[_Choice, Delta | None | Exception]]") -> None:
+    async def _run(self, choice: _Choice, came: "asyncio.Queue[tuple[_Choice, Delta | Exception | None]]") -> None:
         try:
             async with self._fleet.stream(self._request.model, choice.prompt, choice.options) as deltas:
                 async for delta in deltas:
@@ -121,7 +131,7 @@ class Answer:
         choices = [self._whole_choice(choice) for choice in self._choices]
         return self._envelope(self._object) | {"choices": choices, "usage": self.usage()}
 
-    async def chunks(self) -> AsyncIterator[dict[str, Any]]:
+    async def chunks(self) -> AsyncGenerator[dict[str, Any]]:
         """Objects of a streamed answer in their order, without the closing [DONE]."""
         async with contextlib.aclosing(self.deltas()) as deltas:
             async for choice, delta in deltas:
@@ -165,7 +175,7 @@ class CompletionAnswer(Answer):
 
     def __init__(self, fleet: Fleet, request: CompletionRequest) -> None:
         options = sampling_options(request) | {"num_logprobs": request.logprobs}
-        choices = []
+        choices: list[_Choice] = []
         for text_or_ids in request.prompts():
             name = "prompt" if isinstance(text_or_ids, str) else "input_ids"
             for number in range(request.n):
@@ -216,7 +226,7 @@ class ChatAnswer(Answer):
             prompt = {"prompt": request.messages}
         else:
             prompt = {"messages": [_plain_message(index, message) for index, message in enumerate(request.messages)]}
-        template_options = dict(request.chat_template_kwargs or {})
+        template_options: dict[str, Any] = dict(request.chat_template_kwargs or {})
         if tool_format is not None:
             template_options["tools"] = request.tools
             options["skip_special_tokens"] = options["skip_special_tokens"] and not tool_format.is_special
@@ -306,9 +316,20 @@ def _guided(request: ChatRequest) -> dict[str, Any]:
     return {"sampling_parameters": parameters} if parameters else {}
 
 
+def _plain_call(call: Any) -> Any:
+    """A call with its arguments as an object: chat templates write them themselves, OpenAI's clients send JSON text."""
+    try:
+        function = call["function"]
+        return {**call, "function": {**function, "arguments": json.loads(function["arguments"])}}
+    except (TypeError, KeyError, ValueError):
+        return call
+
+
 def _plain_message(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
     """content as one text; parts that are no text are refused."""
     content = message.get("content")
+    if message.get("tool_calls"):
+        message = {**message, "tool_calls": [_plain_call(call) for call in message["tool_calls"]]}
     if not isinstance(content, list):
         return dict(message)
     texts = []

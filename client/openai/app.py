@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -147,7 +147,6 @@ def _add_answers(app: FastAPI) -> None:
             return StreamingResponse(lines, media_type="text/event-stream")
         return await _unless_disconnected(request, _joined(replies))
 
-
     @app.post("/v1/chat/completions")
     async def chat_completions_v1(body: ChatRequest, request: Request) -> Response:
         """Chat, whole or streamed."""
@@ -185,7 +184,10 @@ def _add_others(app: FastAPI, metrics: Metrics) -> None:
         """Every model that the servers behind this one have ready."""
         now = int(time.time())
         names = await app.state.service.fleet.models()
-        return {"object": "list", "data": [{"id": name, "object": "model", "created": now, "owned_by": "turbotriton"} for name in names]}
+        return {
+            "object": "list",
+            "data": [{"id": name, "object": "model", "created": now, "owned_by": "turbotriton"} for name in names],
+        }
 
     @app.post("/v1/embeddings")
     async def embeddings() -> Response:
@@ -210,11 +212,15 @@ def _add_others(app: FastAPI, metrics: Metrics) -> None:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
-async def _respond(service: _Service, request: Request, answer: Answer, stream: bool, user_id: str | None, is_qos: bool) -> Response:
+async def _respond(
+    service: _Service, request: Request, answer: Answer, stream: bool, user_id: str | None, is_qos: bool
+) -> Response:
     if stream:
         chunks = _in_turn(service, user_id, is_qos, answer.chunks())
         events = await _begun(_events(chunks))
-        return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        return StreamingResponse(
+            events, media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        )
 
     async def whole() -> dict[str, Any]:
         async with service.turn(user_id, is_qos):
@@ -223,19 +229,19 @@ async def _respond(service: _Service, request: Request, answer: Answer, stream: 
     return await _unless_disconnected(request, whole())
 
 
-async def _in_turn(service: _Service, user_id: str | None, is_qos: bool, items: AsyncIterator[T]) -> AsyncIterator[T]:
-    async with service.turn(user_id, is_qos), contextlib.aclosing(items) as opened:  # type: ignore[type-var]
+async def _in_turn(service: _Service, user_id: str | None, is_qos: bool, items: AsyncGenerator[T]) -> AsyncGenerator[T]:
+    async with service.turn(user_id, is_qos), contextlib.aclosing(items) as opened:
         async for item in opened:
             yield item
 
 
-async def _events(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
+async def _events(chunks: AsyncIterator[dict[str, Any]]) -> AsyncGenerator[str]:
     async for chunk in chunks:
         yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
     yield "data: [DONE]\n\n"
 
 
-async def _begun(lines: AsyncIterator[str]) -> AsyncIterator[str]:
+async def _begun(lines: AsyncGenerator[str]) -> AsyncIterator[str]:
     """The same lines, the first of them waited for now: what fails before it still gets a status of its own."""
     first = await anext(lines, None)
 
@@ -248,7 +254,7 @@ async def _begun(lines: AsyncIterator[str]) -> AsyncIterator[str]:
         except ApiError as error:
             yield f"data: {json.dumps(error.body(), ensure_ascii=False)}\n\n"
         finally:
-            await lines.aclose()  # type: ignore[attr-defined]
+            await lines.aclose()
 
     return rest()
 

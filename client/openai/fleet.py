@@ -76,10 +76,17 @@ class Fleet:
             return
         names = await self.models()
         if model not in names:
-            raise ApiError(404, f"The model `{model}` does not exist; served: {', '.join(names) or 'none'}.", param="model", code="model_not_found")
+            raise ApiError(
+                404,
+                f"The model `{model}` does not exist; served: {', '.join(names) or 'none'}.",
+                param="model",
+                code="model_not_found",
+            )
 
     @contextlib.asynccontextmanager
-    async def stream(self, model: str, prompt: Mapping[str, Any], options: Mapping[str, Any]) -> AsyncIterator[AsyncIterator[Delta]]:
+    async def stream(
+        self, model: str, prompt: Mapping[str, Any], options: Mapping[str, Any]
+    ) -> AsyncIterator[AsyncIterator[Delta]]:
         """The deltas of one answer; leaving the block early cancels it. prompt: one of prompt, messages and input_ids by name.
 
         The first delta is there when the block begins, so that a refusal can still become a status. Raises TurbotritonError.

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import itertools
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,7 +38,7 @@ class Interactive:
         self._sessions: OrderedDict[int, _Session] = OrderedDict()
         self._numbers = itertools.count(1)
 
-    async def replies(self, request: InteractiveRequest) -> AsyncIterator[dict[str, Any]]:
+    async def replies(self, request: InteractiveRequest) -> AsyncGenerator[dict[str, Any]]:
         """{text, tokens, input_tokens, history_tokens, finish_reason} as they come; the last has finish_reason. Raises ApiError."""
         if request.cancel:
             yield self._cancel(request.session_id)
@@ -79,7 +79,7 @@ class Interactive:
 
     async def _answer(
         self, request: InteractiveRequest, session: _Session, turn: list[dict[str, Any]]
-    ) -> AsyncIterator[dict[str, Any]]:
+    ) -> AsyncGenerator[dict[str, Any]]:
         history_tokens, text, num_input, num_output = session.num_tokens, "", 0, 0
         messages = [*session.messages, *turn]
         model = (await self._served())[0]

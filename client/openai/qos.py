@@ -51,7 +51,9 @@ def read_qos_config(path: Path) -> dict[str, _User]:
             for entry in entries
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"--qos-config-path {path}: expected user_groups and user_group_map, found a fault: {error!r}") from None
+        raise ConfigError(
+            f"--qos-config-path {path}: expected user_groups and user_group_map, found a fault: {error!r}"
+        ) from None
     if any(user.quota <= 0 for user in users.values()):
         raise ConfigError(f"--qos-config-path {path}: every quota_pct must be above 0")
     if "default" not in users:

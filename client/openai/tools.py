@@ -68,7 +68,8 @@ class ToolCallParser:
     def push(self, text: str) -> tuple[str, list[dict[str, Any]]]:
         """-> content and calls that are certain now."""
         self._held += text
-        content, calls = "", []
+        content = ""
+        calls: list[dict[str, Any]] = []
         while not self._is_forced:
             if not self._in_call:
                 before, self._held, self._in_call = self._until_call(self._held)
@@ -111,7 +112,9 @@ class ToolCallParser:
         made = []
         for name, arguments in calls:
             function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
-            made.append({"index": self.num_calls, "id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function})
+            made.append(
+                {"index": self.num_calls, "id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
+            )
             self.num_calls += 1
         return "", made
 

@@ -17,7 +17,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("url", metavar="URL", help="the server's address, such as http://localhost:23333")
-    parser.add_argument("--session-id", type=int, default=None, help="the conversation's number on the server (unset: a random one)")
+    parser.add_argument(
+        "--session-id", type=int, default=None, help="the conversation's number on the server (unset: a random one)"
+    )
     parser.add_argument("--api-key", default=None, help="unset: the variable OPENAI_API_KEY")
     parser.add_argument("--max-tokens", type=int, default=512, help="most tokens in one answer")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: greedy")

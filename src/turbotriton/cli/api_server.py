@@ -23,7 +23,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "Engine flags of `serve tritonserver` (--session-len ...) are passed on to it.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("target", metavar="X", help="HOST:PORT[,HOST:PORT...] of tritonserver's gRPC, a workspace, or a model folder")
+    parser.add_argument(
+        "target", metavar="X", help="HOST:PORT[,HOST:PORT...] of tritonserver's gRPC, a workspace, or a model folder"
+    )
     parser.add_argument("--server-name", default="127.0.0.1", help="address to listen on; 0.0.0.0: every one")
     parser.add_argument("--server-port", type=int, default=23333, help="port to listen on")
     parser.add_argument("--api-keys", nargs="*", default=[], metavar="KEY", help="callers need one of these (Bearer)")
@@ -39,7 +41,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )  # fmt: skip
     parser.add_argument("--qos-config-path", type=Path, help="JSON file of user groups and quotas, for the _qos endpoints")
     parser.add_argument("--qos-max-running", type=int, default=64, help="answers at once on the _qos endpoints")
-    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error", "critical"), default="info", help="of the server")
+    parser.add_argument(
+        "--log-level", choices=("debug", "info", "warning", "error", "critical"), default="info", help="of the server"
+    )
     parser.set_defaults(run=run, accepts_unknown=True)
 
 
@@ -68,7 +72,10 @@ def run(args: argparse.Namespace) -> int:
             )
         )
         scheme = "https" if certfile else "http"
-        print(f"OpenAI's API at {scheme}://{args.server_name}:{args.server_port}/v1 for {', '.join(urls)}; Ctrl-C stops it.", flush=True)
+        print(
+            f"OpenAI's API at {scheme}://{args.server_name}:{args.server_port}/v1 for {', '.join(urls)}; Ctrl-C stops it.",
+            flush=True,
+        )
         config = uvicorn.Config(
             app, host=args.server_name, port=args.server_port, log_level=args.log_level, ssl_keyfile=keyfile, ssl_certfile=certfile,
             access_log=args.log_level == "debug",
@@ -77,7 +84,9 @@ def run(args: argparse.Namespace) -> int:
         try:
             server.run()
         except SystemExit:  # uvicorn's way to say that it could not listen; it has logged why
-            raise InvalidInputError(f"{args.server_name}:{args.server_port} cannot be taken; choose another --server-port") from None
+            raise InvalidInputError(
+                f"{args.server_name}:{args.server_port} cannot be taken; choose another --server-port"
+            ) from None
     return 0
 
 
@@ -109,5 +118,7 @@ def _served(target: str, engine_flags: list[str]) -> Iterator[list[str]]:
         raise InvalidInputError(f"{engine_flags[0]} is for a tritonserver that is started here; {target} runs already")
     urls = target.split(",")
     if any("/" in url or ":" not in url for url in urls):
-        raise InvalidInputError(f"{target}: is no folder here and no HOST:PORT; give a folder or addresses of tritonserver's gRPC")
+        raise InvalidInputError(
+            f"{target}: is no folder here and no HOST:PORT; give a folder or addresses of tritonserver's gRPC"
+        )
     yield urls
