@@ -66,7 +66,7 @@ class SamplingFields(_Request):
     @field_validator("stop")
     @classmethod
     def _stop_is_not_empty(cls, value: str | list[str] | None) -> str | list[str] | None:
-        if value is not None and (value == "" or "" in value):
+        if value == "" or isinstance(value, list) and "" in value:
             raise ValueError("a stop word must not be empty")
         return value
 
@@ -172,7 +172,7 @@ class InteractiveRequest(_Request):
     @field_validator("stop")
     @classmethod
     def _stop_is_not_empty(cls, value: str | list[str] | None) -> str | list[str] | None:
-        if value is not None and (value == "" or "" in value):
+        if value == "" or isinstance(value, list) and "" in value:
             raise ValueError("a stop word must not be empty")
         return value
 

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import logging
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
             access_log=args.log_level == "debug",
         )  # fmt: skip
         server = uvicorn.Server(config)
+        for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn stops cleanly, then raises what it caught once more
+            signal.signal(number, lambda *_: None)
         try:
             server.run()
         except SystemExit:  # uvicorn's way to say that it could not listen; it has logged why

@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         build_parser().error(f"unrecognized arguments: {' '.join(unknown)}")
     args.unknown = unknown
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request that a client of ours sends
     try:
         return int(args.run(args) or 0)
     except TurbotritonError as error:
