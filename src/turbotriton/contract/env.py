@@ -11,6 +11,8 @@ __all__ = [
     "python_executable",
     "runtime_dir",
     "site_dirs",
+    "ssl_certfile",
+    "ssl_keyfile",
     "test_assets_dir",
 ]
 
@@ -69,3 +71,15 @@ def metric_aliases() -> bool:
 def openai_api_key() -> str | None:
     """OPENAI_API_KEY: what clients of an OpenAI server send when no key is given; never logged."""
     return os.environ.get("OPENAI_API_KEY") or None
+
+
+def ssl_keyfile() -> Path | None:
+    """SSL_KEYFILE: the OpenAI server's private key with `--ssl`, as in LMDeploy."""
+    value = os.environ.get("SSL_KEYFILE")
+    return Path(value) if value else None
+
+
+def ssl_certfile() -> Path | None:
+    """SSL_CERTFILE: its certificate."""
+    value = os.environ.get("SSL_CERTFILE")
+    return Path(value) if value else None

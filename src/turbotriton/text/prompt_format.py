@@ -23,16 +23,27 @@ INFILLING_STOP_WORD = "<EOT>"
 
 
 class Template(Protocol):
-    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str: ...
+    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **extra: Any) -> str: ...
 
 
 def encode_messages(
-    tokenizer: TextTokenizer, template: Template, messages: Sequence[Mapping[str, Any]], *, add_special_tokens: bool = False
+    tokenizer: TextTokenizer,
+    template: Template,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    add_special_tokens: bool = False,
+    template_options: Mapping[str, Any] | None = None,
 ) -> list[int]:
-    """Ids of rendered messages. Special tokens that a message's content spells stay text; only the template's are control tokens."""
+    """Ids of rendered messages. Special tokens that a message's content spells stay text; only the template's are control tokens.
+
+    template_options: more names for a Jinja template, such as tools.
+    """
     check_messages(messages)
-    protected = [{**message, "content": tokenizer.protect(message["content"])} for message in messages]
-    return tokenizer.encode(template.render(protected), add_special_tokens=add_special_tokens)
+    protected = [
+        message if message.get("content") is None else {**message, "content": tokenizer.protect(message["content"])}
+        for message in messages
+    ]
+    return tokenizer.encode(template.render(protected, **template_options or {}), add_special_tokens=add_special_tokens)
 
 
 class PromptFormat:

@@ -15,9 +15,11 @@ class RowTemplate:
     def __init__(self, row: TemplateRow) -> None:
         self._row = row
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **extra: Any) -> str:
         """The row's own opening stands first unless the first message is a system message. Raises InvalidInputError."""
         check_messages(messages)
+        if extra:
+            raise InvalidInputError(f"{next(iter(extra))!r} is for Jinja chat templates; this one is the row {self._row.name!r}")
         row = self._row
         parts = [row.begin]
         if messages[0]["role"] != "system":
