@@ -1,1 +1,1 @@
-"""The engine behind tritonserver: doors, engine process, scheduler, runner, decoder, ops. README.md walks the path of a request."""
+"""The engine behind tritonserver: doors, engine process, scheduler, runner, decoder, ops (README.md: the path of a request)."""

@@ -1,1 +1,4 @@
-"""The command `turbotriton`. Each sub-command is one module with `add_parser(subparsers)`; nothing heavy is imported before it is needed."""
+"""The command `turbotriton`.
+
+Each sub-command is one module with `add_parser(subparsers)`; nothing heavy is imported before it is needed.
+"""

@@ -3,18 +3,18 @@
 import os
 from pathlib import Path
 
-__all__ = ["cache_dir", "engine_option", "python_executable", "runtime_dir", "site_dirs", "test_assets_dir"]
+__all__ = ["cache_dir", "engine_option", "environment", "python_executable", "runtime_dir", "site_dirs", "test_assets_dir"]
 
 ENGINE_OPTION_PREFIX = "TURBOTRITON_"
 
 
 def engine_option(name: str) -> str | None:
-    """`TURBOTRITON_<NAME>` overrides the config.ini key `name` (session_len, max_batch_size, device, ...); None when unset or empty."""
+    """`TURBOTRITON_<NAME>` overrides the config.ini key `name` (session_len, device, ...); None when unset or empty."""
     return os.environ.get(ENGINE_OPTION_PREFIX + name.upper()) or None
 
 
 def site_dirs() -> list[str]:
-    """TURBOTRITON_SITE: folders (os.pathsep between) that hold this package and its dependencies, for stubs that ignore PYTHONPATH."""
+    """TURBOTRITON_SITE: folders (os.pathsep between) of this package and its dependencies, for stubs that ignore PYTHONPATH."""
     return [part for part in os.environ.get("TURBOTRITON_SITE", "").split(os.pathsep) if part]
 
 
@@ -24,7 +24,7 @@ def python_executable() -> str | None:
 
 
 def runtime_dir() -> Path:
-    """TURBOTRITON_RUNTIME_DIR: where sockets and locks live (mode 0700); default $XDG_RUNTIME_DIR/turbotriton or /tmp/turbotriton-<uid>."""
+    """TURBOTRITON_RUNTIME_DIR: sockets and locks (mode 0700); default $XDG_RUNTIME_DIR/turbotriton or /tmp/turbotriton-<uid>."""
     explicit = os.environ.get("TURBOTRITON_RUNTIME_DIR")
     if explicit:
         return Path(explicit)
@@ -45,3 +45,13 @@ def test_assets_dir() -> Path | None:
     """TURBOTRITON_TEST_ASSETS: released configs, tokenizers and small models that some tests read; None when unset."""
     value = os.environ.get("TURBOTRITON_TEST_ASSETS")
     return Path(value) if value else None
+
+
+def environment() -> dict[str, str]:
+    """A copy of the whole environment, for a child process."""
+    return dict(os.environ)
+
+
+def metric_aliases() -> bool:
+    """TURBOTRITON_METRIC_ALIASES: 0 leaves out the `vllm:*` and `nv_trt_llm_*` names (another backend may own them); default 1."""
+    return os.environ.get("TURBOTRITON_METRIC_ALIASES", "1") != "0"

@@ -137,7 +137,7 @@ class RopeConfig:
             scale = self.factor * ratio - (self.factor - 1)
         else:
             scale = max(2.0 ** math.ceil(math.log2(ratio) + 1) - 1, 1.0)
-        return self.theta * scale ** (self.dim / (self.dim - 2))
+        return float(self.theta * scale ** (self.dim / (self.dim - 2)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +214,7 @@ class EngineConfig:
             "a power of two from 1 to 1024",
         )
         check(self.num_tokens_per_iter >= 0, "num_tokens_per_iter", "0 (choose) or a positive token count")
+        check(not self.deterministic, "deterministic", "0 in this version (outputs may differ in last bits with the batch)")
         check(self.quant_policy == 0, "quant_policy", "0 in this version (KV in 16 or 32 bit)")
         check(self.compute_dtype in COMPUTE_DTYPES, "compute_dtype", f"one of {', '.join(COMPUTE_DTYPES)}")
         check(

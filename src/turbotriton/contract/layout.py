@@ -22,16 +22,29 @@ With H hidden_size, D head_dim, NH heads, KV kv heads, I inter_size, V vocab_siz
 q and k columns (and biases, and q_norm/k_norm entries) are stored interleaved for rotary: within the first `rotary` dims of a
 head, new column 2i + s = Hugging Face column s * rotary/2 + i (s in 0, 1); the rest of the head stays as it is.
 
-weight_type int4 replaces each linear's `.weight` by `.qweight` and `.scales_zeros` and fuses w1 and w3 into w13; see docs/weights.md.
+weight_type int4 replaces each linear's `.weight` by `.qweight` and `.scales_zeros` and fuses w1 and w3 into w13: docs/weights.md.
+
+manifest.json, beside the tensors: {"version": 1, "files": {name: {"size": bytes, "sha256": hex}}} for every tensor file.
+config.ini is not in it: people edit it.
 """
 
 import enum
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .ini import ModelConfig
 
-__all__ = ["MANIFEST_NAME", "Split", "TensorSpec", "dense_tensor_specs", "padded_vocab_size"]
+__all__ = [
+    "MANIFEST_NAME",
+    "Split",
+    "Storage",
+    "TensorSpec",
+    "dense_tensor_specs",
+    "int4_tensor_specs",
+    "padded_vocab_size",
+    "tensor_specs",
+]
 
 MANIFEST_NAME = "manifest.json"
 
@@ -44,6 +57,14 @@ class Split(enum.Enum):
     COPY = "copy"  # the same values in every rank's file
 
 
+class Storage(enum.Enum):
+    """What a file's bytes are."""
+
+    FLOAT = "float"  # values of the workspace's dtype (fp16 where weight_type is int4)
+    NIBBLES = "int4"  # 4 bit values of a [in, out] matrix in 32 x 32 tiles, 512 bytes each
+    SCALES_ZEROS = "scales_zeros"  # uint32: fp16 scale in the high half, fp16 of 64 + zero in the low one
+
+
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """One logical tensor: `name` has `{rank}` where files are split; `shape` is the joined (tp = 1, padded) shape."""
@@ -51,6 +72,14 @@ class TensorSpec:
     name: str
     shape: tuple[int, ...]
     split: Split
+    storage: Storage = Storage.FLOAT
+
+    def rank_bytes(self, tp: int, float_size: int) -> int:
+        """Size of one rank's file; `float_size` is the bytes of a FLOAT value."""
+        values = math.prod(self.rank_shape(tp))
+        if self.storage is Storage.NIBBLES:
+            return values // 2
+        return values * (4 if self.storage is Storage.SCALES_ZEROS else float_size)
 
     def file_names(self, tp: int) -> list[str]:
         if self.split is Split.NONE:
@@ -94,3 +123,25 @@ def dense_tensor_specs(config: ModelConfig) -> Iterator[TensorSpec]:
         yield TensorSpec(f"{prefix}.feed_forward.w1.{{rank}}.weight", (hidden, config.inter_size), Split.COLUMNS)
         yield TensorSpec(f"{prefix}.feed_forward.w3.{{rank}}.weight", (hidden, config.inter_size), Split.COLUMNS)
         yield TensorSpec(f"{prefix}.feed_forward.w2.{{rank}}.weight", (config.inter_size, hidden), Split.ROWS)
+
+
+def int4_tensor_specs(config: ModelConfig) -> Iterator[TensorSpec]:
+    """Every tensor of an int4 workspace: the dense ones, each linear replaced by its two files, w1 and w3 by w13."""
+    group_size = config.group_size
+    for spec in dense_tensor_specs(config):
+        linear = spec.name.removesuffix(".{rank}.weight")
+        if linear == spec.name:
+            yield spec
+            continue
+        rows, columns = spec.shape
+        if linear.endswith(".w3"):
+            continue
+        if linear.endswith(".w1"):
+            linear, columns = linear.removesuffix("1") + "13", 2 * columns
+        yield TensorSpec(f"{linear}.{{rank}}.qweight", (rows, columns), spec.split, Storage.NIBBLES)
+        yield TensorSpec(f"{linear}.{{rank}}.scales_zeros", (rows // group_size, columns), spec.split, Storage.SCALES_ZEROS)
+
+
+def tensor_specs(config: ModelConfig) -> Iterator[TensorSpec]:
+    """Every tensor file's description, whatever the weight_type."""
+    return int4_tensor_specs(config) if config.weight_type == "int4" else dense_tensor_specs(config)

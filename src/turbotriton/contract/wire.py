@@ -114,12 +114,13 @@ class GenerateRequest:
     sampling: SamplingParams
     sample_index: int = 0
     priority: int = 0  # lower is admitted sooner; ties by arrival
+    name: str = ""  # the caller's id, for cancel_named across connections; empty: none
     deadline_ms: int | None = None  # from the engine's receipt; then finish_reason DEADLINE
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Natural-log probabilities of one step, after penalties and temperature-free (raw model distribution)."""
+    """Natural-log probabilities of one step in the model's own distribution, before temperature, penalties, bans and filters."""
 
     token_logprob: float
     top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), most likely first

@@ -1,0 +1,44 @@
+# Run `make` for the list of targets.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.setup-done
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test ci lint format typecheck clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## the virtual environment in .venv, with the server runtime; quick when done already
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	@if ! command -v nvidia-smi >/dev/null; then \
+		echo "no GPU here: installing torch's CPU build"; $(BIN)/python -m pip install --quiet torch==2.13.0; fi
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m turbotriton.cli.server_runtime
+	@touch $@
+
+demo: setup ## convert the bundled model, serve it with tritonserver, ask it, chat
+	$(BIN)/turbotriton demo
+
+test: setup ## the test suite without the slow tests: no GPU, no network
+	$(BIN)/python -m pytest -m "not slow"
+
+ci: setup lint typecheck ## all that CI runs
+	$(BIN)/python -m pytest
+
+lint: setup ## ruff: format and rules
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: setup ## let ruff format the code
+	$(BIN)/ruff format .
+
+typecheck: setup ## mypy, strict
+	$(BIN)/mypy
+
+clean: ## remove what the targets above made
+	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis dist build

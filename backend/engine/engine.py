@@ -1,0 +1,169 @@
+"""One engine: scheduler and model runner, stepped from one thread. It knows owners of requests, not how they are reached.
+
+    add / cancel  ->  step: schedule -> execute -> update  ->  deltas by owner
+
+All methods must be called from the same thread (`loop.py` sees to that).
+"""
+
+import logging
+import secrets
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from turbotriton.backend.scheduling.block_manager import BlockManager
+from turbotriton.backend.scheduling.plan import StepPlan, StepResult
+from turbotriton.backend.scheduling.scheduler import OwnedDelta, Scheduler
+from turbotriton.contract.ini import EngineConfig, ModelConfig
+from turbotriton.contract.wire import EngineInfo, EngineStats, GenerateRequest, TokenDelta
+
+__all__ = ["DeltasByOwner", "Engine", "Runner", "load_engine"]
+
+logger = logging.getLogger(__name__)
+
+MAX_OBSERVATIONS = 4096  # between two snapshots; the oldest are dropped
+DEFAULT_TOKEN_BUDGET = {"cpu": 512, "cuda": 8192}
+
+DeltasByOwner = dict[object, list[TokenDelta]]
+
+
+class Runner(Protocol):
+    """What the engine needs of `backend.runner.model_runner.ModelRunner`."""
+
+    num_blocks: int
+    block_size: int
+    device: str
+    compute_dtype: str
+
+    def execute(self, plan: StepPlan) -> StepResult: ...
+
+    def close(self) -> None: ...
+
+
+class Engine:
+    def __init__(
+        self, model: ModelConfig, config: EngineConfig, runner: Runner, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._model = model
+        self._config = config
+        self._runner = runner
+        budget = config.num_tokens_per_iter or DEFAULT_TOKEN_BUDGET[runner.device.split(":")[0]]
+        self._scheduler = Scheduler(
+            model,
+            config,
+            BlockManager(runner.num_blocks, runner.block_size, enable_prefix_caching=config.enable_prefix_caching),
+            budget,
+            clock,
+            lambda: secrets.randbits(64),
+        )
+        self._prompt_tokens = 0
+        self._generation_tokens = 0
+        self._finished: Counter[str] = Counter()
+        self._ttft: deque[float] = deque(maxlen=MAX_OBSERVATIONS)
+        self._inter_token: deque[float] = deque(maxlen=MAX_OBSERVATIONS)
+        self._e2e: deque[float] = deque(maxlen=MAX_OBSERVATIONS)
+
+    @property
+    def has_work(self) -> bool:
+        return self._scheduler.has_work
+
+    def info(self, pid: int) -> EngineInfo:
+        model, config, runner = self._model, self._config, self._runner
+        return EngineInfo(
+            pid=pid,
+            model_name=model.model_name,
+            vocab_size=model.vocab_size,
+            session_len=config.session_len,
+            eos_token_ids=model.eos_token_ids,
+            bos_token_id=model.bos_token_id,
+            max_batch_size=config.max_batch_size,
+            block_size=runner.block_size,
+            num_blocks=runner.num_blocks,
+            max_queued_requests=config.max_queued_requests,
+            max_queued_tokens=config.max_queued_tokens,
+            device=runner.device,
+            compute_dtype=runner.compute_dtype,
+        )
+
+    def add(self, owner: object, request: GenerateRequest) -> None:
+        """Raises InvalidInputError or UnavailableError; the request is then not known to the engine."""
+        self._scheduler.add(owner, request)
+
+    def cancel(self, owner: object, request_id: int) -> DeltasByOwner:
+        owned = self._scheduler.cancel(owner, request_id)
+        return self._account([] if owned is None else [owned])
+
+    def cancel_owner(self, owner: object) -> DeltasByOwner:
+        """Cancels all that `owner` has submitted: it is gone."""
+        return self._account(self._scheduler.cancel_all(owner))
+
+    def cancel_named(self, name: str) -> DeltasByOwner:
+        return self._account(self._scheduler.cancel_named(name))
+
+    def step(self) -> DeltasByOwner:
+        """One step of the model, if anything can run. Exceptions of the runner pass through: the engine cannot go on."""
+        ended = self._scheduler.expire()
+        plan = self._scheduler.schedule()
+        result = self._runner.execute(plan)
+        return self._account(ended + self._scheduler.update(plan, result))
+
+    def _account(self, owned_deltas: list[OwnedDelta]) -> DeltasByOwner:
+        by_owner: DeltasByOwner = {}
+        for request, delta in owned_deltas:
+            by_owner.setdefault(request.owner, []).append(delta)
+            if delta.token_ids:
+                self._generation_tokens += len(delta.token_ids)
+                if request.inter_token_s is not None:
+                    self._inter_token.append(request.inter_token_s)
+                elif request.first_token_time is not None:
+                    self._ttft.append(request.first_token_time - request.arrival_time)
+            if delta.finish_reason is not None:
+                self._finished[delta.finish_reason.value] += 1
+                if request.first_scheduled_time is not None:
+                    self._prompt_tokens += request.num_prompt_tokens
+                if delta.timings is not None:
+                    self._e2e.append(delta.timings.e2e_s)
+        return by_owner
+
+    def stats(self) -> EngineStats:
+        """A snapshot; the observations since the last one are taken out."""
+        scheduler, blocks = self._scheduler, self._scheduler.blocks
+        observations = [tuple(values) for values in (self._ttft, self._inter_token, self._e2e)]
+        for values in (self._ttft, self._inter_token, self._e2e):
+            values.clear()
+        return EngineStats(
+            num_waiting=scheduler.num_waiting,
+            num_running=scheduler.num_running,
+            num_waiting_tokens=scheduler.num_waiting_tokens,
+            num_free_blocks=blocks.num_free_blocks,
+            num_used_blocks=blocks.num_blocks - blocks.num_free_blocks,
+            num_total_blocks=blocks.num_blocks,
+            block_size=blocks.block_size,
+            prompt_tokens_total=self._prompt_tokens,
+            cached_tokens_total=scheduler.num_cached_tokens,
+            computed_tokens_total=scheduler.num_computed_tokens,
+            generation_tokens_total=self._generation_tokens,
+            preemptions_total=scheduler.num_preemptions,
+            requests_total=dict(self._finished),
+            ttft_s=observations[0],
+            inter_token_s=observations[1],
+            e2e_s=observations[2],
+        )
+
+    def close(self) -> None:
+        self._runner.close()
+
+
+def load_engine(weights_dir: Path, override: Callable[[str], str | None] = lambda name: None) -> Engine:
+    """Reads config.ini in `weights_dir`, loads the weights and allocates the KV cache. `override`: see WorkspaceConfig.
+
+    Raises WorkspaceError, ConfigError.
+    """
+    from turbotriton.backend.runner.model_runner import ModelRunner
+    from turbotriton.contract.ini import read_workspace_config
+
+    workspace = read_workspace_config(weights_dir / "config.ini")
+    model, config = workspace.model_config(), workspace.engine_config(override)
+    return Engine(model, config, ModelRunner(model, config, weights_dir))

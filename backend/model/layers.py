@@ -1,0 +1,38 @@
+"""A decoder layer: its weights and its five op calls."""
+
+from dataclasses import dataclass
+
+import torch
+
+from turbotriton.backend.ops.operands import AttentionBatch, LinearWeight, NormWeight, QkvWeights
+from turbotriton.backend.ops.table import OpTable
+
+__all__ = ["LayerWeights", "run_layer"]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    qkv: QkvWeights
+    output: LinearWeight  # [num_heads * head_dim, hidden]
+    ffn_norm: NormWeight
+    gate_up: LinearWeight  # [hidden, 2 inter_size], columns [gate | up]
+    down: LinearWeight  # [inter_size, hidden]
+
+
+def run_layer(
+    ops: OpTable,
+    weights: LayerWeights,
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    batch: AttentionBatch,
+    kv: tuple[torch.Tensor, torch.Tensor],
+    attention_rule: tuple[float, int],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x, residual: [num_tokens, hidden]; kv: this layer's (k_cache, v_cache), modified; attention_rule: (scale, sliding_window).
+
+    Returns (x, residual), whose sum is the layer's output.
+    """
+    q, residual = ops.norm_qkv_rotary_store(x, residual, weights.qkv, batch, *kv)
+    attended = ops.attention(q, *kv, batch, *attention_rule)
+    y, residual = ops.output_projection_norm(attended, weights.output, residual, weights.ffn_norm)
+    return ops.down_projection(ops.gate_up_silu(y, weights.gate_up), weights.down), residual

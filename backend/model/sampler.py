@@ -1,0 +1,226 @@
+"""Per-request sampling state by slot, and the batch that the `sample` op takes.
+
+The draw of a token depends only on (seed, position, sample_index) and its logits: `uniform_numbers` gives one number in [0, 1)
+from a counter-based generator on the host, the op inverts the cumulative distribution there. No generator state exists, so
+batching, preemption and the device change nothing.
+
+`position` is the index in its sequence of the token being drawn.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from turbotriton.backend.ops.operands import SamplingBatch
+from turbotriton.contract.wire import SamplingParams, TokenLogprobs
+
+__all__ = ["SamplerState", "raw_logprobs", "uniform_numbers"]
+
+U64 = npt.NDArray[np.uint64]
+
+
+def uniform_numbers(seeds: U64, positions: U64, sample_indices: U64) -> npt.NDArray[np.float64]:
+    """Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") on key = seed, counter = (position,
+    sample_index, 0, 0), 32 bits a word. All [n], uint64. Returns [n]: the first 52 bits of the output, times 2^-52."""
+    mask, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
+    key0, key1 = seeds & mask, seeds >> shift
+    c0, c1, c2, c3 = positions & mask, sample_indices & mask, np.zeros_like(seeds), np.zeros_like(seeds)
+    for _ in range(10):
+        product0, product1 = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
+        c0, c1, c2, c3 = (product1 >> shift) ^ c1 ^ key0, product1 & mask, (product0 >> shift) ^ c3 ^ key1, product0 & mask
+        key0, key1 = (key0 + np.uint64(0x9E3779B9)) & mask, (key1 + np.uint64(0xBB67AE85)) & mask
+    bits = (c0 << np.uint64(20)) | (c1 >> np.uint64(12))
+    return bits.astype(np.float64) * 2.0**-52
+
+
+@dataclass(slots=True)
+class _SlotSampling:
+    """One slot's request. Written at join; `tokens` grows by each drawn token."""
+
+    params: SamplingParams
+    tokens: list[int]
+    num_prompt_tokens: int
+    banned: tuple[int, ...]  # never allowed
+    banned_early: tuple[int, ...]  # not before min_new_tokens
+    bad_sequences: tuple[tuple[int, ...], ...]  # two ids or more
+    bad_sequences_early: tuple[tuple[int, ...], ...]
+
+    def banned_now(self) -> list[int]:
+        ids = list(self.banned)
+        sequences = self.bad_sequences
+        if len(self.tokens) - self.num_prompt_tokens < self.params.min_new_tokens:
+            ids += self.banned_early
+            sequences += self.bad_sequences_early
+        for sequence in sequences:
+            head = len(sequence) - 1
+            if self.tokens[-head:] == list(sequence[:-1]):
+                ids.append(sequence[-1])
+        return ids
+
+
+@dataclass(slots=True)
+class SamplerState:
+    """Sampling state of all slots. Numbers live in host arrays by slot and travel with a step's batch; token counts, which only
+    penalties need, live on the device and are allocated when the first request with a penalty joins."""
+
+    max_batch_size: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    device: torch.device
+    slots: dict[int, _SlotSampling] = field(default_factory=dict)
+    _floats: npt.NDArray[np.float32] = field(init=False)  # temperature, top_p, min_p, repetition, presence, frequency
+    _seeds: U64 = field(init=False)
+    _sample_indices: U64 = field(init=False)
+    _top_k: npt.NDArray[np.int64] = field(init=False)
+    _has_penalty: npt.NDArray[np.bool_] = field(init=False)
+    _is_random: npt.NDArray[np.bool_] = field(init=False)
+    _has_filter: npt.NDArray[np.bool_] = field(init=False)
+    _has_bans: npt.NDArray[np.bool_] = field(init=False)
+    _output_counts: torch.Tensor | None = None  # [max_batch_size, vocab_size], int32
+    _seen: torch.Tensor | None = None  # [max_batch_size, vocab_size], bool
+
+    def __post_init__(self) -> None:
+        size = self.max_batch_size
+        self._floats = np.ones((size, 6), np.float32)
+        self._seeds, self._sample_indices = np.zeros(size, np.uint64), np.zeros(size, np.uint64)
+        self._top_k = np.zeros(size, np.int64)
+        self._has_penalty, self._is_random = np.zeros(size, np.bool_), np.zeros(size, np.bool_)
+        self._has_filter, self._has_bans = np.zeros(size, np.bool_), np.zeros(size, np.bool_)
+
+    def join(
+        self, slot: int, params: SamplingParams, token_ids: Sequence[int], num_prompt_tokens: int, seed: int, sample_index: int
+    ) -> None:
+        self.slots[slot] = state = _slot_sampling(params, token_ids, num_prompt_tokens, self.eos_token_ids, self.vocab_size)
+        self._floats[slot] = (
+            params.temperature or 1.0,
+            params.top_p,
+            params.min_p,
+            params.repetition_penalty,
+            params.presence_penalty,
+            params.frequency_penalty,
+        )
+        self._seeds[slot], self._sample_indices[slot] = seed, sample_index
+        self._top_k[slot] = min(params.top_k or self.vocab_size, self.vocab_size)
+        self._is_random[slot] = not params.is_greedy
+        self._has_filter[slot] = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+        self._has_bans[slot] = bool(state.banned or state.banned_early or state.bad_sequences or state.bad_sequences_early)
+        self._has_penalty[slot] = params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
+        if self._has_penalty[slot]:
+            self._count_known_tokens(slot, state)
+
+    def _count_known_tokens(self, slot: int, state: _SlotSampling) -> None:
+        if self._output_counts is None or self._seen is None:
+            shape = (self.max_batch_size, self.vocab_size)
+            self._output_counts = torch.zeros(shape, dtype=torch.int32, device=self.device)
+            self._seen = torch.zeros(shape, dtype=torch.bool, device=self.device)
+        tokens = torch.tensor(state.tokens, dtype=torch.int64)
+        counts = torch.bincount(tokens[state.num_prompt_tokens :], minlength=self.vocab_size)
+        self._output_counts[slot] = counts.to(self.device, torch.int32)
+        self._seen[slot] = (torch.bincount(tokens, minlength=self.vocab_size) > 0).to(self.device)
+
+    def leave(self, slot: int) -> None:
+        del self.slots[slot]
+
+    def batch(self, slots: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> SamplingBatch:
+        """slots, positions: [num_rows]; positions[r] is the index of the token that row r draws now."""
+
+        def column(values: npt.NDArray[np.generic]) -> torch.Tensor:
+            return torch.from_numpy(np.ascontiguousarray(values)).to(self.device)[:, None]
+
+        floats = self._floats[slots]
+        banned_rows, banned_ids = self._bans(slots)
+        temperature = column(floats[:, 0]) if (floats[:, 0] != 1).any() else None
+        shaped = SamplingBatch(temperature, banned_rows, banned_ids)
+        if self._has_penalty[slots].any() and self._output_counts is not None and self._seen is not None:
+            rows = torch.from_numpy(slots).to(self.device)
+            # A slot without penalties may hold a former request's counts: its factors 1, 0, 0 make them count for nothing.
+            shaped = replace(
+                shaped,
+                repetition_penalty=column(floats[:, 3]),
+                presence_penalty=column(floats[:, 4]),
+                frequency_penalty=column(floats[:, 5]),
+                output_counts=self._output_counts[rows],
+                seen=self._seen[rows],
+            )
+        random_rows = np.flatnonzero(self._is_random[slots])
+        drawn = slots[random_rows]
+        if drawn.size == 0:
+            return shaped
+        uniform = uniform_numbers(self._seeds[drawn], positions[random_rows].astype(np.uint64), self._sample_indices[drawn])
+        return replace(
+            shaped,
+            random_rows=torch.from_numpy(random_rows).to(self.device),
+            top_k=column(self._top_k[drawn]),
+            top_p=column(floats[random_rows, 1]),
+            min_p=column(floats[random_rows, 2]),
+            uniform=column(uniform),
+            max_top_k=int(self._top_k[drawn].max()),
+            filters=bool(self._has_filter[drawn].any()),
+        )
+
+    def _bans(self, slots: npt.NDArray[np.int64]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        pairs = [
+            (row, token)
+            for row in np.flatnonzero(self._has_bans[slots]).tolist()
+            for token in self.slots[int(slots[row])].banned_now()
+        ]
+        if not pairs:
+            return None, None
+        rows, ids = torch.tensor(pairs, dtype=torch.int64).to(self.device).unbind(1)
+        return rows, ids
+
+    def append(self, slots: npt.NDArray[np.int64], token_ids: Sequence[int]) -> None:
+        """Notes the drawn token of each row: token_ids[r] for slots[r]."""
+        for slot, token in zip(slots.tolist(), token_ids, strict=True):
+            self.slots[slot].tokens.append(token)
+        counted = self._has_penalty[slots]
+        if counted.any() and self._output_counts is not None and self._seen is not None:
+            rows = torch.from_numpy(slots[counted]).to(self.device)
+            ids = torch.tensor(token_ids, dtype=torch.int64)[torch.from_numpy(counted)].to(self.device)
+            self._output_counts[rows, ids] += 1
+            self._seen[rows, ids] = True
+
+
+def _slot_sampling(
+    params: SamplingParams, token_ids: Sequence[int], num_prompt_tokens: int, eos_token_ids: tuple[int, ...], vocab_size: int
+) -> _SlotSampling:
+    """Ids outside the vocabulary can never be drawn and are dropped here. ignore_eos bans EOS, as LMDeploy does."""
+
+    def known(ids: Sequence[int]) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(i for i in ids if 0 <= i < vocab_size))
+
+    def split(sequences: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+        inside = [s for s in sequences if all(0 <= i < vocab_size for i in s)]
+        return tuple(s[0] for s in inside if len(s) == 1), tuple(s for s in inside if len(s) > 1)
+
+    bad_ids, bad_sequences = split(params.bad_sequences)
+    stop_ids, stop_sequences = split(params.stop_sequences) if params.min_new_tokens else ((), ())
+    early = (*eos_token_ids, *params.stop_token_ids, *stop_ids) if params.min_new_tokens else ()
+    banned = (*bad_ids, *eos_token_ids) if params.ignore_eos else bad_ids
+    return _SlotSampling(params, list(token_ids), num_prompt_tokens, known(banned), known(early), bad_sequences, stop_sequences)
+
+
+def raw_logprobs(
+    logits: torch.Tensor, token_ids: Sequence[int], counts: Sequence[int | None]
+) -> tuple[TokenLogprobs | None, ...]:
+    """Natural-log probabilities of the model's own distribution: before bans, temperature, penalties and filters.
+
+    logits: [num_rows, vocab_size], fp32; token_ids: the drawn ids; counts: how many of the most likely each row wants (None: no
+    logprobs at all).
+    """
+    wanted = [row for row, count in enumerate(counts) if count is not None]
+    if not wanted:
+        return (None,) * len(counts)
+    logprobs = torch.log_softmax(logits[wanted], dim=-1)
+    num_top = min(max(counts[row] or 0 for row in wanted), logits.shape[1])
+    ids = torch.tensor([token_ids[row] for row in wanted], device=logits.device)
+    drawn = logprobs.gather(1, ids[:, None]).squeeze(1).tolist()
+    values, indices = logprobs.topk(num_top, dim=-1)
+    found: dict[int, TokenLogprobs] = {}
+    for row, own, top_ids, top_values in zip(wanted, drawn, indices.tolist(), values.tolist(), strict=True):
+        count = counts[row] or 0
+        found[row] = TokenLogprobs(own, tuple(zip(top_ids[:count], top_values[:count], strict=True)))
+    return tuple(found.get(row) for row in range(len(counts)))

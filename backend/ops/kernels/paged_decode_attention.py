@@ -1,0 +1,271 @@
+"""Attention of one query token a sequence over its paged keys and values (flash-decoding: Dao et al. 2023; Milakov and
+Gimelshein 2018, arXiv:1805.02867, for the online softmax; Kwon et al. 2023, arXiv:2309.06180, for the pages).
+
+    out = softmax(q K^T scale, over positions max(0, L - window) <= p < L) V,      L = context_len
+
+Tiling: the grid is (batch, num_kv_heads, num_splits). The query heads that share a kv head are the rows of one tile, so that
+K and V are read once; they are padded to the 16 rows that tl.dot needs. A row's keys are cut into splits of equal whole tiles:
+
+    positions   0        first              (multiples of BLOCK_N)                 L
+                |..hidden..|=== split 0 ===|=== split 1 ===|== split 2 ==|         splits past the end write nothing
+                           |BLOCK_N|BLOCK_N|
+
+With one split the result is written at once. Otherwise each split writes its normalised sum and the log2 of its weight in fp32,
+and a second kernel with a program for each (sequence, head) adds them. A split holds at least MIN_SPLIT keys, so short rows
+of a batch use few splits; both kernels compute the same `_split_tokens`, which is how the second knows what was written.
+
+Scores, softmax and sums in fp32; the weights are rounded to V's dtype for the second product, the result once.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from .tuning import decode_attention_config
+
+__all__ = ["paged_decode_attention"]
+
+REDUCE_TILE = 16  # splits that the second kernel adds at once
+CPU_NUM_SMS = 4  # for the interpreter: enough to give several splits
+
+
+@triton.jit
+def _key_range(context_lens_ptr, sequence, SLIDING_WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(first key seen, that rounded down to a tile, end)."""
+    end = tl.load(context_lens_ptr + sequence)
+    first = end * 0
+    if SLIDING_WINDOW > 0:
+        first = tl.maximum(end - SLIDING_WINDOW, 0)
+    return first, first // BLOCK_N * BLOCK_N, end
+
+
+@triton.jit
+def _split_tokens(num_keys, num_splits, MIN_SPLIT: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Keys a split: whole tiles, at least MIN_SPLIT keys."""
+    return tl.maximum(tl.cdiv(tl.cdiv(num_keys, num_splits), BLOCK_N) * BLOCK_N, MIN_SPLIT)
+
+
+@triton.jit(do_not_specialize=["stride_table_row", "num_splits"])
+def _split_kernel(
+    q_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    block_tables_ptr,
+    context_lens_ptr,
+    out_ptr,
+    partial_ptr,
+    log_weight_ptr,
+    num_splits,
+    scale_log2,
+    stride_q_row,
+    stride_q_head,
+    stride_k_block,
+    stride_k_head,
+    stride_k_token,
+    stride_v_block,
+    stride_v_head,
+    stride_v_token,
+    stride_table_row,
+    NUM_HEADS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    SLIDING_WINDOW: tl.constexpr,
+    ONE_SPLIT: tl.constexpr,
+    MIN_SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    sequence = tl.program_id(0).to(tl.int64)
+    kv_head = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(2)
+    first, start, end = _key_range(context_lens_ptr, sequence, SLIDING_WINDOW, BLOCK_N)
+    if not ONE_SPLIT:
+        split_tokens = _split_tokens(end - start, num_splits, MIN_SPLIT, BLOCK_N)
+        start += split * split_tokens
+        if start >= end:
+            return
+        end = tl.minimum(start + split_tokens, end)
+
+    offs_g = tl.arange(0, BLOCK_G)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < HEAD_DIM
+    mask_q = (offs_g < GROUP_SIZE)[:, None] & mask_d[None, :]
+    heads = kv_head * GROUP_SIZE + offs_g
+    q = tl.load(q_ptr + sequence * stride_q_row + heads[:, None] * stride_q_head + offs_d[None, :], mask=mask_q, other=0.0)
+    table_ptr = block_tables_ptr + sequence * stride_table_row
+    k_head_ptr = k_cache_ptr + kv_head * stride_k_head
+    v_head_ptr = v_cache_ptr + kv_head * stride_v_head
+
+    maximum = tl.full((BLOCK_G,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_G,), tl.float32)
+    acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
+    # Every tile holds at least one key that is seen, so `maximum` is finite after the first.
+    for tile in tl.range(start, end, BLOCK_N, num_stages=NUM_STAGES):
+        positions = tile + offs_n
+        seen = (positions >= first) & (positions < end)
+        block = tl.load(table_ptr + positions // BLOCK_SIZE, mask=seen, other=0).to(tl.int64)  # int64: the pool may pass 2^31
+        offset = positions % BLOCK_SIZE
+        k_rows = block * stride_k_block + offset * stride_k_token
+        k = tl.load(k_head_ptr + k_rows[None, :] + offs_d[:, None], mask=seen[None, :] & mask_d[:, None], other=0.0)
+        scores = tl.dot(q, k, input_precision=PRECISION) * scale_log2  # [BLOCK_G, BLOCK_N]
+        scores = tl.where(seen[None, :], scores, float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
+        rescale = tl.exp2(maximum - new_maximum)
+        weights = tl.exp2(scores - new_maximum[:, None])
+        v_rows = block * stride_v_block + offset * stride_v_token
+        v = tl.load(v_head_ptr + v_rows[:, None] + offs_d[None, :], mask=seen[:, None] & mask_d[None, :], other=0.0)
+        total = total * rescale + tl.sum(weights, axis=1)
+        acc = tl.dot(weights.to(v.dtype), v, acc=acc * rescale[:, None], input_precision=PRECISION)
+        maximum = new_maximum
+
+    acc = acc / tl.where(total > 0, total, 1.0)[:, None]  # total is 0 only for a sequence of no keys: zeros
+    if ONE_SPLIT:
+        out_rows = (sequence * NUM_HEADS + heads) * HEAD_DIM
+        tl.store(out_ptr + out_rows[:, None] + offs_d[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask_q)
+    else:
+        partial_rows = (sequence * NUM_HEADS + heads) * num_splits + split
+        tl.store(partial_ptr + partial_rows[:, None] * HEAD_DIM + offs_d[None, :], acc, mask=mask_q)
+        tl.store(log_weight_ptr + partial_rows, maximum + tl.log2(total), mask=offs_g < GROUP_SIZE)
+
+
+@triton.jit(do_not_specialize=["num_splits"])
+def _reduce_kernel(
+    partial_ptr,
+    log_weight_ptr,
+    context_lens_ptr,
+    out_ptr,
+    num_splits,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    SLIDING_WINDOW: tl.constexpr,
+    MIN_SPLIT: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    sequence = tl.program_id(0).to(tl.int64)
+    row = sequence * NUM_HEADS + tl.program_id(1)
+    _, start, end = _key_range(context_lens_ptr, sequence, SLIDING_WINDOW, BLOCK_N)
+    num_used = tl.cdiv(end - start, _split_tokens(end - start, num_splits, MIN_SPLIT, BLOCK_N))
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < HEAD_DIM
+
+    maximum = float("-inf")
+    total = 0.0
+    acc = tl.zeros((BLOCK_D,), tl.float32)
+    for tile in range(0, num_used, BLOCK_S):
+        offs_s = tile + tl.arange(0, BLOCK_S)
+        mask_s = offs_s < num_used
+        log_weights = tl.load(log_weight_ptr + row * num_splits + offs_s, mask=mask_s, other=float("-inf"))
+        partial_ptrs = partial_ptr + (row * num_splits + offs_s)[:, None] * HEAD_DIM + offs_d[None, :]
+        partial = tl.load(partial_ptrs, mask=mask_s[:, None] & mask_d[None, :], other=0.0)
+        new_maximum = tl.maximum(maximum, tl.max(log_weights, axis=0))
+        rescale = tl.exp2(maximum - new_maximum)
+        weights = tl.exp2(log_weights - new_maximum)
+        total = total * rescale + tl.sum(weights, axis=0)
+        acc = acc * rescale + tl.sum(weights[:, None] * partial, axis=0)
+        maximum = new_maximum
+    acc = acc / tl.where(total > 0, total, 1.0)
+    tl.store(out_ptr + row * HEAD_DIM + offs_d, acc.to(out_ptr.dtype.element_ty), mask=mask_d)
+
+
+def _num_sms(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else CPU_NUM_SMS
+
+
+def paged_decode_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    scale: float,
+    sliding_window: int = 0,
+) -> torch.Tensor:
+    """Launch on the current device and stream; nothing is read back, so it can be captured in a CUDA graph.
+
+    q: [batch, num_heads, head_dim], fp16|bf16|fp32, contiguous inside a head; head h reads kv head h // group_size
+    k_cache, v_cache: [num_blocks, num_kv_heads, block_size, head_dim], q's dtype, strided but for the last dim
+    block_tables: [batch, max_blocks], int32, rows of any stride; entries past the context are not read
+    context_lens: [batch], int32, contiguous, the new token included, at most max_blocks * block_size; 0 gives a row of zeros
+    sliding_window: keys that a query sees, itself included; 0: all
+
+    Returns [batch, num_heads, head_dim], new, contiguous, in q's dtype. batch may be 0. Raises ConfigError when head_dim > 256.
+    """
+    batch, num_heads, head_dim = q.shape
+    _, num_kv_heads, block_size, _ = k_cache.shape
+    config = decode_attention_config(
+        batch=batch,
+        num_kv_heads=num_kv_heads,
+        group_size=num_heads // num_kv_heads,
+        head_dim=head_dim,
+        element_bytes=q.element_size(),
+        max_context=block_tables.shape[1] * block_size,
+        num_sms=_num_sms(q.device),
+    )
+    out = torch.empty((batch, num_heads, head_dim), dtype=q.dtype, device=q.device)
+    if batch == 0:
+        return out
+    assert num_heads % num_kv_heads == 0, f"{num_heads} heads over {num_kv_heads} kv heads"
+    assert k_cache.dtype == v_cache.dtype == q.dtype, "the cache has q's dtype"
+    assert 1 == q.stride(2) == k_cache.stride(3) == v_cache.stride(3) == block_tables.stride(1) == context_lens.stride(0)
+    num_splits = config.num_splits
+    one_split = num_splits == 1
+    partial = log_weight = None
+    if not one_split:
+        partial = torch.empty((batch, num_heads, num_splits, head_dim), dtype=torch.float32, device=q.device)
+        log_weight = torch.empty((batch, num_heads, num_splits), dtype=torch.float32, device=q.device)
+    _split_kernel[(batch, num_kv_heads, num_splits)](
+        q,
+        k_cache,
+        v_cache,
+        block_tables,
+        context_lens,
+        out,
+        partial,
+        log_weight,
+        num_splits,
+        scale * math.log2(math.e),
+        q.stride(0),
+        q.stride(1),
+        *k_cache.stride()[:3],
+        *v_cache.stride()[:3],
+        block_tables.stride(0),
+        NUM_HEADS=num_heads,
+        GROUP_SIZE=num_heads // num_kv_heads,
+        HEAD_DIM=head_dim,
+        BLOCK_SIZE=block_size,
+        SLIDING_WINDOW=sliding_window,
+        ONE_SPLIT=one_split,
+        MIN_SPLIT=config.min_split_tokens,
+        PRECISION="ieee",
+        BLOCK_G=config.block_g,
+        BLOCK_N=config.block_n,
+        BLOCK_D=config.block_d,
+        NUM_STAGES=config.num_stages,
+        num_warps=config.num_warps,
+    )
+    if not one_split:
+        _reduce_kernel[(batch, num_heads)](
+            partial,
+            log_weight,
+            context_lens,
+            out,
+            num_splits,
+            NUM_HEADS=num_heads,
+            HEAD_DIM=head_dim,
+            SLIDING_WINDOW=sliding_window,
+            MIN_SPLIT=config.min_split_tokens,
+            BLOCK_S=REDUCE_TILE,
+            BLOCK_N=config.block_n,
+            BLOCK_D=config.block_d,
+            num_warps=4,
+        )
+    return out

@@ -1,0 +1,109 @@
+"""The three small ops that have kernels, as plain torch. Fused units are built from these or from the kernels of the same names.
+
+Same signatures as the launchers in `ops/kernels/`. Slow and obvious on purpose: they define what the kernels must give.
+"""
+
+import torch
+
+__all__ = ["paged_decode_attention", "rms_norm", "rotary_store_kv"]
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """RMSNorm, optionally of the sum with a residual stream (Zhang and Sennrich 2019, arXiv:1910.07467).
+
+    x, residual: [num_tokens, hidden], fp16|bf16|fp32      weight: [hidden], the same dtype
+
+        r = x                      without residual
+        r = round(x + residual)    to x's dtype, otherwise
+        y = r / sqrt(mean(r^2) + eps) * weight      in fp32, rounded once
+
+    Returns (y, r), both [num_tokens, hidden] in x's dtype; r is x itself without a residual. num_tokens may be 0.
+    """
+    r = x if residual is None else x + residual
+    wide = r.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (normed * weight.float()).to(x.dtype), r
+
+
+def rotary_store_kv(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    q_scale: torch.Tensor | None,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+) -> torch.Tensor:
+    """Rotary embedding (Su et al. 2021, arXiv:2104.09864) of q and k, then k and v into the paged cache, which is modified.
+
+    qkv:      [num_tokens, (num_heads + 2 num_kv_heads) * head_dim], fp16|bf16|fp32, heads in the order q, k, v
+    cos, sin: [num_tokens, rotary_dim / 2], fp32          q_scale: [num_tokens], fp32, or None
+    k_cache, v_cache: [num_blocks, num_kv_heads, block_size, head_dim]
+    slot_mapping: [num_tokens], int64: block * block_size + offset; -1 stores nothing
+
+        a, b = h[i], h[i + rotary_dim / 2]:   h'[i] = a cos_i - b sin_i;   h'[i + rotary_dim / 2] = b cos_i + a sin_i
+
+    in fp32, rounded once; dims past rotary_dim stay. q' is multiplied by q_scale before it is rounded.
+    Returns q': [num_tokens, num_heads, head_dim] in qkv's dtype.
+    """
+    num_tokens, head_dim = qkv.shape[0], k_cache.shape[-1]
+    heads = qkv.view(num_tokens, num_heads + 2 * num_kv_heads, head_dim)
+    half = cos.shape[1]
+    qk = heads[:, : num_heads + num_kv_heads].float()
+    a, b = qk[..., :half], qk[..., half : 2 * half]
+    c, s = cos[:, None, :], sin[:, None, :]
+    rotated = torch.cat((a * c - b * s, b * c + a * s, qk[..., 2 * half :]), dim=-1)
+    q = rotated[:, :num_heads]
+    if q_scale is not None:
+        q = q * q_scale[:, None, None]
+    k, v = rotated[:, num_heads:].to(k_cache.dtype), heads[:, num_heads + num_kv_heads :].to(v_cache.dtype)
+    if bool((slot_mapping < 0).any()):
+        kept = slot_mapping >= 0
+        slot_mapping, k, v = slot_mapping[kept], k[kept], v[kept]
+    block_size = k_cache.shape[2]
+    block, offset = slot_mapping // block_size, slot_mapping % block_size
+    k_cache[block, :, offset] = k
+    v_cache[block, :, offset] = v
+    return q.to(qkv.dtype)
+
+
+def paged_decode_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    scale: float,
+    sliding_window: int = 0,
+) -> torch.Tensor:
+    """Attention of one query token a sequence over its paged keys and values; grouped heads (Ainslie et al., arXiv:2305.13245).
+
+    q: [batch, num_heads, head_dim], fp16|bf16|fp32; head h reads kv head h // (num_heads / num_kv_heads)
+    k_cache, v_cache: [num_blocks, num_kv_heads, block_size, head_dim]
+    block_tables: [batch, max_blocks], int32; entries past the context are any valid block
+    context_lens: [batch], int32, the new token included, in [1, max_blocks * block_size]
+    sliding_window: keys that a query sees, itself included; 0: all
+
+        out = softmax(q K^T scale, over positions max(0, L - window) <= p < L) V,  L = context_len, in fp32, rounded once
+
+    Returns [batch, num_heads, head_dim] in q's dtype. batch may be 0.
+    """
+    batch, num_heads, head_dim = q.shape
+    num_kv_heads = k_cache.shape[1]
+    tables = block_tables.long()
+    keys = k_cache.transpose(0, 1)[:, tables].flatten(2, 3).float()  # [num_kv_heads, batch, max_len, head_dim]
+    values = v_cache.transpose(0, 1)[:, tables].flatten(2, 3).float()
+    queries = q.view(batch, num_kv_heads, -1, head_dim).transpose(0, 1).float()  # [num_kv_heads, batch, group, head_dim]
+    position = torch.arange(keys.shape[2], device=q.device)
+    lens = context_lens.long()[:, None]
+    hidden = position >= lens  # [batch, max_len]
+    if sliding_window > 0:
+        hidden = hidden | (position < lens - sliding_window)
+    scores = (queries @ keys.transpose(-1, -2)) * scale
+    weights = torch.softmax(scores.masked_fill(hidden[:, None], float("-inf")), dim=-1)
+    out = weights @ values  # [num_kv_heads, batch, group, head_dim]
+    return out.transpose(0, 1).reshape(batch, num_heads, head_dim).to(q.dtype)

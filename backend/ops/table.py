@@ -1,0 +1,181 @@
+"""The op table: one field for each fused unit that the decoder calls, typed by a Protocol that is the op's contract.
+
+    REFERENCE   plain torch, any device: the definition of every op
+    TRITON      our kernels where they exist, written out as replacements in REFERENCE (`triton_column.py`)
+
+`ops_for(device)` chooses a column once, when the model is built. Nothing falls back: a kernel that cannot be imported raises, and
+`reference_ops(column)` names the fields that a column shares with REFERENCE.
+"""
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from .operands import AttentionBatch, LinearWeight, NormWeight, QkvWeights, SamplingBatch
+from .reference.attention import attention
+from .reference.sample import sample
+from .reference.units import down_projection, embed, gate_up_silu, lm_head, norm_qkv_rotary_store, output_projection_norm
+
+__all__ = ["REFERENCE", "OpTable", "ops_for", "reference_ops"]
+
+logger = logging.getLogger(__name__)
+
+
+class Embed(Protocol):
+    """token_ids: [num_tokens], int32|int64, each in [0, rows)      weight: [rows, hidden]
+
+    out[t] = weight[token_ids[t]];  returns [num_tokens, hidden] in weight's dtype.
+    """
+
+    def __call__(self, token_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor: ...
+
+
+class NormQkvRotaryStore(Protocol):
+    """All that stands before attention in a layer; writes the step's keys and values into the cache.
+
+    x:        [num_tokens, hidden], the output of the layer before (or the embeddings)
+    residual: [num_tokens, hidden], the residual stream without x; None in the first layer
+    k_cache, v_cache: [num_blocks, num_kv_heads, block_size, head_dim], this layer's, modified at batch.slot_mapping
+
+        r = x + residual;   y = rms_norm(r);   q, k, v = y W_qkv + b
+        q, k = rms_norm over head_dim          where the model has q_norm and k_norm
+        q, k = rotary(q), rotary(k);   q *= q_scale;   cache[slot_mapping] = k, v
+
+    Rounds to the compute dtype after each line; rotary on half-split pairs (i, i + rotary_dim / 2) in fp32.
+    Returns (q: [num_tokens, num_heads, head_dim], r: [num_tokens, hidden]).
+    """
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        weights: QkvWeights,
+        batch: AttentionBatch,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+class Attention(Protocol):
+    """Causal grouped-query attention of a mixed batch over the paged cache, which already holds the step's own keys.
+
+    q: [num_tokens, num_heads, head_dim]; head h reads kv head h // (num_heads / num_kv_heads)
+    scale: multiplies q k^T, usually head_dim ** -0.5
+    sliding_window: keys that a query sees, itself included; 0: all
+
+        a query at position p sees keys max(0, p + 1 - sliding_window) <= j <= p of its own row
+
+    Scores, softmax and the sum over values in fp32, rounded once. Returns [num_tokens, num_heads, head_dim].
+    """
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        batch: AttentionBatch,
+        scale: float,
+        sliding_window: int,
+    ) -> torch.Tensor: ...
+
+
+class OutputProjectionNorm(Protocol):
+    """Attention's output projection, the residual sum and the norm before the feed-forward network.
+
+    attended: [num_tokens, num_heads, head_dim]      residual: [num_tokens, hidden]
+
+        r = attended W_o + b + residual;   y = rms_norm(r)
+
+    Returns (y, r), both [num_tokens, hidden].
+    """
+
+    def __call__(
+        self, attended: torch.Tensor, weight: LinearWeight, residual: torch.Tensor, norm: NormWeight
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+class GateUpSilu(Protocol):
+    """First half of the gated feed-forward network (Shazeer 2020, arXiv:2002.05202).
+
+    x: [num_tokens, hidden]      weight: hidden -> 2 inter_size, columns [gate | up]
+
+    Returns silu(x W_gate) * (x W_up): [num_tokens, inter_size].
+    """
+
+    def __call__(self, x: torch.Tensor, weight: LinearWeight) -> torch.Tensor: ...
+
+
+class DownProjection(Protocol):
+    """x: [num_tokens, inter_size] -> x W_down: [num_tokens, hidden]. The next op adds it to the residual and normalises."""
+
+    def __call__(self, x: torch.Tensor, weight: LinearWeight) -> torch.Tensor: ...
+
+
+class LmHead(Protocol):
+    """Final residual sum, norm and projection to the vocabulary, of the rows that are sampled only.
+
+    x, residual: [num_rows, hidden]      weight: hidden -> vocab_size
+
+    Returns rms_norm(x + residual) W as fp32: [num_rows, vocab_size]; the product is rounded to the compute dtype first.
+    """
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor, norm: NormWeight, weight: LinearWeight) -> torch.Tensor: ...
+
+
+class Sample(Protocol):
+    """The next token of each row. logits: [num_rows, vocab_size], fp32, not modified. Returns [num_rows], int64.
+
+    In this order: banned ids to -inf;  l = l / temperature;  where seen, l = l p if l < 0 else l / p (p = repetition_penalty,
+    arXiv:1909.05858);  l -= presence_penalty [count > 0] + frequency_penalty count (counts of the output);  top-k: the k largest;
+    top-p: of those, renormalised and descending, each whose predecessors sum to less than top_p (arXiv:1904.09751);  min-p:
+    probability at least min_p times the largest. A logit equal to the smallest kept is kept.
+
+    Greedy rows: the first largest logit. Random rows: with P = softmax over what is kept and C its sums over ascending token ids
+    (fp64), the first id with C[id] > uniform C[last]: the draw depends on the row's logits and its uniform number alone.
+    """
+
+    def __call__(self, logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class OpTable:
+    """One column: an implementation of every op, for one kind of device."""
+
+    embed: Embed
+    norm_qkv_rotary_store: NormQkvRotaryStore
+    attention: Attention
+    output_projection_norm: OutputProjectionNorm
+    gate_up_silu: GateUpSilu
+    down_projection: DownProjection
+    lm_head: LmHead
+    sample: Sample
+
+
+REFERENCE = OpTable(
+    embed=embed,
+    norm_qkv_rotary_store=norm_qkv_rotary_store,
+    attention=attention,
+    output_projection_norm=output_projection_norm,
+    gate_up_silu=gate_up_silu,
+    down_projection=down_projection,
+    lm_head=lm_head,
+    sample=sample,
+)
+
+
+def reference_ops(column: OpTable) -> list[str]:
+    """Names of the ops that `column` takes unchanged from REFERENCE."""
+    return [f.name for f in dataclasses.fields(OpTable) if getattr(column, f.name) is getattr(REFERENCE, f.name)]
+
+
+def ops_for(device: torch.device) -> OpTable:
+    """The column for a device: TRITON on CUDA, REFERENCE elsewhere. Raises ImportError when a kernel does not import."""
+    if device.type != "cuda":
+        return REFERENCE
+    from .triton_column import TRITON, UNITS_WITH_REFERENCE_PARTS
+
+    logger.info("ops on the plain torch reference: %s", ", ".join(reference_ops(TRITON) + list(UNITS_WITH_REFERENCE_PARTS)))
+    return TRITON

@@ -1,0 +1,129 @@
+"""Slot-indexed state of the running requests, and the tensors of one step made from it.
+
+    by slot, on the device: token_ids [max_batch_size, session_len + 1]   block_tables [max_batch_size, max_blocks]
+                            inverse frequencies [max_batch_size, rotary_dim / 2]
+    a step brings:          one array of integers (slot and position of each token, slot and context of each row, sampled rows)
+
+Everything else of a step is gathered on the device. Only this module writes the state: join, leave, add_blocks, append.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from turbotriton.backend.model.decoder import logn_scale
+from turbotriton.backend.model.rope import attention_factor, cos_sin, inverse_frequencies
+from turbotriton.backend.ops.operands import AttentionBatch
+from turbotriton.backend.scheduling.plan import JoinedRequest, NewBlocks, ScheduledRow
+from turbotriton.contract.ini import EngineConfig, ModelConfig
+
+__all__ = ["SlotState", "StepInputs"]
+
+I64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """token_ids: [num_tokens], int64;  batch: what attention needs;  sampled_tokens: [num_sampled], each sampled row's last token
+
+    On the host, both [num_sampled] in the plan's order: sampled_slots;  sampled_positions, where the drawn token will stand.
+    """
+
+    token_ids: torch.Tensor
+    batch: AttentionBatch
+    sampled_tokens: torch.Tensor
+    sampled_slots: I64
+    sampled_positions: I64
+
+
+class SlotState:
+    def __init__(self, model: ModelConfig, engine: EngineConfig, device: torch.device) -> None:
+        self._model = model
+        self._device = device
+        self._block_size = engine.cache_block_seq_len
+        max_blocks = -(-(engine.session_len + 1) // self._block_size)
+        size = engine.max_batch_size
+        self._token_ids = torch.zeros((size, engine.session_len + 1), dtype=torch.int32, device=device)
+        self._block_tables = torch.zeros((size, max_blocks), dtype=torch.int32, device=device)
+        self._inverse = torch.zeros((size, model.rope.dim // 2), dtype=torch.float32, device=device)
+        self._num_blocks = [0] * size  # host: entries in use of each block table
+        self._inverse_for = functools.lru_cache(maxsize=256)(functools.partial(inverse_frequencies, model.rope))
+        self._rope_factor = attention_factor(model.rope)
+
+    def join(self, request: JoinedRequest) -> None:
+        slot = request.slot
+        ids = torch.tensor(request.token_ids, dtype=torch.int32)
+        self._token_ids[slot, : len(request.token_ids)] = ids.to(self._device)
+        self._inverse[slot] = self._inverse_for(request.rope_theta).to(self._device)
+        self._num_blocks[slot] = 0
+        self.add_blocks([NewBlocks(slot, request.block_ids)])
+
+    def add_blocks(self, additions: Sequence[NewBlocks]) -> None:
+        entries: list[tuple[int, int, int]] = []
+        for addition in additions:
+            first = self._num_blocks[addition.slot]
+            entries += [(addition.slot, first + i, block) for i, block in enumerate(addition.block_ids)]
+            self._num_blocks[addition.slot] = first + len(addition.block_ids)
+        if entries:
+            slots, columns, blocks = torch.tensor(entries, dtype=torch.int64).to(self._device).unbind(1)
+            self._block_tables[slots, columns] = blocks.int()
+
+    def append(self, slots: I64, positions: I64, token_ids: torch.Tensor) -> None:
+        """Writes the drawn token of each row at its position. token_ids: [num_sampled], int64, on the device."""
+        at = torch.from_numpy(np.stack((slots, positions))).to(self._device)
+        self._token_ids[at[0], at[1]] = token_ids.int()
+
+    def step_inputs(self, rows: Sequence[ScheduledRow]) -> StepInputs:
+        """Rows of one token first (attention's decodes), then the longer chunks, each kind in the plan's order."""
+        order = sorted(range(len(rows)), key=lambda index: rows[index].num_tokens > 1)
+        table = np.array([(rows[i].slot, rows[i].start, rows[i].num_tokens) for i in order], np.int64)
+        slots, starts, lens = table[:, 0], table[:, 1], table[:, 2]
+        ends = np.cumsum(lens)
+        contexts = starts + lens
+        token_slots = np.repeat(slots, lens)
+        positions = np.arange(ends[-1]) + np.repeat(starts - (ends - lens), lens)
+        place = {index: at for at, index in enumerate(order)}
+        sampled = np.array([place[i] for i, row in enumerate(rows) if row.samples], np.int64)
+        sampled_tokens = ends[sampled] - 1
+        sizes = [token_slots.size, positions.size, slots.size, contexts.size, sampled_tokens.size]
+        packed = torch.from_numpy(np.concatenate((token_slots, positions, slots, contexts, sampled_tokens))).to(self._device)
+        device_slots, device_positions, row_slots, row_contexts, device_sampled = torch.split(packed, sizes)
+        num_decodes = int((lens == 1).sum())
+        batch = self._attention_batch(device_slots, device_positions, row_slots, row_contexts, contexts, lens, num_decodes)
+        return StepInputs(
+            token_ids=self._token_ids[device_slots, device_positions].long(),
+            batch=batch,
+            sampled_tokens=device_sampled,
+            sampled_slots=slots[sampled],
+            sampled_positions=contexts[sampled],
+        )
+
+    def _attention_batch(
+        self,
+        token_slots: torch.Tensor,
+        positions: torch.Tensor,
+        row_slots: torch.Tensor,
+        row_contexts: torch.Tensor,
+        contexts: I64,
+        lens: I64,
+        num_decodes: int,
+    ) -> AttentionBatch:
+        cos, sin = cos_sin(self._inverse[token_slots], positions, self._rope_factor)
+        blocks = self._block_tables[token_slots, positions // self._block_size].long()
+        max_blocks = -(-int(contexts.max()) // self._block_size)
+        model = self._model
+        return AttentionBatch(
+            cos=cos,
+            sin=sin,
+            q_scale=logn_scale(positions, model.rope.max_position_embeddings) if model.use_logn_attn else None,
+            slot_mapping=blocks * self._block_size + positions % self._block_size,
+            block_tables=self._block_tables[row_slots, :max_blocks],
+            context_lens=row_contexts.int(),
+            num_decodes=num_decodes,
+            max_decode_context=int(contexts[:num_decodes].max()) if num_decodes else 0,
+            prefills=tuple(zip(lens[num_decodes:].tolist(), contexts[num_decodes:].tolist(), strict=True)),
+        )

@@ -1,0 +1,75 @@
+"""One request as the scheduler sees it, and when it is finished. Mutable; only the scheduler writes it."""
+
+import enum
+from dataclasses import dataclass, field
+
+from turbotriton.contract.wire import FinishReason, GenerateRequest, SamplingParams
+
+__all__ = ["Request", "RequestState", "finish_reason_of"]
+
+
+class RequestState(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """Every field is written by the scheduler alone, after construction.
+
+    token_ids: prompt, then output;   num_computed_tokens: tokens whose keys and values are in the blocks
+    digests: one for each published or matched full block, in order
+    """
+
+    owner: object  # who submitted it: a connection, a test
+    source: GenerateRequest
+    seed: int
+    max_new_tokens: int  # resolved against session_len
+    rope_theta: float
+    chain_root: bytes
+    arrival: int  # order of arrival, unique
+    arrival_time: float
+    state: RequestState = RequestState.WAITING
+    token_ids: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at the first admission
+    block_ids: list[int] = field(default_factory=list)
+    digests: list[bytes] = field(default_factory=list)
+    slot: int = -1
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    last_token_time: float | None = None
+    inter_token_s: float | None = None  # between the two newest tokens
+
+    @property
+    def sampling(self) -> SamplingParams:
+        return self.source.sampling
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.source.prompt_ids)
+
+    @property
+    def num_new_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Smaller is served sooner and preempted later."""
+        return (self.source.priority, self.arrival)
+
+
+def finish_reason_of(request: Request, eos_token_ids: tuple[int, ...]) -> tuple[FinishReason | None, bool]:
+    """(why the request ends after its newest token, or None; whether that token is an EOS or stop token that texts leave out)."""
+    sampling, new = request.sampling, request.num_new_tokens
+    last = request.token_ids[-1]
+    if new >= sampling.min_new_tokens:
+        if last in sampling.stop_token_ids or (not sampling.ignore_eos and last in eos_token_ids):
+            return FinishReason.STOP, True
+        for sequence in sampling.stop_sequences:
+            if new >= len(sequence) and request.token_ids[-len(sequence) :] == list(sequence):
+                return FinishReason.STOP, False
+    if new >= request.max_new_tokens:
+        return FinishReason.LENGTH, False
+    return None, False

@@ -1,0 +1,360 @@
+"""Which tokens of which requests the next step computes. Pure Python: no torch, no clock of its own, no sockets.
+
+    add ──> WAITING ──admit──> RUNNING ──update──> FINISHED
+               ^                  │
+               └────preempt───────┘   blocks given back, everything known is computed again (prefix cache permitting)
+
+One step, in `schedule`:
+  1. Requests past their deadline end.
+  2. Running requests in order of service (priority, arrival): a decode takes one token of the budget, a prefill a chunk. All
+     decodes come before all chunks, so a long prompt never delays a running answer by more than one step. A request that needs a
+     block when none is free makes the last in order give up its blocks; if that is itself, it waits.
+  3. Waiting requests in order, while a slot, budget and blocks for all their known tokens are there. The first that does not fit
+     holds back those behind it: nobody starves.
+
+Invariants
+- A running request holds blocks for at least its known tokens; a waiting or finished one holds none and has no slot.
+- Known tokens not yet computed: one for a decode, more for a prefill. A row that reaches the last known token is sampled,
+  unless the request asked for no new token.
+- Every added request ends in exactly one TokenDelta with a finish reason.
+"""
+
+import dataclasses
+import heapq
+from collections.abc import Callable
+from typing import NamedTuple
+
+from turbotriton.contract.errors import InvalidInputError, UnavailableError
+from turbotriton.contract.ini import EngineConfig, ModelConfig
+from turbotriton.contract.wire import FinishReason, GenerateRequest, RequestTimings, TokenDelta
+
+from .block_manager import BlockManager, chain_digest
+from .plan import JoinedRequest, NewBlocks, ScheduledRow, StepPlan, StepResult
+from .request import Request, RequestState, finish_reason_of
+
+__all__ = ["OwnedDelta", "Scheduler"]
+
+
+class OwnedDelta(NamedTuple):
+    request: Request
+    delta: TokenDelta
+
+
+class Scheduler:
+    """`token_budget`: most tokens a step. `clock`: monotonic seconds. `draw_seed`: a 64-bit seed for requests without one."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: EngineConfig,
+        blocks: BlockManager,
+        token_budget: int,
+        clock: Callable[[], float],
+        draw_seed: Callable[[], int],
+    ) -> None:
+        self._model = model
+        self._config = config
+        self.blocks = blocks
+        self._token_budget = max(token_budget, 1)
+        self._clock = clock
+        self._draw_seed = draw_seed
+        self._waiting: list[tuple[tuple[int, int], Request]] = []  # heap; finished entries are dropped when met
+        self._running: list[Request] = []  # in order of service
+        self._requests: dict[tuple[object, int], Request] = {}
+        self._free_slots = list(range(config.max_batch_size - 1, -1, -1))
+        self._left_slots: list[int] = []  # told to the runner with the next plan
+        self._num_arrived = 0
+        self._num_steps = 0
+        self._has_deadlines = False
+        self.num_waiting = 0
+        self.num_waiting_tokens = 0
+        self.num_preemptions = 0
+        self.num_computed_tokens = 0
+        self.num_cached_tokens = 0
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._running) or self.num_waiting > 0 or bool(self._left_slots)
+
+    # -- joining and leaving ------------------------------------------------------------------------------------------
+
+    def add(self, owner: object, source: GenerateRequest) -> None:
+        """Queues a request. Raises InvalidInputError when it can never run, UnavailableError when the queue is full."""
+        max_new_tokens = self._check(owner, source)
+        limit_len = len(source.prompt_ids) + max_new_tokens
+        rope_theta = self._model.rope.theta_for(limit_len)
+        seed = source.sampling.seed
+        request = Request(
+            owner=owner,
+            source=source,
+            seed=self._draw_seed() if seed is None else seed,
+            max_new_tokens=max_new_tokens,
+            rope_theta=rope_theta,
+            chain_root=f"{rope_theta!r} kv{self._config.quant_policy}".encode()[:64],
+            arrival=self._num_arrived,
+            arrival_time=self._clock(),
+            token_ids=list(source.prompt_ids),
+        )
+        self._num_arrived += 1
+        self._has_deadlines |= source.deadline_ms is not None
+        self._requests[owner, source.request_id] = request
+        self._queue(request)
+
+    def _check(self, owner: object, source: GenerateRequest) -> int:
+        """Returns the most new tokens that the request may get."""
+        config, num_prompt = self._config, len(source.prompt_ids)
+        if (owner, source.request_id) in self._requests:
+            raise InvalidInputError(f"request id {source.request_id} is in use on this connection")
+        if not num_prompt:
+            raise InvalidInputError("the prompt has no token; send at least one")
+        bad = next((i for i in source.prompt_ids if not 0 <= i < self._model.vocab_size), None)
+        if bad is not None:
+            raise InvalidInputError(f"prompt token id {bad} is outside the vocabulary of {self._model.vocab_size}")
+        room = config.session_len - num_prompt
+        asked = source.sampling.max_new_tokens
+        if room < 0 or (room == 0 and asked != 0):
+            raise InvalidInputError(
+                f"the prompt has {num_prompt} tokens and session_len is {config.session_len}: too long; "
+                "shorten it or serve with a larger session_len"
+            )
+        max_new_tokens = room if asked is None else min(asked, room)
+        needed = self.blocks.blocks_for(num_prompt + max(max_new_tokens - 1, 0))
+        if needed > self.blocks.num_blocks:
+            raise InvalidInputError(
+                f"{num_prompt} prompt and {max_new_tokens} new tokens need {needed} KV blocks of {self.blocks.block_size} and there "
+                f"are {self.blocks.num_blocks}: ask for fewer tokens or raise cache_max_entry_count"
+            )
+        if self.num_waiting >= config.max_queued_requests:
+            raise UnavailableError(
+                f"the queue is full: {self.num_waiting} requests wait and max_queued_requests is {config.max_queued_requests}; try later"
+            )
+        if self.num_waiting and self.num_waiting_tokens + num_prompt > config.max_queued_tokens:
+            raise UnavailableError(
+                f"the queue is full: {self.num_waiting_tokens} prompt tokens wait and max_queued_tokens is "
+                f"{config.max_queued_tokens}; try later"
+            )
+        return max_new_tokens
+
+    def cancel(self, owner: object, request_id: int) -> OwnedDelta | None:
+        """Ends a request in any state; its blocks are free when this returns. None when it has ended before."""
+        request = self._requests.get((owner, request_id))
+        return None if request is None else self._finish(request, FinishReason.CANCELLED)
+
+    def cancel_all(self, owner: object) -> list[OwnedDelta]:
+        mine = [request for (of, _), request in self._requests.items() if of == owner]
+        return [self._finish(request, FinishReason.CANCELLED) for request in mine]
+
+    def cancel_named(self, name: str) -> list[OwnedDelta]:
+        named = [request for request in self._requests.values() if name and request.source.name == name]
+        return [self._finish(request, FinishReason.CANCELLED) for request in named]
+
+    def expire(self) -> list[OwnedDelta]:
+        """Ends requests past their deadline."""
+        if not self._has_deadlines:
+            return []
+        now = self._clock()
+        late = [r for r in self._requests.values() if _deadline(r) <= now]
+        self._has_deadlines = any(r.source.deadline_ms is not None for r in self._requests.values())
+        return [self._finish(request, FinishReason.DEADLINE) for request in late]
+
+    def _queue(self, request: Request) -> None:
+        heapq.heappush(self._waiting, (request.order, request))
+        self.num_waiting += 1
+        self.num_waiting_tokens += len(request.token_ids)
+
+    def _unqueue(self, request: Request) -> None:
+        """Off the count; its heap entry goes when it is met, or with the others when ended ones are the most."""
+        if len(self._waiting) > 2 * self.num_waiting + 64:
+            self._waiting = [
+                entry for entry in self._waiting if entry[1].state is RequestState.WAITING and entry[1] is not request
+            ]
+            heapq.heapify(self._waiting)
+        self.num_waiting -= 1
+        self.num_waiting_tokens -= len(request.token_ids)
+
+    def _give_up_slot(self, request: Request) -> None:
+        self._running.remove(request)
+        self._left_slots.append(request.slot)
+        self._free_slots.append(request.slot)
+        request.slot = -1
+        self.blocks.release(request.block_ids)
+        request.block_ids = []
+
+    def _finish(
+        self, request: Request, reason: FinishReason, token_ids: tuple[int, ...] = (), *, stop_token_matched: bool = False
+    ) -> OwnedDelta:
+        if request.state is RequestState.RUNNING:
+            self._give_up_slot(request)
+        elif request.state is RequestState.WAITING:
+            self._unqueue(request)
+        request.state = RequestState.FINISHED
+        del self._requests[request.owner, request.source.request_id]
+        now = self._clock()
+        started = now if request.first_scheduled_time is None else request.first_scheduled_time
+        first = request.first_token_time
+        timings = RequestTimings(
+            queue_s=started - request.arrival_time,
+            time_to_first_token_s=None if first is None else first - request.arrival_time,
+            e2e_s=now - request.arrival_time,
+        )
+        delta = TokenDelta(
+            request_id=request.source.request_id,
+            token_ids=token_ids,
+            finish_reason=reason,
+            stop_token_matched=stop_token_matched,
+            num_prompt_tokens=request.num_prompt_tokens,
+            num_cached_tokens=request.num_cached_tokens,
+            timings=timings,
+        )
+        return OwnedDelta(request, delta)
+
+    # -- one step -----------------------------------------------------------------------------------------------------
+
+    def schedule(self) -> StepPlan:
+        """The next step. Empty rows mean that nothing can run (the plan may still tell of slots that were left)."""
+        budget = self._token_budget
+        rows: list[ScheduledRow] = []
+        joined: list[JoinedRequest] = []
+        new_blocks: list[NewBlocks] = []
+        decodes = [r for r in self._running if len(r.token_ids) - r.num_computed_tokens == 1]
+        chunks = [r for r in self._running if len(r.token_ids) - r.num_computed_tokens > 1]
+        for request in decodes:
+            if budget and request.state is RequestState.RUNNING and self._ensure_blocks(request, new_blocks):
+                rows.append(self._row(request, 1))
+                budget -= 1
+        rows = [row for row in rows if row.slot not in self._left_slots]  # a later decode may have preempted an earlier pick
+        for request in chunks:
+            if budget and request.state is RequestState.RUNNING:
+                rows.append(self._row(request, budget))
+                budget -= rows[-1].num_tokens
+        while budget and self._free_slots and (admitted := self._next_admissible()) is not None:
+            joined.append(self._join(admitted))
+            rows.append(self._row(admitted, budget))
+            budget -= rows[-1].num_tokens
+        left, self._left_slots = tuple(self._left_slots), []
+        new_blocks = [added for added in new_blocks if added.slot not in left]
+        self._num_steps += 1
+        return StepPlan(self._num_steps, left, tuple(joined), tuple(new_blocks), tuple(rows))
+
+    def _row(self, request: Request, budget: int) -> ScheduledRow:
+        start = request.num_computed_tokens
+        num_tokens = min(len(request.token_ids) - start, budget)
+        reaches_end = start + num_tokens == len(request.token_ids)
+        return ScheduledRow(request.slot, start, num_tokens, samples=reaches_end and request.max_new_tokens > 0)
+
+    def _ensure_blocks(self, request: Request, new_blocks: list[NewBlocks]) -> bool:
+        """Gives `request` the block its next token needs, preempting from the end of the order. False: it was preempted itself."""
+        if self.blocks.blocks_for(len(request.token_ids)) <= len(request.block_ids):
+            return True
+        while not self.blocks.num_free_blocks:
+            victim = self._running[-1]
+            self._preempt(victim)
+            if victim is request:
+                return False
+        added = self.blocks.allocate(1)
+        request.block_ids += added
+        new_blocks.append(NewBlocks(request.slot, tuple(added)))
+        return True
+
+    def _preempt(self, victim: Request) -> None:
+        self._give_up_slot(victim)
+        victim.state = RequestState.WAITING
+        victim.num_computed_tokens = 0
+        victim.digests = []
+        self.num_preemptions += 1
+        self._queue(victim)
+
+    def _next_admissible(self) -> Request | None:
+        """The first waiting request, if its blocks are there; it is taken off the queue and holds them."""
+        while self._waiting and self._waiting[0][1].state is not RequestState.WAITING:
+            heapq.heappop(self._waiting)
+        if not self._waiting:
+            return None
+        request = self._waiting[0][1]
+        cached, digests = self.blocks.match_prefix(request.chain_root, request.token_ids)
+        missing = self.blocks.blocks_for(len(request.token_ids)) - len(cached)
+        if missing > self.blocks.num_free_blocks - self.blocks.num_free_among(cached):
+            return None
+        heapq.heappop(self._waiting)
+        self._unqueue(request)
+        self.blocks.hold(cached)
+        request.block_ids = cached + self.blocks.allocate(missing)
+        request.digests = digests
+        request.num_computed_tokens = len(cached) * self.blocks.block_size
+        return request
+
+    def _join(self, request: Request) -> JoinedRequest:
+        request.state = RequestState.RUNNING
+        request.slot = self._free_slots.pop()
+        at = len(self._running)
+        while at and self._running[at - 1].order > request.order:
+            at -= 1
+        self._running.insert(at, request)
+        if request.first_scheduled_time is None:
+            request.first_scheduled_time = self._clock()
+            request.num_cached_tokens = request.num_computed_tokens
+            self.num_cached_tokens += request.num_computed_tokens
+        return JoinedRequest(
+            slot=request.slot,
+            token_ids=tuple(request.token_ids),
+            num_prompt_tokens=request.num_prompt_tokens,
+            block_ids=tuple(request.block_ids),
+            sampling=request.sampling,
+            seed=request.seed,
+            sample_index=request.source.sample_index,
+            rope_theta=request.rope_theta,
+        )
+
+    def update(self, plan: StepPlan, result: StepResult) -> list[OwnedDelta]:
+        """Takes in what the runner drew for `plan`. Requests that ended while the step ran are passed over."""
+        slot_to_request = {request.slot: request for request in self._running}
+        deltas: list[OwnedDelta] = []
+        drawn = iter(range(len(result.token_ids)))
+        for row in plan.rows:
+            at = next(drawn) if row.samples else -1
+            request = slot_to_request.get(row.slot)
+            if request is None or request.num_computed_tokens != row.start:
+                continue
+            request.num_computed_tokens += row.num_tokens
+            self.num_computed_tokens += row.num_tokens
+            self._publish_full_blocks(request)
+            if row.samples:
+                deltas.append(self._append(request, result, at))
+            elif request.num_computed_tokens == len(request.token_ids):
+                deltas.append(self._finish(request, FinishReason.LENGTH))  # asked for no new token
+        return deltas
+
+    def _append(self, request: Request, result: StepResult, at: int) -> OwnedDelta:
+        token_id = result.token_ids[at]
+        request.token_ids.append(token_id)
+        request.last_token_time, previous = self._clock(), request.last_token_time
+        if request.first_token_time is None:
+            request.first_token_time = request.last_token_time
+        request.inter_token_s = None if previous is None else request.last_token_time - previous
+        reason, stop_token_matched = finish_reason_of(request, self._model.eos_token_ids)
+        if reason is None:
+            owned = OwnedDelta(request, TokenDelta(request.source.request_id, (token_id,)))
+        else:
+            owned = self._finish(request, reason, (token_id,), stop_token_matched=stop_token_matched)
+        logprobs = result.logprobs[at] if result.logprobs else None
+        return owned if logprobs is None else OwnedDelta(request, dataclasses.replace(owned.delta, logprobs=(logprobs,)))
+
+    def _publish_full_blocks(self, request: Request) -> None:
+        size = self.blocks.block_size
+        if not self.blocks.enable_prefix_caching:
+            return
+        while (len(request.digests) + 1) * size <= request.num_computed_tokens:
+            index = len(request.digests)
+            parent = request.digests[-1] if request.digests else request.chain_root
+            request.digests.append(chain_digest(parent, request.token_ids[index * size : (index + 1) * size]))
+            self.blocks.publish(request.block_ids[index], request.digests[-1])
+
+
+def _deadline(request: Request) -> float:
+    """On the scheduler's clock; infinity without one."""
+    deadline_ms = request.source.deadline_ms
+    return float("inf") if deadline_ms is None else request.arrival_time + deadline_ms / 1000

@@ -1,0 +1,230 @@
+"""The text door's request: from tensors and the sampling JSON to token ids, sampling and what to answer with.
+
+Flat tensors win over `sampling_parameters`. What is named in neither has the default of `SamplingParams`.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from turbotriton.contract.errors import InvalidInputError
+from turbotriton.contract.wire import MAX_LOGPROBS, MAX_SEED, SamplingParams
+from turbotriton.text.chat_template import ChatTemplate
+from turbotriton.text.detokenizer import TextTokenizer
+
+from .inputs import check_parameters, read_array, read_bool, read_float, read_int, read_string, read_strings
+
+__all__ = ["TextRequest", "read_text_request"]
+
+INT32 = 2**31 - 1
+MAX_SAMPLES = 16
+MAX_STOP_WORDS = 64
+MAX_DEADLINE_MS = 86_400_000
+
+#: Name in vLLM's JSON -> our name (the flat tensor's).
+JSON_NAMES = {
+    "max_tokens": "max_tokens",
+    "min_tokens": "min_tokens",
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "top_k": "top_k",
+    "repetition_penalty": "repetition_penalty",
+    "presence_penalty": "presence_penalty",
+    "frequency_penalty": "frequency_penalty",
+    "seed": "seed",
+    "stop": "stop_words",
+    "bad_words": "bad_words",
+    "stop_token_ids": "stop_token_ids",
+    "ignore_eos": "ignore_eos",
+    "skip_special_tokens": "skip_special_tokens",
+    "include_stop_str_in_output": "include_stop_words",
+    "n": "n",
+    "logprobs": "num_logprobs",
+}
+_FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+_INTS = {
+    "max_tokens": (0, INT32),
+    "min_tokens": (0, INT32),
+    "top_k": (-1, INT32),
+    "seed": (0, MAX_SEED),
+    "n": (1, MAX_SAMPLES),
+    "num_logprobs": (0, MAX_LOGPROBS),
+}
+_BOOLS = ("ignore_eos", "skip_special_tokens", "include_stop_words")
+_STRING_LISTS = ("stop_words", "bad_words")
+
+
+@dataclass(frozen=True, slots=True)
+class TextRequest:
+    """prompt_text: what `exclude_input_in_output = false` puts in front; empty for messages and input_ids."""
+
+    prompt_ids: tuple[int, ...]
+    prompt_text: str
+    sampling: SamplingParams
+    num_samples: int
+    stream: bool
+    stop_words: tuple[str, ...]
+    include_stop_words: bool
+    skip_special_tokens: bool
+    exclude_input: bool
+    priority: int
+    deadline_ms: int | None
+    returns: frozenset[str]  # of finish_reason, num_input_tokens, num_output_tokens, logprobs, cumulative_logprob
+
+
+def read_text_request(request: Any, tokenizer: TextTokenizer, template: ChatTemplate | None) -> TextRequest:
+    """Raises InvalidInputError naming the tensor or key and its value."""
+    check_parameters(request)
+    prompt_ids, prompt_text = _read_prompt(request, tokenizer, template)
+    values = _read_json_sampling(request) | _read_flat_sampling(request)
+    stream = bool(read_bool(request, "stream"))
+    num_samples = values.get("n", 1)
+    if num_samples > 1 and stream:
+        raise InvalidInputError(
+            f"n is {num_samples}; several samples are only answered unstreamed: set stream to false or n to 1"
+        )
+    returns = frozenset(
+        name
+        for name in ("finish_reason", "num_input_tokens", "num_output_tokens", "logprobs", "cumulative_logprob")
+        if read_bool(request, f"return_{name}")
+    )
+    wants_logprobs = bool(returns & {"logprobs", "cumulative_logprob"})
+    num_logprobs = values.get("num_logprobs")
+    if num_logprobs is not None:
+        returns |= {"logprobs"}
+    exclude = read_bool(request, "exclude_input_in_output")
+    return TextRequest(
+        prompt_ids=tuple(prompt_ids),
+        prompt_text=prompt_text,
+        sampling=SamplingParams(
+            max_new_tokens=values.get("max_tokens"),
+            min_new_tokens=values.get("min_tokens", 0),
+            **{name: values[name] for name in _FLOATS if name in values},
+            top_k=max(values.get("top_k", 0), 0),
+            seed=values.get("seed"),
+            stop_token_ids=tuple(values.get("stop_token_ids", ())),
+            bad_sequences=_bad_sequences(values.get("bad_words", ()), tokenizer),
+            ignore_eos=values.get("ignore_eos", False),
+            num_logprobs=0 if num_logprobs is None and wants_logprobs else num_logprobs,
+        ),
+        num_samples=num_samples,
+        stream=stream,
+        stop_words=tuple(values.get("stop_words", ())),
+        include_stop_words=values.get("include_stop_words", False),
+        skip_special_tokens=values.get("skip_special_tokens", True),
+        exclude_input=True if exclude is None else exclude,
+        priority=read_int(request, "priority", -INT32, INT32) or 0,
+        deadline_ms=read_int(request, "deadline_ms", 1, MAX_DEADLINE_MS),
+        returns=returns,
+    )
+
+
+def _read_prompt(request: Any, tokenizer: TextTokenizer, template: ChatTemplate | None) -> tuple[list[int], str]:
+    text = read_string(request, "text_input")
+    messages = read_string(request, "messages")
+    ids = read_array(request, "input_ids")
+    given = [name for name, value in (("text_input", text), ("messages", messages), ("input_ids", ids)) if value is not None]
+    if len(given) != 1:
+        raise InvalidInputError(f"send exactly one of text_input, messages and input_ids, not {' and '.join(given) or 'none'}")
+    if text is not None:
+        prompt_ids = tokenizer.encode(text)
+        if not prompt_ids:
+            raise InvalidInputError("text_input is empty; send at least one character")
+        return prompt_ids, text
+    if messages is not None:
+        if template is None:
+            raise InvalidInputError("this model has no chat template; send text_input or input_ids instead of messages")
+        rendered = template.render(_parse_json("messages", messages))
+        return tokenizer.encode(rendered, add_special_tokens=False), ""
+    assert ids is not None
+    if not ids.size:
+        raise InvalidInputError("input_ids is empty; send at least one token id")
+    return [int(token_id) for token_id in ids], ""
+
+
+def _read_flat_sampling(request: Any) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name in _FLOATS:
+        values[name] = read_float(request, name)
+    for name, (low, high) in _INTS.items():
+        values[name] = read_int(request, name, low, high)
+    for name in ("ignore_eos", "skip_special_tokens"):
+        values[name] = read_bool(request, name)
+    for name in _STRING_LISTS:
+        values[name] = read_strings(request, name)
+    ids = read_array(request, "stop_token_ids")
+    values["stop_token_ids"] = None if ids is None else [int(token_id) for token_id in ids]
+    given = {name: value for name, value in values.items() if value is not None}
+    _check_lists(given)
+    return given
+
+
+def _read_json_sampling(request: Any) -> dict[str, Any]:
+    text = read_string(request, "sampling_parameters")
+    if text is None:
+        return {}
+    content = _parse_json("sampling_parameters", text)
+    if not isinstance(content, dict):
+        raise InvalidInputError("sampling_parameters must be a JSON object")
+    unknown = [key for key in content if key not in JSON_NAMES]
+    if unknown:
+        raise InvalidInputError(f"sampling_parameters: unknown key {unknown[0]!r}; known: {', '.join(JSON_NAMES)}")
+    values = {JSON_NAMES[key]: _check_json(key, JSON_NAMES[key], value) for key, value in content.items() if value is not None}
+    _check_lists(values)
+    return values
+
+
+def _parse_json(name: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidInputError(f"{name} is no JSON: {error}") from None
+
+
+def _check_json(key: str, name: str, value: Any) -> Any:
+    def wrong(rule: str) -> InvalidInputError:
+        return InvalidInputError(f"sampling_parameters: {key} is {value!r}; it must be {rule}")
+
+    if name in _BOOLS:
+        if not isinstance(value, bool):
+            raise wrong("true or false")
+        return value
+    if name in _FLOATS:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise wrong("a finite number")
+        return float(value)
+    if name in _INTS:
+        low, high = _INTS[name]
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise wrong(f"a whole number from {low} to {high}")
+        return value
+    items = [value] if isinstance(value, str) and name in _STRING_LISTS else value
+    kind = str if name in _STRING_LISTS else int
+    if not isinstance(items, list) or not all(isinstance(item, kind) and not isinstance(item, bool) for item in items):
+        raise wrong("a list of strings" if kind is str else "a list of token ids")
+    return items
+
+
+def _check_lists(values: Mapping[str, Any]) -> None:
+    for name in (*_STRING_LISTS, "stop_token_ids"):
+        items = values.get(name, ())
+        if len(items) > MAX_STOP_WORDS:
+            raise InvalidInputError(f"{name} has {len(items)} entries; at most {MAX_STOP_WORDS} are taken")
+        if any(item == "" for item in items):
+            raise InvalidInputError(f"{name} contains an empty string; leave it out")
+        if any(isinstance(item, int) and not 0 <= item <= INT32 for item in items):
+            raise InvalidInputError(f"{name} contains {next(i for i in items if not 0 <= i <= INT32)}; token ids are 0 or more")
+
+
+def _bad_sequences(words: Any, tokenizer: TextTokenizer) -> tuple[tuple[int, ...], ...]:
+    """Each word as it is written in the middle of a text and after a space."""
+    sequences: dict[tuple[int, ...], None] = {}
+    for word in words:
+        for form in (word, f" {word}"):
+            ids = tuple(tokenizer.encode(form, add_special_tokens=False))
+            if ids:
+                sequences[ids] = None
+    return tuple(sequences)

@@ -1,0 +1,7 @@
+import os
+import site
+
+for folder in filter(None, os.environ.get("TURBOTRITON_SITE", "").split(os.pathsep)):
+    site.addsitedir(folder)
+
+from turbotriton.backend.tritonserver.turbomind_door import TritonPythonModel  # noqa: E402, F401

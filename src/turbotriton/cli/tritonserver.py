@@ -1,0 +1,138 @@
+"""`turbotriton serve tritonserver WORKSPACE`: starts tritonserver on a workspace, stays in front of it, stops it cleanly."""
+
+import argparse
+import logging
+import shlex
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+from turbotriton.contract.errors import InvalidInputError, WorkspaceError
+from turbotriton.contract.ini import EngineConfig
+
+from .leftovers import (
+    adopt_orphans,
+    end_children,
+    end_with_parent,
+    remove_shared_memory,
+    shared_memory_prefix,
+    sweep_dead_regions,
+)
+from .server_runtime import ServerRuntime, find_server
+
+__all__ = ["add_parser", "server_command"]
+
+logger = logging.getLogger(__name__)
+
+#: Flags that become TURBOTRITON_* variables: name -> (type, help).
+ENGINE_FLAGS: dict[str, tuple[type, str]] = {
+    "session_len": (int, "most tokens in one sequence, prompt and answer"),
+    "max_batch_size": (int, "most requests running at once"),
+    "cache_max_entry_count": (float, "KV cache: share of free memory below 1, number of blocks from 1 on"),
+    "cache_block_seq_len": (int, "tokens a KV block"),
+    "num_tokens_per_iter": (int, "token budget of one step"),
+    "compute_dtype": (str, "auto, fp16, bf16 or fp32"),
+    "device": (str, "auto, cpu, cuda or cuda:N"),
+    "enable_prefix_caching": (int, "1 or 0"),
+    "max_queued_requests": (int, "requests that may wait before new ones are refused"),
+    "max_queued_tokens": (int, "prompt tokens that may wait"),
+}
+KILL_AFTER_S = 60.0
+GRACE_S = 5.0  # after the server: stubs leave within 3 s, the engine process within 2 s
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = subparsers.add_parser(
+        "tritonserver",
+        help="start tritonserver on a workspace",
+        description="Start tritonserver (from PATH, else the PyPI server runtime) on WORKSPACE/model_repository. "
+        "Flags that are not listed here are passed on to tritonserver.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("workspace", type=Path, help="folder written by 'turbotriton convert' (or its model_repository)")
+    parser.add_argument("--http-port", type=int, default=8000, help="HTTP port")
+    parser.add_argument("--grpc-port", type=int, default=8001, help="gRPC port")
+    parser.add_argument("--metrics-port", type=int, default=8002, help="metrics port")
+    parser.add_argument("--host", default="127.0.0.1", help="address that HTTP, gRPC and metrics listen on")
+    parser.add_argument(
+        "--model-control-mode", choices=("none", "explicit", "poll"), default="none", help="who may load and unload models"
+    )
+    parser.add_argument("--exit-timeout-secs", type=int, default=10, help="how long running requests may take at a stop")
+    engine = parser.add_argument_group("engine", "override config.ini (see docs/weights.md); unset: what config.ini says")
+    for name, (kind, text) in ENGINE_FLAGS.items():
+        engine.add_argument(f"--{name.replace('_', '-')}", type=kind, default=None, help=text)
+    parser.set_defaults(run=run, accepts_unknown=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    options = {name: str(value) for name in ENGINE_FLAGS if (value := getattr(args, name)) is not None}
+    _check_options(options)
+    runtime = find_server()
+    command = server_command(runtime, args)
+    environment = runtime.environment | {f"TURBOTRITON_{name.upper()}": value for name, value in options.items()}
+    logger.info("starting %s", shlex.join(command))
+    sweep_dead_regions()
+    adopt_orphans()
+    process = subprocess.Popen(command, env=environment, preexec_fn=end_with_parent)
+    return _wait(process)
+
+
+def _check_options(options: dict[str, str]) -> None:
+    """Refuses a bad value now and not in the engine's log. session_len: the real one is in config.ini, any valid one serves here."""
+    values: dict[str, object] = {name: ENGINE_FLAGS[name][0](value) for name, value in options.items()}
+    EngineConfig(**({"session_len": 2048} | values))  # type: ignore[arg-type]
+
+
+def server_command(runtime: ServerRuntime, args: argparse.Namespace) -> list[str]:
+    """Raises WorkspaceError when there is no model repository."""
+    workspace: Path = args.workspace
+    repository = workspace / "model_repository"
+    if not repository.is_dir():
+        if any(workspace.glob("*/config.pbtxt")):
+            repository = workspace
+        else:
+            raise WorkspaceError(f"{workspace} holds no model_repository: write one with 'turbotriton convert'")
+    ports = {"http": args.http_port, "grpc": args.grpc_port, "metrics": args.metrics_port}
+    if len(set(ports.values())) < len(ports):
+        raise InvalidInputError(f"the ports must differ: {', '.join(f'{name} {port}' for name, port in ports.items())}")
+    return [
+        str(runtime.binary),
+        *runtime.arguments,
+        f"--model-repository={repository.resolve()}",
+        *(f"--{name}-port={port}" for name, port in ports.items()),
+        *(f"--{name}-address={args.host}" for name in ports),
+        f"--model-control-mode={args.model_control_mode}",
+        f"--exit-timeout-secs={args.exit_timeout_secs}",
+        f"--backend-config=python,shm-region-prefix-name={shared_memory_prefix()}",
+        *args.unknown,  # last: the user's word counts
+    ]
+
+
+def _wait(process: "subprocess.Popen[bytes]") -> int:
+    """Passes SIGINT and SIGTERM on, waits, kills after KILL_AFTER_S; then ends what the server left behind.
+
+    Returns the server's exit code, 0 when we were asked to stop.
+    """
+    asked: list[float] = []  # when
+
+    def stop(number: int, _frame: object) -> None:
+        asked.append(time.monotonic())
+        process.send_signal(signal.SIGTERM if len(asked) == 1 else signal.SIGKILL)
+
+    old = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        while True:
+            try:
+                code = process.wait(0.5)
+                break
+            except subprocess.TimeoutExpired:
+                if asked and time.monotonic() - asked[0] > KILL_AFTER_S:
+                    logger.error("tritonserver did not stop within %.0f s; killing it", KILL_AFTER_S)
+                    process.kill()
+    finally:
+        end_children(GRACE_S)
+        remove_shared_memory()
+        for number, handler in old.items():
+            signal.signal(number, handler)
+    return 0 if asked and code in (0, -signal.SIGTERM, -signal.SIGKILL) else abs(code)

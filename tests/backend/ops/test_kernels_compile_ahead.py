@@ -1,0 +1,117 @@
+"""What the launchers would launch, compiled for real devices without one: no spills, no more shared memory than any gives.
+
+A recorder takes the place of each kernel and keeps the arguments; they are specialised as the JIT would (pointers and integers
+divisible by 16, None and 1 as constants), compiled for a target, and the machine code is read with triton's own cuobjdump.
+"""
+
+import importlib
+import os
+import re
+import subprocess
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+SMALLEST_SHARED_LIMIT_BYTES = 101376  # sm_86 and sm_89: 99 KiB a program; sm_80 has 163 KiB, sm_90 and sm_100 227 KiB
+PACKAGE = "turbotriton.backend.ops.kernels"
+POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32"}
+FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
+
+# the main shape on every architecture, the largest and oddest tiles once
+CASES = [
+    (80, BF16, 128), (90, BF16, 128), (100, BF16, 128),
+    (90, FP16, 256), (80, FP16, 256), (90, FP16, 80), (90, BF16, 64), (90, FP32, 128), (80, FP32, 256), (90, FP32, 64),
+]  # fmt: skip
+
+
+class Recorder:
+    def __init__(self, kernel, launches):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.launches.append(
+            (self.kernel, dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs)
+        )
+
+
+def source_of(kernel, arguments):
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        is_one = type(value) is int and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or is_one:
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name], attributes[(index,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    assert os.environ.get("TRITON_INTERPRET", "0") == "0", "TRITON_INTERPRET turns kernels into functions that cannot be compiled"
+    recorded = []
+    for name in ("rms_norm", "rotary_store_kv", "paged_decode_attention"):
+        module = importlib.import_module(f"{PACKAGE}.{name}")
+        for attribute in [attribute for attribute in vars(module) if attribute.endswith("_kernel")]:
+            monkeypatch.setattr(module, attribute, Recorder(getattr(module, attribute), recorded))
+    return recorded
+
+
+def launch_all(monkeypatch, dtype, head_dim, num_heads=32, num_kv_heads=8, hidden=4096):
+    def empty(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype)
+
+    rms_norm, rotary_store_kv, attention = (
+        importlib.import_module(f"{PACKAGE}.{name}") for name in ("rms_norm", "rotary_store_kv", "paged_decode_attention")
+    )
+    rms_norm.rms_norm(empty(16, hidden), empty(hidden), 1e-5, empty(16, hidden))
+    cache, angle = empty(4, num_kv_heads, 64, head_dim), empty(16, head_dim // 2, dtype=FP32)
+    qkv, slots = empty(16, (num_heads + 2 * num_kv_heads) * head_dim), empty(16, dtype=torch.int64)
+    rotary_store_kv.rotary_store_kv(qkv, angle, angle, empty(16, dtype=FP32), cache, cache, slots, num_heads, num_kv_heads)
+    for num_sms in (1, 132):  # one split, then several
+        monkeypatch.setattr(attention, "_num_sms", lambda device, num_sms=num_sms: num_sms)
+        tables, lens = empty(16, 128, dtype=torch.int32), empty(16, dtype=torch.int32)
+        attention.paged_decode_attention(empty(16, num_heads, head_dim), cache, cache, tables, lens, 0.1)
+
+
+def resource_usage(cubin, folder):
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+    command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", output)}
+
+
+@pytest.mark.parametrize(("capability", "dtype", "head_dim"), CASES, ids=lambda value: str(value).removeprefix("torch."))
+def test_every_kernel_compiles_without_spills(capability, dtype, head_dim, launches, monkeypatch, tmp_path):
+    launch_all(monkeypatch, dtype, head_dim)
+    names = [kernel.__name__ for kernel, _ in launches]
+    assert names == ["_rms_norm_kernel", "_rotary_store_kv_kernel", "_split_kernel", "_split_kernel", "_reduce_kernel"]
+    for kernel, arguments in launches:
+        options = {name: arguments[name] for name in ("num_warps", "num_stages") if name in arguments}
+        compiled = triton.compile(source_of(kernel, arguments), target=GPUTarget("cuda", capability, 32), options=options)
+        usage = resource_usage(compiled.asm["cubin"], tmp_path)
+        assert usage["STACK"] == usage["LOCAL"] == 0, f"{kernel.__name__} spills: {usage}"
+        assert compiled.metadata.shared <= SMALLEST_SHARED_LIMIT_BYTES, (
+            f"{kernel.__name__}: {compiled.metadata.shared} bytes shared"
+        )
+
+
+def test_the_main_attention_tile_is_pipelined(launches, monkeypatch):
+    """Copies to shared memory that stay in flight over a tile: a wait for fewer than all of them."""
+    launch_all(monkeypatch, BF16, 128)
+    kernel, arguments = launches[2]
+    compiled = triton.compile(
+        source_of(kernel, arguments), target=GPUTarget("cuda", 90, 32), options={"num_warps": arguments["num_warps"]}
+    )
+    waits = [int(count) for count in re.findall(r"cp\.async\.wait_group\s+(\d+)", compiled.asm["ptx"])]
+    assert max(waits, default=0) > 0, f"waits {waits}"

@@ -1,0 +1,68 @@
+"""The rules of tuning.py: what a tile must never depend on, and what must fit. No triton here."""
+
+import itertools
+
+import pytest
+
+from turbotriton.backend.ops.kernels.tuning import (
+    MAX_SPLITS,
+    MIN_SPLIT_TOKENS,
+    decode_attention_config,
+    next_power_of_2,
+    rms_norm_config,
+    rotary_config,
+)
+
+H200_SMS = 132
+TILE = ("block_g", "block_n", "block_d", "min_split_tokens", "num_warps", "num_stages")
+
+
+def attention(**changes):
+    shape = {"batch": 1, "num_kv_heads": 8, "group_size": 4, "head_dim": 128, "element_bytes": 2, "max_context": 32768}
+    return decode_attention_config(**(shape | {"num_sms": H200_SMS} | changes))
+
+
+@pytest.mark.parametrize("hidden", [1, 7, 128, 1000, 4096, 5120, 32768])
+def test_a_norm_tile_holds_the_row_and_at_most_64_values_a_thread(hidden):
+    config = rms_norm_config(hidden)
+    assert config.block_n == next_power_of_2(hidden) >= hidden
+    assert config.block_m * config.block_n <= 64 * 32 * config.num_warps
+
+
+def test_rotary_blocks_cover_half_and_rest():
+    for num_kv_heads, head_dim in itertools.product((1, 3, 8, 40), (16, 80, 128, 256)):
+        for rotary_dim in (2, head_dim // 2, head_dim):
+            config = rotary_config(40, num_kv_heads, head_dim, rotary_dim)
+            assert config.block_half >= rotary_dim // 2
+            assert config.block_rest >= head_dim - rotary_dim
+            assert (config.block_rest == 0) == (rotary_dim == head_dim)
+            assert config.block_h * next_power_of_2(head_dim) <= 4096
+
+
+def test_attention_tiles_do_not_change_with_batch_or_length():
+    """They would compile anew on the request path."""
+    tiles = {
+        tuple(getattr(attention(batch=batch, max_context=length), name) for name in TILE)
+        for batch, length in itertools.product((1, 7, 64, 256), (64, 4096, 131072))
+    }
+    assert len(tiles) == 1
+
+
+def test_a_split_is_whole_tiles():
+    for element_bytes, head_dim in itertools.product((2, 4), (16, 40, 64, 128, 256)):
+        assert MIN_SPLIT_TOKENS % attention(element_bytes=element_bytes, head_dim=head_dim).block_n == 0
+
+
+def test_one_long_sequence_is_split_over_the_device_and_a_large_batch_is_not_split():
+    assert attention(batch=1).num_splits * 8 >= H200_SMS
+    assert attention(batch=256).num_splits == 1
+
+
+def test_splits_stop_where_the_context_ends():
+    assert attention(max_context=256).num_splits == 1
+    assert attention(max_context=1024).num_splits == 4
+    assert attention(num_kv_heads=1, max_context=10**6).num_splits <= MAX_SPLITS
+
+
+def test_groups_are_padded_to_the_rows_of_a_matrix_instruction():
+    assert [attention(group_size=size).block_g for size in (1, 4, 16, 17)] == [16, 16, 16, 32]

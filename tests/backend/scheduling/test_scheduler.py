@@ -1,0 +1,160 @@
+"""Scheduling against a deterministic fake runner: exact plans, exact block ids, and a property over random traffic."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.backend.scheduling.fakes import Bench, oracle
+
+from turbotriton.contract.errors import InvalidInputError, UnavailableError
+
+
+def test_step_mixes_decodes_and_a_prefill_chunk_under_the_budget_decodes_first() -> None:
+    bench = Bench(budget=6)
+    bench.add(1, range(5), 8)
+    bench.step()
+    bench.add(2, range(100, 112), 2)
+    plan = bench.step()
+    assert [(row.start, row.num_tokens, row.samples) for row in plan.rows] == [(5, 1, True), (0, 5, False)]
+    assert [joined.block_ids for joined in plan.joined] == [(2, 3, 4)]
+    bench.run()
+    assert bench.tokens(1) == oracle(range(5), 8)
+    assert bench.tokens(2) == oracle(range(100, 112), 2)
+
+
+def test_second_prompt_computes_only_after_the_last_full_cached_block() -> None:
+    bench = Bench()
+    bench.add(1, range(10), 1)
+    bench.run()
+    bench.add(2, range(10), 1)
+    plan = bench.step()
+    assert plan.joined[0].block_ids[:2] == (0, 1)
+    assert (plan.rows[0].start, plan.rows[0].num_tokens) == (8, 2)
+    assert bench.deltas[-1].delta.num_cached_tokens == 8
+
+
+def test_preempted_request_resumes_with_the_same_tokens() -> None:
+    bench = Bench(num_blocks=6)
+    prompts = {1: range(8), 2: range(100, 108), 3: range(200, 207)}
+    for request_id, prompt in prompts.items():
+        bench.add(request_id, prompt, 12)
+    bench.run()
+    assert bench.scheduler.num_preemptions > 0
+    for request_id, prompt in prompts.items():
+        assert bench.tokens(request_id) == oracle(prompt, 12)
+        assert bench.reasons(request_id) == ["length"]
+
+
+def test_lower_priority_value_is_admitted_first_then_arrival() -> None:
+    bench = Bench(max_batch_size=1)
+    for request_id, priority in ((1, 5), (2, 0), (3, 0)):
+        bench.add(request_id, [request_id], 1, priority=priority)
+    bench.run()
+    assert [delta.request_id for _, delta in bench.deltas] == [2, 3, 1]
+
+
+def test_no_new_token_prefills_and_ends_with_length() -> None:
+    bench = Bench(budget=4)
+    bench.add(1, range(10), 0)
+    bench.run()
+    assert (bench.tokens(1), bench.reasons(1), bench.scheduler.num_computed_tokens) == ([], ["length"], 10)
+
+
+def test_generation_ends_at_session_len() -> None:
+    bench = Bench(session_len=10)
+    bench.add(1, range(7), None)
+    bench.run()
+    assert (bench.tokens(1), bench.reasons(1)) == (oracle(range(7), 3), ["length"])
+
+
+def test_stop_rules() -> None:
+    wanted = oracle([1, 2], 8)
+    for rule in ({"stop_token_ids": (wanted[2],)}, {"stop_sequences": ((wanted[1], wanted[2]),)}):
+        bench = Bench()
+        bench.add(1, [1, 2], 8, **rule)
+        bench.run()
+        assert (bench.tokens(1), bench.reasons(1)) == (wanted[:3], ["stop"])
+    for ignore_eos, count in ((False, 3), (True, 8)):
+        bench = Bench(eos=(wanted[2],))
+        bench.add(1, [1, 2], 8, ignore_eos=ignore_eos)
+        bench.run()
+        assert bench.tokens(1) == wanted[:count]
+    bench = Bench()
+    bench.add(1, [1, 2], 8, stop_token_ids=(wanted[2],), min_new_tokens=4)
+    bench.run()
+    assert bench.tokens(1) == wanted
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3], ids=["queued", "prefilling", "decoding"])
+def test_cancel_frees_the_blocks_at_once(steps: int) -> None:
+    bench = Bench(budget=6)
+    bench.add(1, range(10), 8)
+    for _ in range(steps):
+        bench.step()
+    owned = bench.scheduler.cancel("test", 1)
+    assert owned is not None
+    assert owned.delta.finish_reason is not None
+    assert owned.delta.finish_reason.value == "cancelled"
+    assert bench.scheduler.blocks.num_free_blocks == 8
+    assert bench.scheduler.cancel("test", 1) is None
+
+
+def test_deadline_ends_a_running_and_a_waiting_request() -> None:
+    bench = Bench(max_batch_size=1)
+    bench.add(1, [1], 20, deadline_ms=100)
+    bench.add(2, [2], 20, deadline_ms=100)
+    bench.step()
+    bench.now = 0.2
+    bench.run()
+    assert bench.reasons(1) == bench.reasons(2) == ["deadline"]
+    assert bench.scheduler.blocks.num_free_blocks == 8
+
+
+def test_refusals_name_the_limit() -> None:
+    bench = Bench(session_len=30, max_queued_requests=2, max_queued_tokens=20)
+    with pytest.raises(InvalidInputError, match="too long"):
+        bench.add(1, range(30), 1)
+    with pytest.raises(InvalidInputError, match="outside the vocabulary"):
+        bench.add(1, [1000], 1)
+    bench.add(1, range(15), 1)
+    with pytest.raises(UnavailableError, match="max_queued_tokens is 20"):
+        bench.add(2, range(10), 1)
+    bench.add(2, [1], 1)
+    with pytest.raises(UnavailableError, match="max_queued_requests is 2"):
+        bench.add(3, [1], 1)
+    with pytest.raises(InvalidInputError, match="raise cache_max_entry_count"):
+        Bench(num_blocks=2).add(1, range(8), 2)
+
+
+ACTIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("add"), st.integers(1, 14), st.integers(0, 10), st.integers(0, 2)),
+        st.tuples(st.just("cancel"), st.integers(0, 15), st.just(0), st.just(0)),
+        st.tuples(st.just("step"), st.just(0), st.just(0), st.just(0)),
+    ),
+    max_size=40,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(actions=ACTIONS, budget=st.integers(1, 9))
+def test_random_traffic_leaks_no_block_and_ends_every_request_once(actions: list[tuple[str, int, int, int]], budget: int) -> None:
+    bench = Bench(num_blocks=6, budget=budget, max_batch_size=3)
+    asked: dict[int, tuple[range, int]] = {}
+    for kind, a, b, c in actions:
+        if kind == "add":
+            request_id = len(asked)
+            asked[request_id] = (range(c, c + a), b)
+            bench.add(request_id, range(c, c + a), b, priority=c)
+        elif kind == "cancel":
+            owned = bench.scheduler.cancel("test", a)
+            bench.deltas += [owned] if owned else []
+        else:
+            bench.step()
+    bench.run()
+    assert bench.scheduler.blocks.num_free_blocks == 6
+    assert not any(bench.scheduler.blocks._ref_counts)
+    for request_id, (prompt, count) in asked.items():
+        (reason,) = bench.reasons(request_id)
+        tokens = bench.tokens(request_id)
+        assert tokens == oracle(prompt, count)[: len(tokens)]
+        assert reason == "cancelled" or len(tokens) == count

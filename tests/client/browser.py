@@ -1,0 +1,124 @@
+"""A headless Chromium on the chat page, and the page's process. Without Chromium these tests are skipped, but fail in CI."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-proxy-server",
+]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def chat_page_server(grpc_url: str, *options: str) -> Iterator[str]:
+    """`turbotriton serve gradio` on a free port; yields the page's address and checks that SIGTERM ends it cleanly."""
+    port = free_port()
+    command = [sys.executable, "-m", "turbotriton", "serve", "gradio", grpc_url, "--server-port", str(port), *options]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        _wait_for(url, process)
+        yield url
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        output, _ = process.communicate()
+        print(output)
+
+
+def _wait_for(url: str, process: "subprocess.Popen[str]", timeout_s: float = 60.0) -> None:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise AssertionError(
+                f"serve gradio ended with {process.returncode}: {process.stdout.read() if process.stdout else ''}"
+            )
+        try:
+            opener.open(url, timeout=5).close()
+            return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+    raise AssertionError(f"no page at {url}")
+
+
+@contextmanager
+def chromium() -> Iterator[Any]:
+    """A playwright Browser."""
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if path is None:
+        if os.environ.get("CI"):
+            pytest.fail("CI needs Chromium: apt-get install chromium")
+        pytest.skip("no Chromium on this machine")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+class ChatPage:
+    """The page as its visitor uses it."""
+
+    def __init__(self, browser: Any, url: str) -> None:
+        self.foreign_requests: list[str] = []
+        self.console_errors: list[str] = []
+        self.context = browser.new_context(viewport={"width": 1280, "height": 800})
+        self.page = self.context.new_page()
+        self.page.on("request", lambda request: self._note(request.url, url))
+        self.page.on("pageerror", lambda error: self.console_errors.append(str(error)))
+        self.page.goto(url)
+        self.box = self.page.locator("#box textarea")
+        self.box.wait_for()
+        self.answers = self.page.locator("#chat .message.bot")
+        self.questions = self.page.locator("#chat .message.user")
+        self.status = self.page.locator("#status")
+
+    def _note(self, requested: str, url: str) -> None:
+        if not requested.startswith((url, "data:", "blob:")):
+            self.foreign_requests.append(requested)
+
+    def ask(self, question: str) -> None:
+        self.box.fill(question)
+        self.box.press("Enter")
+
+    def wait_status(self, pattern: str, timeout_s: float = 10.0) -> str:
+        import re
+
+        from playwright.sync_api import expect
+
+        expect(self.status).to_contain_text(re.compile(pattern), timeout=timeout_s * 1000)
+        return str(self.status.inner_text())
+
+    @property
+    def stop_button(self) -> Any:
+        return self.page.locator("#box button.stop-button")

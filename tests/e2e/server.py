@@ -1,0 +1,175 @@
+"""A real tritonserver for tests: free ports, ready per model, stopped without leftovers."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from turbotriton.cli.server_runtime import find_server
+
+READY_TIMEOUT_S = 120
+STOP_TIMEOUT_S = 40
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for sock in sockets:
+        sock.bind(("127.0.0.1", 0))
+    ports = [sock.getsockname()[1] for sock in sockets]
+    for sock in sockets:
+        sock.close()
+    return ports
+
+
+class TritonServer:
+    """tritonserver on `model_repository`. As a context manager: started, ready, and stopped with its leftovers asserted away.
+
+    grpc_url: host:port;  http_url, metrics_url: http://...;  pid;  log_path;  shm_prefix: of its stubs' shared memory.
+    `options`: engine options, config.ini keys;  `arguments`: further tritonserver flags.
+    """
+
+    def __init__(
+        self,
+        model_repository: Path,
+        *,
+        options: dict[str, str] | None = None,
+        arguments: tuple[str, ...] = (),
+        explicit: bool = True,
+        wait_ready: bool = True,
+    ) -> None:
+        self.model_repository = model_repository
+        self._options = options or {}
+        self._arguments = arguments
+        self._explicit = explicit
+        self._wait_ready = wait_ready
+        http, grpc, metrics = free_ports(3)
+        self._ports = {"http": http, "grpc": grpc, "metrics": metrics}
+        self.http_url = f"http://127.0.0.1:{http}"
+        self.grpc_url = f"127.0.0.1:{grpc}"
+        self.metrics_url = f"http://127.0.0.1:{metrics}/metrics"
+        self.shm_prefix = f"turbotriton_test_{os.getpid()}_{grpc}"
+        self.folder = Path(tempfile.mkdtemp(prefix="turbotriton-server-"))
+        self.log_path = self.folder / "server.log"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def log(self) -> str:
+        return self.log_path.read_text(errors="replace")
+
+    @property
+    def model_names(self) -> list[str]:
+        return sorted(path.parent.name for path in self.model_repository.glob("*/config.pbtxt"))
+
+    def start(self) -> Self:
+        runtime = find_server()
+        environment = runtime.environment | {f"TURBOTRITON_{name.upper()}": value for name, value in self._options.items()}
+        environment |= {"TURBOTRITON_RUNTIME_DIR": str(self.folder / "run"), "OMP_NUM_THREADS": "1"}
+        command = [
+            str(runtime.binary),
+            *runtime.arguments,
+            f"--model-repository={self.model_repository}",
+            f"--backend-config=python,shm-region-prefix-name={self.shm_prefix}",
+            "--disable-auto-complete-config",
+            "--exit-timeout-secs=10",
+            *(f"--{name}-port={port}" for name, port in self._ports.items()),
+            *(f"--{name}-address=127.0.0.1" for name in self._ports),
+            *self._arguments,
+        ]
+        if self._explicit:  # unload and load are then allowed
+            command += ["--model-control-mode=explicit", *(f"--load-model={name}" for name in self.model_names)]
+        with open(self.log_path, "wb") as log:
+            self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        if self._wait_ready:
+            try:
+                for name in self.model_names:
+                    self.wait_model_ready(name)
+            except BaseException:
+                self.kill()
+                raise
+        return self
+
+    def wait_model_ready(self, name: str, timeout_s: float = READY_TIMEOUT_S) -> None:
+        end = time.monotonic() + timeout_s
+        while time.monotonic() < end:
+            assert self._process is not None
+            code = self._process.poll()
+            assert code is None, f"tritonserver ended with code {code} while loading:\n{self.log[-6000:]}"
+            try:
+                with urllib.request.urlopen(f"{self.http_url}/v2/models/{name}/ready", timeout=2):
+                    return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.1)
+        raise AssertionError(f"model {name} was not ready within {timeout_s} s:\n{self.log[-6000:]}")
+
+    def model_config(self, name: str) -> dict[str, object]:
+        with urllib.request.urlopen(f"{self.http_url}/v2/models/{name}/config", timeout=5) as reply:
+            config: dict[str, object] = json.load(reply)
+            return config
+
+    def stop(self) -> None:
+        """SIGTERM; asserts a clean exit, no process of ours left, no shared memory left."""
+        assert self._process is not None
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+        try:
+            code = self._process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"tritonserver did not stop within {STOP_TIMEOUT_S} s:\n{self.log[-4000:]}") from None
+        assert code in (0, -signal.SIGTERM), f"tritonserver ended with code {code}:\n{self.log[-4000:]}"
+        end = time.monotonic() + 10
+        while (left := self._leftovers()) and time.monotonic() < end:
+            time.sleep(0.1)
+        assert not left, f"left behind after the stop: {left}"
+
+    def _own_processes(self) -> dict[int, bytes]:
+        """pid -> command line of every process that was started with this server's runtime folder."""
+        own_folder = f"TURBOTRITON_RUNTIME_DIR={self.folder / 'run'}\0".encode()
+        found = {}
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit() and int(entry.name) != os.getpid():
+                try:
+                    if own_folder in (entry / "environ").read_bytes():
+                        found[int(entry.name)] = (entry / "cmdline").read_bytes()
+                except OSError:
+                    continue
+        return found
+
+    def _leftovers(self) -> list[str]:
+        left = [str(path) for path in Path("/dev/shm").glob(f"*{self.shm_prefix}*")]
+        return left + [f"pid {pid}: {command[:120]!r}" for pid, command in self._own_processes().items()]
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            self.stop()
+            return
+        self.kill()  # the test failed already; its message matters more than a clean stop
+        print(self.log[-6000:])
+
+    def kill(self) -> None:
+        """The server and all that it started: a stub of a killed server may never leave by itself."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+        for pid in self._own_processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for region in Path("/dev/shm").glob(f"*{self.shm_prefix}*"):
+            region.unlink(missing_ok=True)

@@ -1,0 +1,113 @@
+"""The chat page in a real Chromium, in front of a real tritonserver."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import expect
+from tests.client.browser import ChatPage, chat_page_server, chromium
+
+from .metrics import metric, wait_idle, wait_until
+from .server import TritonServer
+
+pytestmark = [pytest.mark.e2e, pytest.mark.browser]
+
+SCREENSHOT = Path(__file__).resolve().parents[2] / "docs" / "images" / "gradio.png"
+TALK = ("Hello! Who are you?", "What is 17 + 25?", "Spell the word lantern.")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def page_url(demo_server: TritonServer, browser: Any) -> Iterator[str]:
+    with chat_page_server(demo_server.grpc_url) as url:
+        yield url
+
+
+@pytest.fixture
+def chat(browser: Any, page_url: str) -> Iterator[ChatPage]:
+    page = ChatPage(browser, page_url)
+    yield page
+    page.context.close()
+    assert page.foreign_requests == []
+    assert page.console_errors == []
+
+
+def set_endless(chat: ChatPage) -> None:
+    """Random tokens hardly ever end by themselves."""
+    for name, value in (("temperature", "2"), ("max-tokens", "900")):
+        field = chat.page.locator(f"#{name} input[type=number]")
+        field.fill(value)
+        field.press("Tab")
+
+
+def test_a_conversation_streams_with_its_speed(chat: ChatPage, demo_server: TritonServer) -> None:
+    expect(chat.page.locator("#served")).to_contain_text(f"on {demo_server.grpc_url}")
+    for number, question in enumerate(TALK, start=1):
+        chat.ask(question)
+        expect(chat.answers).to_have_count(number, timeout=20_000)
+        expect(chat.stop_button).to_have_count(0, timeout=20_000)
+        chat.wait_status(r"^\s*\d+ tokens")
+    assert all(text.strip() for text in chat.answers.all_inner_texts())
+    if os.environ.get("TURBOTRITON_UPDATE_SCREENSHOTS"):
+        SCREENSHOT.parent.mkdir(parents=True, exist_ok=True)
+        chat.box.blur()
+        chat.page.screenshot(path=SCREENSHOT)
+
+
+def test_stop_returns_the_answers_blocks_at_the_engine(chat: ChatPage, demo_server: TritonServer) -> None:
+    set_endless(chat)
+    chat.ask("Tell me a long story.")
+    expect(chat.answers).to_have_count(1, timeout=20_000)
+    wait_until(lambda: metric(demo_server, "turbotriton_kv_cache_usage") > 0, "blocks being held")
+    chat.stop_button.click()
+    wait_idle(demo_server, timeout_s=3)
+    chat.wait_status("stopped")
+
+
+def test_retry_replaces_the_answer_and_clear_empties_the_page(chat: ChatPage) -> None:
+    chat.ask(TALK[0])
+    chat.wait_status("tokens")
+    expect(chat.stop_button).to_have_count(0, timeout=20_000)
+    first = chat.answers.last.text_content() or ""
+    chat.page.locator("#retry").click()
+    expect(chat.stop_button).to_have_count(0, timeout=20_000)
+    chat.wait_status("tokens")
+    expect(chat.answers).to_have_count(1)
+    expect(chat.answers.last).to_have_text(first)  # temperature 0
+    chat.page.locator("#clear").click()
+    expect(chat.questions).to_have_count(0)
+    expect(chat.answers).to_have_count(0)
+
+
+def test_closing_the_tab_returns_the_blocks(browser: Any, page_url: str, demo_server: TritonServer) -> None:
+    chat = ChatPage(browser, page_url)
+    set_endless(chat)
+    chat.ask("Tell me a long story.")
+    expect(chat.answers).to_have_count(1, timeout=20_000)
+    chat.context.close()
+    wait_idle(demo_server)
+
+
+def test_a_stopped_server_is_named_and_answers_again_when_it_is_back(browser: Any, demo_workspace: Path) -> None:
+    with TritonServer(demo_workspace / "model_repository") as server, chat_page_server(server.grpc_url) as url:
+        chat = ChatPage(browser, url)
+        expect(chat.page.locator("#served")).to_contain_text(server.grpc_url)
+        server.stop()
+        chat.ask("Hello")
+        chat.wait_status(f"no tritonserver answers at {server.grpc_url}")
+        server.start()
+
+        def is_answered() -> bool:  # as a visitor would: again, when the connection was not up yet
+            chat.page.locator("#retry").click()
+            chat.page.wait_for_timeout(3000)
+            return bool(chat.answers.count())
+
+        wait_until(is_answered, "an answer of the server that is back", 30)
+        chat.context.close()

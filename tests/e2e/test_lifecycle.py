@@ -1,0 +1,237 @@
+"""Process life: the engine killed under load, a door killed, unload and load, SIGTERM, the metrics page."""
+
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from turbotriton.backend.engine.client import EngineClient
+from turbotriton.client import Client
+from turbotriton.contract.errors import TurbotritonError
+
+from .server import TritonServer
+
+pytestmark = pytest.mark.e2e
+
+QUESTION = [{"role": "user", "content": "Tell me a story."}]
+LONG = {"messages": QUESTION, "max_tokens": 400, "ignore_eos": True}
+
+
+def metric(server: TritonServer, name: str) -> float:
+    """Value of the first sample of a family; raises when it is not on the page."""
+    page = httpx.get(server.metrics_url).text
+    found = re.search(rf"^{re.escape(name)}(?:{{[^}}]*}})? (\S+)$", page, re.MULTILINE)
+    assert found, f"{name} is not among the metrics"
+    return float(found.group(1))
+
+
+def wait_until(condition, timeout_s: float, what: str) -> float:
+    """Seconds until `condition()` held; fails after timeout_s."""
+    start = time.monotonic()
+    while not condition():
+        assert time.monotonic() - start < timeout_s, f"{what} did not happen within {timeout_s} s"
+        time.sleep(0.02)
+    return time.monotonic() - start
+
+
+def children(pid: int) -> dict[int, str]:
+    """Every living descendant of a process: pid -> command line."""
+    parents, commands = {}, {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                stat = (entry / "stat").read_text()
+                commands[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                parents[int(entry.name)] = int(stat.rsplit(")", 1)[1].split()[1])
+            except OSError:
+                continue
+    found: dict[int, str] = {}
+    front = {pid}
+    while front:
+        front = {child for child, parent in parents.items() if parent in front and child not in found}
+        found.update({child: commands[child] for child in front})
+    return found
+
+
+def engine_pid(server: TritonServer) -> int:
+    """The one engine process that was started for this server (it may have its own process group and parent)."""
+    owner = f"--owner-pid {server.pid} "
+    pids = [
+        int(entry.name)
+        for entry in Path("/proc").iterdir()
+        if entry.name.isdigit() and owner in _command(entry) + " " and "turbotriton.backend.engine" in _command(entry)
+    ]
+    assert len(pids) == 1, f"expected one engine process of server {server.pid}, found {pids}"
+    return pids[0]
+
+
+def _command(entry: Path) -> str:
+    try:
+        return (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
+
+
+class Streams:
+    """n streaming requests in threads; counts deltas, collects how each ended."""
+
+    def __init__(self, server: TritonServer, count: int, **request) -> None:
+        self.client = Client(server.grpc_url)
+        self.first = threading.Semaphore(0)
+        self.ended: list[tuple[float, Exception | str | None]] = []
+        self.texts: list[str] = []
+        self.threads = [threading.Thread(target=self._one, kwargs=request, daemon=True) for _ in range(count)]
+        for thread in self.threads:
+            thread.start()
+
+    def _one(self, **request) -> None:
+        text, seen = "", False
+        try:
+            reason = None
+            for delta in self.client.stream(**request):
+                if not seen:
+                    seen = True
+                    self.first.release()
+                text += delta.text
+                reason = delta.finish_reason or reason
+            self.ended.append((time.monotonic(), reason))
+            self.texts.append(text)
+        except TurbotritonError as error:
+            self.ended.append((time.monotonic(), error))
+
+    def wait_first(self, count: int, timeout_s: float = 60) -> None:
+        for _ in range(count):
+            assert self.first.acquire(timeout=timeout_s)
+
+    def join(self, timeout_s: float = 120) -> None:
+        end = time.monotonic() + timeout_s
+        for thread in self.threads:
+            thread.join(max(0.0, end - time.monotonic()))
+            assert not thread.is_alive(), "a stream did not end"
+
+
+@pytest.fixture
+def server(demo_workspace: Path) -> Iterator[TritonServer]:
+    with TritonServer(demo_workspace / "model_repository") as running:
+        yield running
+
+
+def test_32_concurrent_streams_end_right_and_equal_one_alone(server: TritonServer) -> None:
+    with Client(server.grpc_url) as client:
+        alone = client.generate(messages=QUESTION, max_tokens=64, temperature=0.0)
+    streams = Streams(server, 32, messages=QUESTION, max_tokens=64, temperature=0.0)
+    streams.join()
+    assert [reason for _, reason in streams.ended] == [alone.finish_reason] * 32
+    assert streams.texts == [alone.text] * 32
+
+
+def test_disconnect_frees_the_blocks(server: TritonServer) -> None:
+    with Client(server.grpc_url) as client:
+        stream = client.stream(**LONG)
+        next(stream)
+        wait_until(lambda: metric(server, "turbotriton_requests_running") == 1, 5, "the request running")
+        stream.cancel()
+        wait_until(lambda: metric(server, "turbotriton_requests_running") == 0, 5, "the request leaving")
+        assert metric(server, "turbotriton_kv_cache_usage") == 0
+
+
+def test_killed_engine_fails_every_stream_at_once_and_is_started_again(server: TritonServer) -> None:
+    streams = Streams(server, 64, **LONG)
+    streams.wait_first(8)
+    killed = time.monotonic()
+    os.kill(engine_pid(server), signal.SIGKILL)
+    streams.join(30)
+    failed = [ended for ended in streams.ended if isinstance(ended[1], Exception)]
+    assert len(failed) == 64 - len(streams.texts)
+    assert failed, "no stream was running when the engine was killed"
+    assert max(at for at, _ in failed) - killed < 2.0, "a stream hung on after the engine's death"
+
+    def answers() -> bool:
+        try:
+            with Client(server.grpc_url) as client:
+                return bool(client.generate(messages=QUESTION, max_tokens=8, temperature=0.0).text)
+        except TurbotritonError:
+            return False
+
+    wait_until(answers, 60, "an answer after the restart")
+
+
+def test_killed_door_frees_its_blocks(demo_workspace: Path) -> None:
+    server = TritonServer(demo_workspace / "model_repository").start()
+    try:
+        stubs = [pid for pid, command in children(server.pid).items() if "/demo/1/model.py" in command]
+        assert len(stubs) == 2
+        socket_path = next((server.folder / "run").glob("*.sock"))
+        watcher = EngineClient.connect(socket_path)  # the doors' metrics die with them
+        client = Client(server.grpc_url)
+        streams = [client.stream(**LONG) for _ in range(4)]
+        for stream in streams:
+            next(stream)
+        wait_until(lambda: watcher.stats().num_used_blocks > 0, 5, "blocks in use")
+        for pid in stubs:
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: watcher.stats().num_used_blocks == 0, 2, "the dead door's blocks coming back")
+        watcher.close()
+    finally:
+        server.kill()  # 24.10 never stops cleanly after a stub's death
+
+
+def test_unload_and_load_leave_one_engine(server: TritonServer) -> None:
+    before = engine_pid(server)
+    base = server.http_url
+    repository = httpx.post(f"{base}/v2/repository/index").json()
+    names = [entry["name"] for entry in repository]
+    for name in names:
+        assert httpx.post(f"{base}/v2/repository/models/{name}/unload").status_code == 200
+    wait_until(lambda: not Path(f"/proc/{before}").exists(), 15, "the engine leaving after unload")
+    for name in names:
+        response = httpx.post(f"{base}/v2/repository/models/{name}/load", timeout=60)
+        assert response.status_code == 200, response.text
+    with Client(server.grpc_url) as client:
+        assert client.generate(messages=QUESTION, max_tokens=8).text
+    assert engine_pid(server) != before
+
+
+def test_sigterm_leaves_no_process_and_no_shared_memory(demo_workspace: Path) -> None:
+    server = TritonServer(demo_workspace / "model_repository")
+    server.start()
+    engine = engine_pid(server)
+    processes = children(server.pid)
+    shared = set(Path("/dev/shm").glob(f"*{server.shm_prefix}*"))
+    assert processes
+    assert shared, "the server's shared memory was not found, so its removal proves nothing"
+    server.stop()
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in [engine, *processes]), 10, "every process leaving")
+    assert not [path for path in shared if path.exists()]
+
+
+def test_metrics_page_has_every_family_and_its_aliases(server: TritonServer) -> None:
+    with Client(server.grpc_url) as client:
+        client.generate(messages=QUESTION, max_tokens=8)
+    for name in (
+        "turbotriton_requests_waiting",
+        "turbotriton_requests_running",
+        "turbotriton_kv_cache_usage",
+        "turbotriton_prompt_tokens_total",
+        "turbotriton_generation_tokens_total",
+        "turbotriton_prefix_cache_hit_tokens_total",
+        "turbotriton_preemptions_total",
+        "turbotriton_engine_up",
+        "turbotriton_time_to_first_token_seconds_count",
+        "turbotriton_inter_token_seconds_count",
+        "turbotriton_e2e_seconds_count",
+        "vllm:num_requests_running",
+        "vllm:num_requests_waiting",
+        "vllm:kv_cache_usage_perc",
+        "nv_trt_llm_kv_cache_block_metrics",
+        "nv_trt_llm_request_metrics",
+    ):
+        metric(server, name)
+    wait_until(lambda: metric(server, "turbotriton_generation_tokens_total") == 8, 5, "eight tokens counted")
+    assert metric(server, "turbotriton_engine_up") == 1

@@ -1,0 +1,113 @@
+"""`turbotriton serve tritonserver` as a user runs it."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .server import free_ports
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture
+def run_folder() -> Iterator[Path]:
+    """For sockets: tmp_path would be too long for theirs."""
+    with tempfile.TemporaryDirectory(prefix="turbotriton-", dir="/tmp") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def served(demo_workspace: Path, tmp_path: Path, run_folder: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    """`serve` with every model ready; log at tmp_path/log."""
+    http, grpc, metrics = free_ports(3)
+    command = [sys.executable, "-m", "turbotriton", "serve", "tritonserver", str(demo_workspace)]
+    command += [f"--http-port={http}", f"--grpc-port={grpc}", f"--metrics-port={metrics}", "--session-len=512"]
+    command += ["--log-verbose=0"]  # not ours: passed on
+    log_path = tmp_path / "log"
+    environment = os.environ | {"TURBOTRITON_RUNTIME_DIR": str(run_folder)}
+    with open(log_path, "wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+    try:
+        end = time.monotonic() + 120
+        while not _ready(http):
+            assert process.poll() is None, log_path.read_text()[-3000:]
+            assert time.monotonic() < end, log_path.read_text()[-3000:]
+            time.sleep(0.1)
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def _ready(http_port: int) -> bool:
+    """All models: with model control off, the server is ready when each of them is."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{http_port}/v2/health/ready", timeout=2):
+            return True
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _processes(run_folder: Path) -> dict[int, str]:
+    """pid -> command line of every process that was started with this runtime folder."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"TURBOTRITON_RUNTIME_DIR={run_folder}\0".encode() in (entry / "environ").read_bytes():
+                found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+    return found
+
+
+def _regions(process: "subprocess.Popen[bytes]") -> list[Path]:
+    return list(Path("/dev/shm").glob(f"turbotriton_*_{process.pid}_*"))
+
+
+def test_sigterm_stops_everything_cleanly(served: "subprocess.Popen[bytes]", tmp_path: Path, run_folder: Path) -> None:
+    assert _regions(served), "no shared memory found, so its removal would prove nothing"
+    served.send_signal(signal.SIGTERM)
+    assert served.wait(60) == 0
+    log_text = (tmp_path / "log").read_text(errors="replace")
+    assert "Non-graceful" not in log_text, log_text[-2000:]
+    assert "left behind" not in log_text, log_text[-2000:]
+    assert not list(run_folder.glob("*.sock"))
+    assert not _processes(run_folder)
+    assert not _regions(served)
+
+
+def test_killed_server_leaves_no_process_and_no_shared_memory(served: "subprocess.Popen[bytes]", run_folder: Path) -> None:
+    processes = _processes(run_folder)
+    assert sum("triton_python_backend_stub" in command for command in processes.values()) >= 4
+    server = next(pid for pid, command in processes.items() if "--model-repository=" in command)
+    os.kill(server, signal.SIGKILL)
+    assert served.wait(30) == signal.SIGKILL
+    assert not _processes(run_folder)
+    assert not _regions(served)
+
+
+def test_serve_refuses_what_is_no_workspace_in_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "turbotriton", "serve", "tritonserver", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines() == [
+        f"turbotriton: error: {tmp_path} holds no model_repository: write one with 'turbotriton convert'"
+    ]
+
+
+@pytest.mark.parametrize("flag", ["--session-len=1", "--compute-dtype=fp8", "--max-batch-size=0", "--cache-block-seq-len=48"])
+def test_serve_refuses_bad_engine_options_before_it_starts(flag: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "turbotriton", "serve", "tritonserver", str(tmp_path), flag]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert flag[2:].split("=")[0].replace("-", "_") in done.stderr
