@@ -35,13 +35,14 @@ logger = logging.getLogger(__name__)
 
 #: Share of each kind at the start: hard kinds more often.
 _WEIGHTS = {
-    "addition": 3.0,
-    "subtraction": 3.0,
-    "reversing": 1.5,
-    "small talk": 0.7,
-    "commands": 0.8,
-    "unknown": 0.5,
-    "stories": 0.2,
+    "addition": 2.0,
+    "subtraction": 2.0,
+    "comparison": 1.5,
+    "counting": 1.5,
+    "repeating": 1.5,
+    "small talk": 1.5,
+    "commands": 1.5,
+    "stories": 0.5,
 }
 
 
