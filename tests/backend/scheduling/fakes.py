@@ -2,7 +2,7 @@
 
 import zlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from turbotriton.backend.scheduling.block_manager import BlockManager
@@ -74,6 +74,10 @@ class FakeRunner:
         assert plan.num_tokens <= self.budget
         assert len({row.slot for row in plan.rows}) == len(plan.rows)
         return StepResult(tuple(token for row in plan.rows for token in self._run(row)))
+
+    def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
+        result = self.execute(plan)
+        return lambda: result
 
     def _run(self, row: ScheduledRow) -> list[int]:
         known, table, end = self.slots[row.slot], self.tables[row.slot], row.start + row.num_tokens
