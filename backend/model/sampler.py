@@ -201,7 +201,7 @@ class SamplerState:
             rows, at = to_device(np.stack((slots[counted], counted)), self.device).unbind()
             ids = drawn[at]
             self._output_counts[rows, ids] += 1
-            self._seen[rows, ids] = True
+            self._seen[rows, ids] = self._seen.new_ones(())  # a number of the host would be copied over, and waited for
         states = [self.slots[slot] for slot in slots.tolist()]  # a slot may have another request by then
 
         def note(token_ids: Sequence[int]) -> None:

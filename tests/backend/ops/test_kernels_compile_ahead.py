@@ -15,7 +15,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-SMALLEST_SHARED_LIMIT_BYTES = 101376  # sm_86 and sm_89: 99 KiB a program; sm_80 has 163 KiB, sm_90 and sm_100 227 KiB
+#: Bytes a program: 99 KiB on sm_86 and sm_89, which run what is compiled for sm_80; 227 KiB on sm_90 and sm_100.
+SHARED_LIMIT_BYTES = {80: 101376, 90: 232448, 100: 232448}
 PACKAGE = "turbotriton.backend.ops.kernels"
 MODULES = ("rms_norm", "rotary_store_kv", "silu_and_mul", "paged_decode_attention", "paged_prefill_attention", "skinny_linear")
 POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32"}
@@ -123,17 +124,17 @@ def test_every_kernel_compiles_without_spills(capability, dtype, head_dim, launc
         compiled = triton.compile(source_of(kernel, arguments), target=GPUTarget("cuda", capability, 32), options=options)
         usage = resource_usage(compiled.asm["cubin"], tmp_path)
         assert usage["STACK"] == usage["LOCAL"] == 0, f"{kernel.__name__} spills: {usage}"
-        assert compiled.metadata.shared <= SMALLEST_SHARED_LIMIT_BYTES, (
+        assert compiled.metadata.shared <= SHARED_LIMIT_BYTES[capability], (
             f"{kernel.__name__}: {compiled.metadata.shared} bytes shared"
         )
 
 
-def test_the_main_attention_tile_is_pipelined(launches, monkeypatch):
-    """Copies to shared memory that stay in flight over a tile: a wait for fewer than all of them."""
+def test_many_programs_of_the_main_attention_tile_share_a_multiprocessor(launches, monkeypatch, tmp_path):
+    """They hide each other's waits: five at least by shared memory and by registers."""
     launch_all(monkeypatch, 90, BF16, 128)
     kernel, arguments = next(launch for launch in launches if launch[0].__name__ == "_split_kernel")
     compiled = triton.compile(
         source_of(kernel, arguments), target=GPUTarget("cuda", 90, 32), options={"num_warps": arguments["num_warps"]}
     )
-    waits = [int(count) for count in re.findall(r"cp\.async\.wait_group\s+(\d+)", compiled.asm["ptx"])]
-    assert max(waits, default=0) > 0, f"waits {waits}"
+    assert 5 * compiled.metadata.shared <= SHARED_LIMIT_BYTES[90]
+    assert 5 * resource_usage(compiled.asm["cubin"], tmp_path)["REG"] * 32 * arguments["num_warps"] <= 65536
