@@ -115,16 +115,16 @@ class LmHead(Protocol):
 
     x, residual: [num_rows, hidden]      weight: hidden -> vocab_size
 
-    Returns rms_norm(x + residual) W as fp32: [num_rows, vocab_size]; the product is rounded to the compute dtype first.
+    Returns rms_norm(x + residual) W: [num_rows, vocab_size], in the compute dtype.
     """
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor, norm: NormWeight, weight: LinearWeight) -> torch.Tensor: ...
 
 
 class Sample(Protocol):
-    """The next token of each row. logits: [num_rows, vocab_size], fp32, not modified. Returns [num_rows], int64.
+    """The next token of each row. logits: [num_rows, vocab_size], not modified. Returns [num_rows], int64.
 
-    In this order: banned ids to -inf;  l = l / temperature;  where seen, l = l p if l < 0 else l / p (p = repetition_penalty,
+    In fp32 and in this order: banned ids to -inf;  l = l / temperature;  where seen, l = l p if l < 0 else l / p (p = repetition_penalty,
     arXiv:1909.05858);  l -= presence_penalty [count > 0] + frequency_penalty count (counts of the output);  top-k: the k largest;
     top-p: of those, renormalised and descending, each whose predecessors sum to less than top_p (arXiv:1904.09751);  min-p:
     probability at least min_p times the largest. A logit equal to the smallest kept is kept.

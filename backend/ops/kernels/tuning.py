@@ -10,6 +10,7 @@ from turbotriton.contract.errors import ConfigError
 
 __all__ = [
     "DecodeAttentionConfig",
+    "GreedySampleConfig",
     "PrefillAttentionConfig",
     "RmsNormConfig",
     "RotaryConfig",
@@ -17,6 +18,7 @@ __all__ = [
     "SkinnyLinearConfig",
     "ceil_div",
     "decode_attention_config",
+    "greedy_sample_config",
     "next_power_of_2",
     "prefill_attention_config",
     "rms_norm_config",
@@ -77,6 +79,12 @@ class SkinnyLinearConfig:
     block_m: int  # rows of x, padded
     block_n: int  # outputs a program
     block_k: int  # inputs at once; all of them after a norm
+    num_warps: int
+
+
+@dataclass(frozen=True, slots=True)
+class GreedySampleConfig:
+    block_v: int  # logits a program
     num_warps: int
 
 
@@ -156,6 +164,11 @@ def skinny_linear_config(num_rows: int, n: int, k: int, *, whole_rows: bool, gat
     return SkinnyLinearConfig(block_m, block_n, block_k, num_warps)
 
 
+def greedy_sample_config(vocab_size: int) -> GreedySampleConfig:
+    """Tiles of 4096 logits: 23 programs for one row of 92544, so that a batch of one is not left to a single program."""
+    return GreedySampleConfig(_clamp(next_power_of_2(vocab_size), 16, 4096), num_warps=4)
+
+
 def decode_attention_config(
     batch: int, num_kv_heads: int, group_size: int, head_dim: int, element_bytes: int, max_context: int, num_sms: int
 ) -> DecodeAttentionConfig:
@@ -205,6 +218,4 @@ def prefill_attention_config(
             num_stages = PREFILL_NUM_STAGES_LARGE_SHARED
     else:
         block_m, block_n, num_warps = 64, 32, 4
-    return PrefillAttentionConfig(
-        max(block_m, next_power_of_2(group_size)), block_n, block_d, num_warps, num_stages
-    )
+    return PrefillAttentionConfig(max(block_m, next_power_of_2(group_size)), block_n, block_d, num_warps, num_stages)

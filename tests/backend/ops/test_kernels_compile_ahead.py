@@ -18,7 +18,15 @@ from triton.compiler import ASTSource
 #: Bytes a program: 99 KiB on sm_86 and sm_89, which run what is compiled for sm_80; 227 KiB on sm_90 and sm_100.
 SHARED_LIMIT_BYTES = {80: 101376, 90: 232448, 100: 232448}
 PACKAGE = "turbotriton.backend.ops.kernels"
-MODULES = ("rms_norm", "rotary_store_kv", "silu_and_mul", "paged_decode_attention", "paged_prefill_attention", "skinny_linear")
+MODULES = (
+    "rms_norm",
+    "rotary_store_kv",
+    "silu_and_mul",
+    "paged_decode_attention",
+    "paged_prefill_attention",
+    "skinny_linear",
+    "greedy_sample",
+)
 POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32"}
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 
@@ -72,7 +80,7 @@ def launch_all(monkeypatch, capability, dtype, head_dim, num_heads=32, num_kv_he
     def empty(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype)
 
-    rms_norm, rotary_store_kv, silu_and_mul, attention, prefill, skinny = (
+    rms_norm, rotary_store_kv, silu_and_mul, attention, prefill, skinny, greedy = (
         importlib.import_module(f"{PACKAGE}.{name}") for name in MODULES
     )
     rms_norm.rms_norm(empty(16, hidden), empty(hidden), 1e-5, empty(16, hidden))
@@ -94,6 +102,8 @@ def launch_all(monkeypatch, capability, dtype, head_dim, num_heads=32, num_kv_he
         skinny.linear(empty(num_rows, 14336), empty(hidden, 14336).t())
         skinny.norm_linear(x, x, gain, 1e-5, gate_up, empty(2 * 14336))
         skinny.norm_gate_up(x, x, gain, 1e-5, gate_up)
+    bans = empty(17, dtype=torch.int64)
+    greedy.greedy_sample(empty(16, 128256), bans, bans)
 
 
 def resource_usage(cubin, folder):
@@ -118,6 +128,8 @@ def test_every_kernel_compiles_without_spills(capability, dtype, head_dim, launc
         "_prefill_kernel",
         "_prefill_kernel",
         *["_linear_kernel", "_norm_linear_kernel", "_norm_linear_kernel"] * 2,
+        "_tile_maximum_kernel",
+        "_pick_kernel",
     ]
     for kernel, arguments in launches:
         options = {name: arguments[name] for name in ("num_warps", "num_stages") if name in arguments}
