@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .programmatic_launch import has_pdl, launch_options, wait_for_previous
 from .tuning import ceil_div, greedy_sample_config, next_power_of_2
 
 __all__ = ["greedy_sample"]
@@ -28,7 +29,9 @@ def _tile_maximum_kernel(
     VOCAB: tl.constexpr,
     HAS_BANS: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     ids = tile * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -43,7 +46,8 @@ def _tile_maximum_kernel(
 
 
 @triton.jit(do_not_specialize=["num_tiles"])
-def _pick_kernel(value_ptr, id_ptr, out_ptr, num_tiles, VOCAB: tl.constexpr, BLOCK_T: tl.constexpr):
+def _pick_kernel(value_ptr, id_ptr, out_ptr, num_tiles, VOCAB: tl.constexpr, BLOCK_T: tl.constexpr, PDL: tl.constexpr):
+    wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     tiles = tl.arange(0, BLOCK_T)
     mask = tiles < num_tiles
@@ -85,6 +89,16 @@ def greedy_sample(
         HAS_BANS=banned_ids is not None,
         BLOCK_V=config.block_v,
         num_warps=config.num_warps,
+        **launch_options(has_pdl(logits.device)),
     )
-    _pick_kernel[(num_rows,)](values, ids, out, num_tiles, VOCAB=vocab_size, BLOCK_T=next_power_of_2(num_tiles), num_warps=1)
+    _pick_kernel[(num_rows,)](
+        values,
+        ids,
+        out,
+        num_tiles,
+        VOCAB=vocab_size,
+        BLOCK_T=next_power_of_2(num_tiles),
+        num_warps=1,
+        **launch_options(has_pdl(logits.device)),
+    )
     return out

@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .programmatic_launch import has_pdl, launch_options, wait_for_previous
 from .tuning import decode_attention_config
 
 __all__ = ["paged_decode_attention"]
@@ -80,7 +81,9 @@ def _split_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous(PDL)
     sequence = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
@@ -149,7 +152,9 @@ def _reduce_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous(PDL)
     sequence = tl.program_id(0).to(tl.int64)
     row = sequence * NUM_HEADS + tl.program_id(1)
     _, start, end = _key_range(context_lens_ptr, sequence, SLIDING_WINDOW, BLOCK_N)
@@ -251,6 +256,7 @@ def paged_decode_attention(
         BLOCK_D=config.block_d,
         NUM_STAGES=config.num_stages,
         num_warps=config.num_warps,
+        **launch_options(has_pdl(q.device)),
     )
     if not one_split:
         _reduce_kernel[(batch, num_heads)](
@@ -267,5 +273,6 @@ def paged_decode_attention(
             BLOCK_N=config.block_n,
             BLOCK_D=config.block_d,
             num_warps=4,
+            **launch_options(has_pdl(q.device)),
         )
     return out

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .programmatic_launch import has_pdl, launch_options
 from .tuning import ceil_div, skinny_linear_config
 
 __all__ = ["MAX_SKINNY_ROWS", "linear", "norm_gate_up", "norm_linear"]
@@ -136,10 +137,6 @@ def _norm_linear_kernel(
     tl.store(y_ptr + offs_m[:, None] * N + offs_n[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def _has_pdl(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
 def _check(x: torch.Tensor, weight: torch.Tensor) -> None:
     assert x.shape[0] <= MAX_SKINNY_ROWS, f"{x.shape[0]} rows are more than {MAX_SKINNY_ROWS}"
     assert x.stride(1) == 1 or x.shape[1] == 1, "x must be contiguous inside a row"
@@ -161,7 +158,6 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     if num_rows == 0:
         return y
     config = skinny_linear_config(num_rows, n, k, whole_rows=False)
-    pdl = _has_pdl(x.device)
     _linear_kernel[(ceil_div(n, config.block_n),)](
         x,
         weight,
@@ -176,9 +172,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
-        PDL=pdl,
         num_warps=config.num_warps,
-        **({"launch_pdl": True} if pdl else {}),
+        **launch_options(has_pdl(x.device)),
     )
     return y
 
@@ -229,7 +224,6 @@ def _norm_linear(
     if num_rows == 0:
         return y, r
     config = skinny_linear_config(num_rows, n, k, whole_rows=True, gated=gated)
-    pdl = _has_pdl(x.device)
     _norm_linear_kernel[(ceil_div(n, config.block_n),)](
         x,
         residual,
@@ -251,8 +245,7 @@ def _norm_linear(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
-        PDL=pdl,
         num_warps=config.num_warps,
-        **({"launch_pdl": True} if pdl else {}),
+        **launch_options(has_pdl(x.device)),
     )
     return y, r

@@ -83,6 +83,8 @@ def launch_all(monkeypatch, capability, dtype, head_dim, num_heads=32, num_kv_he
     rms_norm, rotary_store_kv, silu_and_mul, attention, prefill, skinny, greedy = (
         importlib.import_module(f"{PACKAGE}.{name}") for name in MODULES
     )
+    for module in (rms_norm, rotary_store_kv, silu_and_mul, attention, skinny, greedy):
+        monkeypatch.setattr(module, "has_pdl", lambda device: capability >= 90)
     rms_norm.rms_norm(empty(16, hidden), empty(hidden), 1e-5, empty(16, hidden))
     cache, angle = empty(4, num_kv_heads, 64, head_dim), empty(16, head_dim // 2, dtype=FP32)
     qkv, slots = empty(16, (num_heads + 2 * num_kv_heads) * head_dim), empty(16, dtype=torch.int64)
@@ -96,7 +98,6 @@ def launch_all(monkeypatch, capability, dtype, head_dim, num_heads=32, num_kv_he
     q, bounds, small_blocks = empty(256, num_heads, head_dim), empty(17, dtype=torch.int32), empty(4, num_kv_heads, 16, head_dim)
     prefill.paged_prefill_attention(q, cache, cache, tables, lens, bounds, 0.1)
     prefill.paged_prefill_attention(q, small_blocks, small_blocks, tables, lens, bounds, 0.1, 4096)
-    monkeypatch.setattr(skinny, "_has_pdl", lambda device: capability >= 90)
     for num_rows in (1, skinny.MAX_SKINNY_ROWS):
         x, gain, gate_up = empty(num_rows, hidden), empty(hidden), empty(2 * 14336, hidden).t()
         skinny.linear(empty(num_rows, 14336), empty(hidden, 14336).t())
