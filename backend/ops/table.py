@@ -17,11 +17,35 @@ import torch
 from .operands import AttentionBatch, LinearWeight, NormWeight, QkvWeights, SamplingBatch
 from .reference.attention import attention
 from .reference.sample import sample
+from .reference.stage_decode import stage_decode
 from .reference.units import down_projection, embed, lm_head, norm_gate_up_silu, norm_qkv_rotary_store, output_projection
 
 __all__ = ["REFERENCE", "OpTable", "ops_for", "reference_ops"]
 
 logger = logging.getLogger(__name__)
+
+
+class StageDecode(Protocol):
+    """Gathers what a step of decodes needs from the state that is kept by slot; one token a row.
+
+    slots, positions: [num_rows], int64, of each row's token; position -1 is padding, which sees no key and stores none
+    token_ids: [num_slots, session_len + 1], int32      block_tables: [num_slots, max_blocks], int32
+    inverse_frequencies: [num_slots, rotary_dim / 2], fp32      rope_factor: multiplies cos and sin
+
+    Returns (token ids [num_rows] int32, cos and sin [num_rows, rotary_dim / 2] fp32, slot mapping [num_rows] int64 (-1: padding),
+    block tables [num_rows, max_blocks] int32, context lengths [num_rows] int32 (0: padding)). What padding has else is any valid id.
+    """
+
+    def __call__(
+        self,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+        token_ids: torch.Tensor,
+        block_tables: torch.Tensor,
+        inverse_frequencies: torch.Tensor,
+        rope_factor: float,
+        block_size: int,
+    ) -> tuple[torch.Tensor, ...]: ...
 
 
 class Embed(Protocol):
@@ -140,6 +164,7 @@ class Sample(Protocol):
 class OpTable:
     """One column: an implementation of every op, for one kind of device."""
 
+    stage_decode: StageDecode
     embed: Embed
     norm_qkv_rotary_store: NormQkvRotaryStore
     attention: Attention
@@ -151,6 +176,7 @@ class OpTable:
 
 
 REFERENCE = OpTable(
+    stage_decode=stage_decode,
     embed=embed,
     norm_qkv_rotary_store=norm_qkv_rotary_store,
     attention=attention,

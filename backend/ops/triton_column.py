@@ -16,6 +16,7 @@ from .kernels.paged_prefill_attention import paged_prefill_attention
 from .kernels.rms_norm import rms_norm
 from .kernels.rotary_store_kv import rotary_store_kv
 from .kernels.silu_and_mul import silu_and_mul
+from .kernels.stage_decode import stage_decode
 from .kernels.tuning import MAX_SKINNY_NORM_ELEMENTS, next_power_of_2
 from .operands import LinearWeight, NormWeight, SamplingBatch
 from .reference import units
@@ -66,6 +67,7 @@ def sample(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
 
 TRITON = dataclasses.replace(
     REFERENCE,
+    stage_decode=stage_decode,
     norm_qkv_rotary_store=functools.partial(
         units.norm_qkv_rotary_store, norm_linear=norm_linear, rms_norm=rms_norm, rotary_store_kv=rotary_store_kv
     ),

@@ -59,7 +59,7 @@ class DecodeGraphs:
 
     def _forward(self, size: int) -> torch.Tensor:
         slots, positions = self._inputs[size].unbind()
-        token_ids, batch = self._slots.decode_inputs(slots, positions)
+        token_ids, batch = self._slots.decode_inputs(self._decoder.ops.stage_decode, slots, positions)
         x, residual = self._decoder.hidden_states(token_ids, batch, self._kv.k, self._kv.v)
         return self._decoder.logits(x, residual)
 

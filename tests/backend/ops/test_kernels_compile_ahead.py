@@ -26,6 +26,7 @@ MODULES = (
     "paged_prefill_attention",
     "skinny_linear",
     "greedy_sample",
+    "stage_decode",
 )
 POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32"}
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
@@ -80,10 +81,10 @@ def launch_all(monkeypatch, capability, dtype, head_dim, num_heads=32, num_kv_he
     def empty(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype)
 
-    rms_norm, rotary_store_kv, silu_and_mul, attention, prefill, skinny, greedy = (
+    rms_norm, rotary_store_kv, silu_and_mul, attention, prefill, skinny, greedy, stage = (
         importlib.import_module(f"{PACKAGE}.{name}") for name in MODULES
     )
-    for module in (rms_norm, rotary_store_kv, silu_and_mul, attention, skinny, greedy):
+    for module in (rms_norm, rotary_store_kv, silu_and_mul, attention, skinny, greedy, stage):
         monkeypatch.setattr(module, "has_pdl", lambda device: capability >= 90)
     rms_norm.rms_norm(empty(16, hidden), empty(hidden), 1e-5, empty(16, hidden))
     cache, angle = empty(4, num_kv_heads, 64, head_dim), empty(16, head_dim // 2, dtype=FP32)
@@ -105,6 +106,7 @@ def launch_all(monkeypatch, capability, dtype, head_dim, num_heads=32, num_kv_he
         skinny.norm_gate_up(x, x, gain, 1e-5, gate_up)
     bans = empty(17, dtype=torch.int64)
     greedy.greedy_sample(empty(16, 128256), bans, bans)
+    stage.stage_decode(bans, bans, lens, tables, empty(16, head_dim // 2, dtype=FP32), 1.0, 64)
 
 
 def resource_usage(cubin, folder):
@@ -131,6 +133,7 @@ def test_every_kernel_compiles_without_spills(capability, dtype, head_dim, launc
         *["_linear_kernel", "_norm_linear_kernel", "_norm_linear_kernel"] * 2,
         "_tile_maximum_kernel",
         "_pick_kernel",
+        "_stage_decode_kernel",
     ]
     for kernel, arguments in launches:
         options = {name: arguments[name] for name in ("num_warps", "num_stages") if name in arguments}

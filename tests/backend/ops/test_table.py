@@ -54,6 +54,22 @@ def norm64(x: torch.Tensor, norm: NormWeight) -> torch.Tensor:
     return x / (x.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight.double().cpu()
 
 
+def case_stage_decode(s: Setting) -> None:
+    ids = torch.arange(3 * 21, dtype=torch.int32).view(3, 21).to(s.device)
+    tables = torch.tensor([[4, 9, 1], [7, 2, 0], [3, 5, 8]], dtype=torch.int32).to(s.device)
+    inverse = torch.tensor([[1.0, 0.1], [0.5, 0.01], [2.0, 0.2]]).to(s.device)
+    slots, positions = torch.tensor([2, 0, 1]).to(s.device), torch.tensor([9, 0, -1]).to(s.device)
+    found, cos, sin, mapping, gathered, lens = s.ops.stage_decode(slots, positions, ids, tables, inverse, 1.5, 8)
+    assert found.tolist()[:2] == [2 * 21 + 9, 0]
+    assert mapping.tolist() == [5 * 8 + 1, 4 * 8, -1]
+    assert lens.tolist() == [10, 1, 0]
+    assert gathered.tolist()[:2] == [[3, 5, 8], [4, 9, 1]]
+    for row, (position, frequencies) in enumerate(((9, (2.0, 0.2)), (0, (1.0, 0.1)))):
+        for column, frequency in enumerate(frequencies):
+            assert abs(float(cos[row, column]) - 1.5 * math.cos(position * frequency)) < 1e-5
+            assert abs(float(sin[row, column]) - 1.5 * math.sin(position * frequency)) < 1e-5
+
+
 def case_embed(s: Setting) -> None:
     weight = s.randn(37, 24)
     ids = torch.tensor([0, 36, 5, 5])
