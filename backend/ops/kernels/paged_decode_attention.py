@@ -23,13 +23,12 @@ import torch
 import triton
 import triton.language as tl
 
-from .programmatic_launch import has_pdl, launch_options, wait_for_previous
+from .launch import has_pdl, launch_options, num_sms, wait_for_previous
 from .tuning import decode_attention_config
 
 __all__ = ["paged_decode_attention"]
 
 REDUCE_TILE = 16  # splits that the second kernel adds at once
-CPU_NUM_SMS = 4  # for the interpreter: enough to give several splits
 
 
 @triton.jit
@@ -181,10 +180,6 @@ def _reduce_kernel(
     tl.store(out_ptr + row * HEAD_DIM + offs_d, acc.to(out_ptr.dtype.element_ty), mask=mask_d)
 
 
-def _num_sms(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else CPU_NUM_SMS
-
-
 def paged_decode_attention(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -213,7 +208,7 @@ def paged_decode_attention(
         head_dim=head_dim,
         element_bytes=q.element_size(),
         max_context=block_tables.shape[1] * block_size,
-        num_sms=_num_sms(q.device),
+        num_sms=num_sms(q.device),
     )
     out = torch.empty((batch, num_heads, head_dim), dtype=q.dtype, device=q.device)
     if batch == 0:

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .programmatic_launch import has_pdl, launch_options, wait_for_previous
+from .launch import has_pdl, launch_options, wait_for_previous
 from .tuning import ceil_div, rms_norm_config
 
 __all__ = ["rms_norm"]

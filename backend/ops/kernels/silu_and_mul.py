@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .programmatic_launch import has_pdl, launch_options, wait_for_previous
+from .launch import has_pdl, launch_options, wait_for_previous
 from .tuning import ceil_div, silu_and_mul_config
 
 __all__ = ["silu_and_mul"]

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .programmatic_launch import has_pdl, launch_options, wait_for_previous
+from .launch import has_pdl, launch_options, wait_for_previous
 from .tuning import next_power_of_2
 
 __all__ = ["stage_decode"]

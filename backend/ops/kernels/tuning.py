@@ -80,6 +80,7 @@ class SkinnyLinearConfig:
     block_n: int  # outputs a program
     block_k: int  # inputs at once; all of them after a norm
     num_warps: int
+    programs_per_sm: int = 0  # after a norm: programs that take tile after tile
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,16 +153,19 @@ def silu_and_mul_config(inter: int) -> SiluAndMulConfig:
     return SiluAndMulConfig(1024 // block_n, block_n, num_warps=4)
 
 
-def skinny_linear_config(num_rows: int, n: int, k: int, *, whole_rows: bool, gated: bool = False) -> SkinnyLinearConfig:
-    """Products are held in fp32 registers, block_m * block_n * block_k of them: 64 a thread at most."""
+def skinny_linear_config(
+    num_rows: int, k: int, element_bytes: int, *, whole_rows: bool, gated: bool = False
+) -> SkinnyLinearConfig:
+    """Products are held in fp32 registers, block_m * block_n * block_k of them: 128 a thread at most, 32 where weights are fp32 too."""
     block_m = next_power_of_2(num_rows)
     if not whole_rows:
-        block_k = _clamp(next_power_of_2(k), 16, 1024 // block_m)
-        return SkinnyLinearConfig(block_m, 4, block_k, num_warps=4)
+        block_n, block_k = (2, 2048) if k <= 2048 else (4, 512) if k <= 4096 else (2, 1024)
+        return SkinnyLinearConfig(block_m, block_n, _clamp(next_power_of_2(k), 16, block_k // block_m), num_warps=4)
     block_k = next_power_of_2(k)
     num_warps = _clamp(block_m * block_k // 1024, 4, 16)
-    block_n = _clamp(num_warps * 32 * 64 // (block_m * block_k), 1, 2 if gated else 4)
-    return SkinnyLinearConfig(block_m, block_n, block_k, num_warps)
+    products = num_warps * 32 * (32 if element_bytes == 4 else 128)
+    block_n = _clamp(products // (block_m * block_k), 1, 2 if gated else 4)
+    return SkinnyLinearConfig(block_m, block_n, block_k, num_warps, programs_per_sm=16 // num_warps)
 
 
 def greedy_sample_config(vocab_size: int) -> GreedySampleConfig:

@@ -92,7 +92,7 @@ def launch_all(monkeypatch, capability, dtype, head_dim, num_heads=32, num_kv_he
     rotary_store_kv.rotary_store_kv(qkv, angle, angle, empty(16, dtype=FP32), cache, cache, slots, num_heads, num_kv_heads)
     silu_and_mul.silu_and_mul(empty(16, 2 * 14336))
     for num_sms in (1, 132):  # one split, then several
-        monkeypatch.setattr(attention, "_num_sms", lambda device, num_sms=num_sms: num_sms)
+        monkeypatch.setattr(attention, "num_sms", lambda device, num_sms=num_sms: num_sms)
         tables, lens = empty(16, 128, dtype=torch.int32), empty(16, dtype=torch.int32)
         attention.paged_decode_attention(empty(16, num_heads, head_dim), cache, cache, tables, lens, 0.1)
     monkeypatch.setattr(prefill, "_compute_capability", lambda device: capability)

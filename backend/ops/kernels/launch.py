@@ -1,4 +1,5 @@
-"""Programmatic dependent launch (sm_90 on): a kernel starts while the one before it ends, and waits inside for its results.
+"""What a launch needs to know of the device, and programmatic dependent launch (sm_90 on): a kernel starts while the one before it
+ends, and waits inside for its results.
 
 A kernel that takes part calls `wait_for_previous` before it touches anything that another kernel writes, and is launched with
 `launch_options`. Every one lets its successor start at once: a successor waits for all of it, so only launch costs overlap.
@@ -11,7 +12,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-__all__ = ["has_pdl", "launch_options", "wait_for_previous"]
+__all__ = ["has_pdl", "launch_options", "num_sms", "wait_for_previous"]
+
+CPU_NUM_SMS = 4  # for the interpreter: enough to give several splits
 
 
 @triton.jit
@@ -24,6 +27,11 @@ def wait_for_previous(PDL: tl.constexpr):
 @functools.cache
 def has_pdl(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@functools.cache
+def num_sms(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else CPU_NUM_SMS
 
 
 def launch_options(pdl: bool) -> dict[str, bool]:
