@@ -41,6 +41,7 @@ ONLY_IN = {
     "gradio": ("client",),
     "fastapi": ("client",),
     "msgpack": ("backend.engine",),
+    "llguidance": ("backend.engine",),
     "socket": ("backend.engine", "client", "cli"),
 }
 

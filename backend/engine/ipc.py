@@ -126,6 +126,7 @@ def decode_request(payload: Any) -> GenerateRequest:
         sampling["stop_token_ids"] = tuple(sampling["stop_token_ids"])
         for name in ("stop_sequences", "bad_sequences"):
             sampling[name] = tuple(tuple(sequence) for sequence in sampling[name])
+        sampling["guided"] = None if sampling["guided"] is None else tuple(sampling["guided"])
         prompt_ids = array("q")
         prompt_ids.frombytes(payload["prompt_ids"])
         for name in ("request_id", "sample_index", "priority"):

@@ -14,6 +14,7 @@ from turbotriton.contract.wire import MAX_LOGPROBS, MAX_SEED, SamplingParams
 from turbotriton.text.chat_template import ChatTemplate
 from turbotriton.text.detokenizer import TextTokenizer
 
+from .guided_key import read_guided
 from .inputs import check_parameters, read_array, read_bool, read_float, read_int, read_string, read_strings
 
 __all__ = ["TextRequest", "read_text_request"]
@@ -43,6 +44,7 @@ JSON_NAMES = {
     "include_stop_str_in_output": "include_stop_words",
     "n": "n",
     "logprobs": "num_logprobs",
+    "guided": "guided",
 }
 _FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 _INTS = {
@@ -108,6 +110,7 @@ def read_text_request(request: Any, tokenizer: TextTokenizer, template: ChatTemp
             stop_token_ids=tuple(values.get("stop_token_ids", ())),
             bad_sequences=_bad_sequences(values.get("bad_words", ()), tokenizer),
             ignore_eos=values.get("ignore_eos", False),
+            guided=values.get("guided"),
             num_logprobs=0 if num_logprobs is None and wants_logprobs else num_logprobs,
         ),
         num_samples=num_samples,
@@ -203,6 +206,8 @@ def _check_json(key: str, name: str, value: Any) -> Any:
         shown = shown if len(shown) <= 80 else f"{shown[:40]}... ({len(shown)} characters)"
         return InvalidInputError(f"sampling_parameters: {key} is {shown}; it must be {rule}")
 
+    if name == "guided":
+        return read_guided(value)
     if name in _BOOLS:
         if not isinstance(value, bool):
             raise wrong("true or false")
