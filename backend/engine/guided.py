@@ -8,35 +8,39 @@ A matcher belongs to one request and lives on the host: it follows the request t
 It is used by one thread at a time: the engine's in `accept`, the filler's between `start` and `wait`.
 This module knows grammars and tokens, not requests; llguidance (https://github.com/guidance-ai/llguidance) does the parsing.
 
-Bounds: source bytes (contract/wire.py), nesting, the compiler's own limits below, seconds that a request waits for its grammar
-(engine.py), compiled grammars kept. A matcher that runs into a limit ends its own request with an error and nothing else.
+Bounds: source bytes (contract/wire.py), the library's own limits below, seconds that a request waits for its grammar (engine.py),
+compiled grammars kept. A matcher that runs into a limit ends its own request with an error and nothing else.
 """
 
 import json
 import logging
+import queue
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
+from typing import TypeVar
 
 import llguidance
 import numpy as np
 import numpy.typing as npt
 
 from turbotriton.backend.scheduling.request import TokenMatcher
-from turbotriton.contract.errors import InvalidInputError, TurbotritonError
+from turbotriton.contract.errors import InvalidInputError, ServerError, TurbotritonError
 
 __all__ = ["Grammars", "MaskFiller", "Matcher", "TokenMasks", "find_tokenizer"]
 
 logger = logging.getLogger(__name__)
 
 Guided = tuple[str, str]
+T = TypeVar("T")
 
 MAX_CACHED_GRAMMARS = 64
 NUM_COMPILERS = 2  # threads: one long compilation leaves another free
 MAX_ERROR_CHARACTERS = 300
-MAX_NESTING = 64  # of brackets in a grammar or regex
+#: Rules that name each other 6,600 deep, the most that fit into a source, overflowed 8 MiB (and with it the process) but not 64.
+COMPILER_STACK_BYTES = 128 * 1024 * 1024
 #: Between the parts of JSON: nothing, a space, or a new line with its indent. Free white space let weak models write it for ever.
 WHITE_SPACE = r"(\x20|\x0A\x20{0,24})?"
 ANY_OBJECT = '{"type": "object"}'
@@ -54,21 +58,56 @@ class Matcher:
 
     def __init__(self, state: llguidance.LLMatcher) -> None:
         self.state = state
+        self.failure: str | None = None  # written by the filler
 
     def accept(self, token_id: int) -> str | None:
         """Takes the drawn token; returns why the request cannot go on, or None."""
-        if self.state.consume_token(token_id):
+        if (
+            self.failure is None and self.state.consume_token(token_id) and not self.state.is_error()
+        ):  # a limit met on the way leaves it true
             return None
-        reason = _one_line(self.state.get_error())
+        reason = self.failure or _one_line(self.state.get_error())
         return (
-            f"guided: token {token_id} was drawn outside the grammar, because bad words, min_tokens or ignore_eos ban every token "
-            f"that it allows, or a limit was met: {reason}"
+            f"guided: the output cannot go on after token {token_id}: a limit was met, or bad words or min_tokens ban every token "
+            f"that the grammar allows ({reason})"
         )
 
     @property
     def is_complete(self) -> bool:
         """Nothing can follow."""
-        return self.state.is_stopped()
+        return self.state.is_stopped() and not self.state.is_error()
+
+
+class _Workers:
+    """Daemon threads: a compilation under way never holds up the end of the process."""
+
+    def __init__(self, name: str, count: int, stack_bytes: int = 0) -> None:
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._count = count
+        former = threading.stack_size(stack_bytes)
+        for index in range(count):
+            threading.Thread(target=self._run, name=f"{name}-{index}", daemon=True).start()
+        threading.stack_size(former)
+
+    def submit(self, function: Callable[[], T]) -> "Future[T]":
+        future: Future[T] = Future()
+
+        def job() -> None:
+            try:
+                future.set_result(function())
+            except BaseException as error:  # noqa: BLE001 - whoever waits for the future gets it; panics are BaseExceptions
+                future.set_exception(error)
+
+        self._jobs.put(job)
+        return future
+
+    def close(self) -> None:
+        for _ in range(self._count):
+            self._jobs.put(None)
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job()
 
 
 class Grammars:
@@ -81,7 +120,7 @@ class Grammars:
         self._tokenizer_json = tokenizer_json
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
-        self._pool = ThreadPoolExecutor(NUM_COMPILERS, thread_name_prefix="grammar")
+        self._workers = _Workers("grammar", NUM_COMPILERS, COMPILER_STACK_BYTES)
         self._lock = threading.Lock()  # guards the tokenizer and, since copies of one matcher may not overlap, copying
         self._tokenizer: llguidance.LLTokenizer | None = None
         self._compiled: OrderedDict[Guided, Future[llguidance.LLMatcher]] = OrderedDict()  # the engine thread's
@@ -91,16 +130,16 @@ class Grammars:
         """A matcher at the beginning of the grammar; the future raises InvalidInputError when there is none to be had."""
         compiled = self._compiled.get(guided)
         if compiled is None:
-            compiled = self._compiled[guided] = self._pool.submit(self._compile, guided)
+            compiled = self._compiled[guided] = self._workers.submit(lambda: self._compile(guided))
             while len(self._compiled) > MAX_CACHED_GRAMMARS:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(guided)
         opened: Future[Matcher] = Future()
-        compiled.add_done_callback(lambda done: self._pool.submit(self._copy, done, opened))
+        compiled.add_done_callback(lambda done: self._workers.submit(lambda: self._copy(done, opened)))
         return opened
 
     def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._workers.close()
 
     def _copy(self, compiled: "Future[llguidance.LLMatcher]", opened: "Future[Matcher]") -> None:
         try:
@@ -120,10 +159,10 @@ class Grammars:
         try:
             grammar = _grammar_of(guided)
             matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=_limits())
-        except TurbotritonError:
-            raise
         except BaseException as error:  # noqa: BLE001 - of the library: ValueError, or a panic
             raise InvalidInputError(f"guided: the {kind} cannot be compiled: {_one_line(str(error))}") from None
+        if not matcher.is_error():
+            matcher.compute_bitmask()  # the first mask builds much of the lexer, 0.2 s for 2,000 properties: here, not in a step
         if matcher.is_error():
             raise InvalidInputError(f"guided: the {kind} cannot be compiled: {_one_line(matcher.get_error())}")
         return matcher
@@ -131,26 +170,33 @@ class Grammars:
     def _load_tokenizer(self) -> llguidance.LLTokenizer:
         with self._lock:
             if self._tokenizer is None:
-                text = self._tokenizer_json.read_text(encoding="utf-8")
-                eos = list(self._eos_token_ids)
-                tokenizer = llguidance.LLTokenizer(text, eos_token=eos)
-                if tokenizer.vocab_size < self._vocab_size:  # logits of padding: never allowed
-                    tokenizer = llguidance.LLTokenizer(text, n_vocab=self._vocab_size, eos_token=eos)
-                self._tokenizer = tokenizer
+                try:
+                    self._tokenizer = _read_tokenizer(self._tokenizer_json, self._vocab_size, list(self._eos_token_ids))
+                except (OSError, ValueError) as error:
+                    raise ServerError(f"guided: {self._tokenizer_json} cannot be used: {_one_line(str(error))}") from None
             return self._tokenizer
 
 
+def _read_tokenizer(path: Path, vocab_size: int, eos_token_ids: list[int]) -> llguidance.LLTokenizer:
+    """Raises OSError, ValueError."""
+    text = path.read_text(encoding="utf-8")
+    tokenizer = llguidance.LLTokenizer(text, eos_token=eos_token_ids)
+    if tokenizer.vocab_size >= vocab_size:
+        return tokenizer
+    return llguidance.LLTokenizer(text, n_vocab=vocab_size, eos_token=eos_token_ids)  # ids of padding are never allowed
+
+
 def _grammar_of(guided: Guided) -> str:
-    """In llguidance's own form. Raises InvalidInputError, ValueError."""
+    """In llguidance's own form. Raises ValueError."""
     kind, text = guided
     if kind == "json_schema":
         return llguidance.LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": WHITE_SPACE})
     if kind == "json_object":
         return llguidance.LLMatcher.grammar_from_json_schema(ANY_OBJECT, defaults={"whitespace_pattern": WHITE_SPACE})
     if kind == "choice":
-        return llguidance.LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(word) for word in json.loads(text)))
-    if _nesting(text) > MAX_NESTING:
-        raise InvalidInputError(f"guided: the {kind} has brackets {_nesting(text)} deep; at most {MAX_NESTING} are taken")
+        return llguidance.LLMatcher.grammar_from_lark(
+            "start: " + " | ".join(json.dumps(word, ensure_ascii=False) for word in json.loads(text))
+        )
     if kind == "regex":
         return llguidance.LLMatcher.grammar_from_regex(text)
     return llguidance.LLMatcher.grammar_from_lark(text)
@@ -166,18 +212,6 @@ def _limits() -> llguidance.LLParserLimits:
         max_grammar_size=200_000,
         verbose_errors=False,  # else they tell of the state, over many lines
     )
-
-
-def _nesting(text: str) -> int:
-    """An upper bound of how deep brackets stand in each other: escapes and quotes are not read."""
-    depth = deepest = 0
-    for char in text:
-        if char in "([{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif char in ")]}" and depth:
-            depth -= 1
-    return deepest
 
 
 def _one_line(text: str) -> str:
@@ -204,20 +238,34 @@ class MaskFiller:
 
     def __init__(self, vocab_size: int) -> None:
         self._num_words = -(-vocab_size // 32)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="token-masks")
+        self._worker = _Workers("token-masks", 1)
         self._executor: llguidance.LLExecutor | None = None
 
     def start(self, matchers: Sequence[tuple[int, TokenMatcher]]) -> TokenMasks:
         """matchers: (slot, matcher) of each guided row that this step samples; at least one."""
         words = np.zeros((len(matchers), self._num_words), np.int32)
         slots = tuple(slot for slot, _ in matchers)
-        return TokenMasks(slots, words, self._thread.submit(self._fill, [matcher for _, matcher in matchers], words))
+        return TokenMasks(slots, words, self._worker.submit(lambda: self._fill([matcher for _, matcher in matchers], words)))
 
     def _fill(self, matchers: Sequence[TokenMatcher], words: npt.NDArray[np.int32]) -> None:
         if self._executor is None:
             self._executor = llguidance.LLExecutor()
-        rows = [(matcher.state, row) for row, matcher in enumerate(matchers) if isinstance(matcher, Matcher)]
-        self._executor.unsafe_compute_mask_ptr(rows, words.ctypes.data, words.shape[1] * 4, len(rows))
+        rows = [(matcher, row) for row, matcher in enumerate(matchers) if isinstance(matcher, Matcher)]
+        try:
+            self._fill_rows(self._executor, rows, words)
+        except BaseException:  # the library promises none; if it breaks that, the request at fault ends and the others go on
+            logger.exception("filling the masks of %d rows failed; one by one now", len(rows))
+            for matcher, row in rows:
+                try:
+                    self._fill_rows(self._executor, [(matcher, row)], words)
+                except BaseException as error:  # noqa: BLE001 - as above
+                    matcher.failure = _one_line(str(error))
+
+    def _fill_rows(
+        self, executor: llguidance.LLExecutor, rows: Sequence[tuple[Matcher, int]], words: npt.NDArray[np.int32]
+    ) -> None:
+        targets = [(matcher.state, row) for matcher, row in rows]
+        executor.unsafe_compute_mask_ptr(targets, words.ctypes.data, words.shape[1] * 4, len(words))
 
     def close(self) -> None:
-        self._thread.shutdown(wait=False)
+        self._worker.close()
