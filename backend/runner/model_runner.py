@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from turbotriton.backend.model.decoder import Decoder
-from turbotriton.backend.model.sampler import SamplerState, raw_logprobs
+from turbotriton.backend.model.sampler import SamplerState, masked_logits, raw_logprobs
 from turbotriton.backend.ops.table import REFERENCE, ops_for
 from turbotriton.backend.scheduling.plan import StepPlan, StepResult
 from turbotriton.contract.errors import ConfigError
@@ -83,7 +83,11 @@ class ModelRunner:
         if slots.size == 0:
             return StepResult()
         logits = self._decoder.logits(x[inputs.sampled_tokens], residual[inputs.sampled_tokens])
-        drawn = self._decoder.ops.sample(logits, self._sampler.batch(slots, positions))
+        allowed = logits
+        if plan.masks is not None:
+            rows = [int((slots == slot).argmax()) for slot in plan.masks.slots]
+            allowed = masked_logits(logits, rows, plan.masks.wait())
+        drawn = self._decoder.ops.sample(allowed, self._sampler.batch(slots, positions))
         self._slots.append(slots, positions, drawn)
         token_ids = drawn.tolist()
         self._sampler.append(slots, token_ids)

@@ -2,10 +2,22 @@
 
 import enum
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from turbotriton.contract.wire import FinishReason, GenerateRequest, SamplingParams
 
-__all__ = ["Request", "RequestState", "finish_reason_of"]
+__all__ = ["Request", "RequestState", "TokenMatcher", "finish_reason_of"]
+
+
+class TokenMatcher(Protocol):
+    """Where a guided request stands in its grammar."""
+
+    def accept(self, token_id: int) -> str | None:
+        """Takes the drawn token; returns why the request cannot go on, or None."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Nothing can follow."""
 
 
 class RequestState(enum.Enum):
@@ -41,6 +53,7 @@ class Request:
     first_token_time: float | None = None
     last_token_time: float | None = None
     inter_token_s: float | None = None  # between the two newest tokens
+    matcher: TokenMatcher | None = None  # of a guided request, once its grammar is compiled
 
     @property
     def sampling(self) -> SamplingParams:
@@ -53,6 +66,11 @@ class Request:
     @property
     def num_new_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def is_held(self) -> bool:
+        """It waits for its grammar, outside the queue's order."""
+        return self.source.sampling.guided is not None and self.matcher is None
 
     @property
     def order(self) -> tuple[int, int]:
@@ -70,6 +88,8 @@ def finish_reason_of(request: Request, eos_token_ids: tuple[int, ...]) -> tuple[
         for sequence in sampling.stop_sequences:
             if new >= len(sequence) and request.token_ids[-len(sequence) :] == list(sequence):
                 return FinishReason.STOP, False
+    if request.matcher is not None and request.matcher.is_complete:
+        return FinishReason.STOP, False
     if new >= request.max_new_tokens:
         return FinishReason.LENGTH, False
     return None, False
