@@ -17,7 +17,7 @@ import torch
 from turbotriton.backend.ops.operands import SamplingBatch
 from turbotriton.contract.wire import SamplingParams, TokenLogprobs
 
-__all__ = ["SamplerState", "masked_logits", "raw_logprobs", "uniform_numbers"]
+__all__ = ["SamplerState", "raw_logprobs", "uniform_numbers"]
 
 U64 = npt.NDArray[np.uint64]
 
@@ -218,20 +218,6 @@ def _slot_sampling(
     early = (*eos_token_ids, *params.stop_token_ids, *stop_ids) if params.min_new_tokens else ()
     banned = (*bad_ids, *eos_token_ids) if params.ignore_eos else bad_ids
     return _SlotSampling(params, list(token_ids), num_prompt_tokens, known(banned), known(early), bad_sequences, stop_sequences)
-
-
-def masked_logits(logits: torch.Tensor, rows: Sequence[int], words: npt.NDArray[np.int32]) -> torch.Tensor:
-    """A copy of `logits` where the guided rows keep their allowed tokens and have -inf elsewhere.
-
-    logits: [num_rows, vocab_size];  words: [len(rows), >= vocab_size / 32], bit i % 32 of word i // 32 allows token i.
-    """
-    device = logits.device
-    bits = torch.from_numpy(words).to(device)[:, :, None] >> torch.arange(32, dtype=torch.int32, device=device)
-    forbidden = (bits & 1 == 0).flatten(1)[:, : logits.shape[1]]  # [len(rows), vocab_size]
-    at = torch.tensor(rows, device=device)
-    masked = logits.clone()
-    masked[at] = logits[at].masked_fill(forbidden, float("-inf"))
-    return masked
 
 
 def raw_logprobs(

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from turbotriton.backend.model.decoder import Decoder
-from turbotriton.backend.model.sampler import SamplerState, masked_logits, raw_logprobs
+from turbotriton.backend.model.sampler import SamplerState, raw_logprobs
+from turbotriton.backend.model.token_masks import masked_logits
 from turbotriton.backend.ops.table import REFERENCE, ops_for
 from turbotriton.backend.scheduling.plan import StepPlan, StepResult
 from turbotriton.contract.errors import ConfigError

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from turbotriton.backend.model.sampler import masked_logits
+from turbotriton.backend.model.token_masks import masked_logits
 
 
 def test_guided_rows_keep_the_allowed_tokens_and_the_rest_is_untouched() -> None:
