@@ -21,7 +21,7 @@ from .leftovers import (
 )
 from .server_runtime import ServerRuntime, find_server
 
-__all__ = ["add_parser", "server_command"]
+__all__ = ["ENGINE_FLAGS", "add_parser", "check_engine_options", "server_command"]
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     options = {name: str(value) for name in ENGINE_FLAGS if (value := getattr(args, name)) is not None}
-    _check_options(options)
+    check_engine_options(options)
     runtime = find_server()
     command = server_command(runtime, args)
     environment = runtime.environment | {f"TURBOTRITON_{name.upper()}": value for name, value in options.items()}
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     return _wait(process)
 
 
-def _check_options(options: dict[str, str]) -> None:
+def check_engine_options(options: dict[str, str]) -> None:
     """Refuses a bad value now and not in the engine's log. session_len: the real one is in config.ini, any valid one serves here."""
     values: dict[str, object] = {name: ENGINE_FLAGS[name][0](value) for name, value in options.items()}
     EngineConfig(**({"session_len": 2048} | values))  # type: ignore[arg-type]
