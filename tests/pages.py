@@ -15,6 +15,7 @@ Blocks of other languages (sh, json, text) are for reading. A command may fail o
 The ports of the page stand for free ones: PORTS names them, and the flags that tell a server of ours.
 """
 
+import argparse
 import contextlib
 import os
 import re
@@ -29,7 +30,9 @@ from pathlib import Path
 
 from tests.client.terminal_driver import TerminalProgram
 
-__all__ = ["PORTS", "PageRun", "blocks_of", "commands_of"]
+from turbotriton.cli.main import build_parser
+
+__all__ = ["PORTS", "ROOT", "PageRun", "blocks_of", "commands_of", "leaf_commands", "parser_of"]
 
 ROOT = Path(__file__).resolve().parents[1]
 #: First words of a command -> its port flags -> the port that the documentation uses.
@@ -222,18 +225,31 @@ def _find(lines: list[str], said: str, command: str) -> None:
         rest = rest[found.end() :]
 
 
+def _children(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    return {
+        name: child
+        for action in parser._actions
+        if isinstance(action, argparse._SubParsersAction)
+        for name, child in action.choices.items()
+    }
+
+
 def leaf_commands() -> Iterator[tuple[str, ...]]:
     """Every command of the command line that has no commands of its own, by its words."""
-    import argparse
-
-    from turbotriton.cli.main import build_parser
 
     def walk(parser: argparse.ArgumentParser, words: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-        below = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
-        if not below:
+        children = _children(parser)
+        if not children:
             yield words
-        for action in below:
-            for name, child in action.choices.items():
-                yield from walk(child, (*words, name))
+        for name, child in children.items():
+            yield from walk(child, (*words, name))
 
-    yield from walk(build_parser(), ())
+    return walk(build_parser(), ())
+
+
+def parser_of(command: str) -> argparse.ArgumentParser:
+    """command: its words, such as "serve gradio"."""
+    parser = build_parser()
+    for word in command.split():
+        parser = _children(parser)[word]
+    return parser

@@ -22,7 +22,6 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         description="Serve OpenAI's API (and LMDeploy's additions). X is the gRPC address of a running tritonserver, several with "
         "commas between, or a workspace, a model folder or a hub id: then tritonserver is started first and stopped at the end. "
         "Engine flags of `serve tritonserver` (--session-len ...) are passed on to it.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
         "target", metavar="X", help="HOST:PORT[,HOST:PORT...] of tritonserver's gRPC, a workspace, a model folder, or a hub id"

@@ -48,7 +48,6 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="start tritonserver on a workspace",
         description="Start tritonserver (from PATH, else the PyPI server runtime) on WORKSPACE/model_repository. "
         "Flags that are not listed here are passed on to tritonserver.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("workspace", type=Path, help="folder written by 'turbotriton convert' (or its model_repository)")
     parser.add_argument("--http-port", type=int, default=8000, help="HTTP port")
