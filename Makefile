@@ -18,7 +18,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	@if ! command -v nvidia-smi >/dev/null; then \
-		echo "no GPU here: installing torch's CPU build"; $(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0; fi
+		echo "no GPU here: asking for torch's CPU build"; \
+		$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0+cpu 2>/dev/null || { \
+		echo "pip finds none: taking its default build, which carries CUDA (some GB; TORCH_INDEX=URL names an index of CPU builds)"; \
+		$(BIN)/python -m pip install --quiet torch==2.13.0; }; fi
+	@echo "installing turbotriton and what it needs; this takes some minutes"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/python -m turbotriton.cli.server_runtime
 	@touch $@
