@@ -29,6 +29,7 @@ def ports() -> dict[int, int]:
     return dict(zip(documented, free_ports(len(documented)), strict=True))
 
 
+@pytest.mark.slow
 def test_the_tutorial(tmp_path: Path, visitor: Visitor, ports: dict[int, int]) -> None:
     """Starts all it needs, with a cache of its own but for the server runtime."""
     cache = tmp_path / "cache"
