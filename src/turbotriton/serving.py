@@ -46,6 +46,9 @@ class ApiServer(APIClient):
     def __init__(self, url: str, api_key: str | None, process: "_Process", certificate: Path | None = None) -> None:
         super().__init__(url, api_key, certificate=certificate)
         self._process = process
+        weakref.finalize(
+            self, self._http.close
+        )  # before the process's, which is older: over TLS a server waits for its clients to hang up
 
     @property
     def log_path(self) -> Path:

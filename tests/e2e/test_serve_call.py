@@ -11,6 +11,7 @@ import pytest
 
 import turbotriton
 from turbotriton import (
+    APIClient,
     ApiServer,
     ChatTemplateConfig,
     PytorchEngineConfig,
@@ -66,12 +67,27 @@ def test_a_taken_port_is_named(server: ApiServer) -> None:
         serve(checkpoint_path(), server_port=int(server.url.rpartition(":")[2]))
 
 
-def test_a_program_that_ends_ends_its_server(demo_workspace: Path) -> None:
-    code = f"import turbotriton; print(turbotriton.serve({str(demo_workspace)!r}, server_port=0).url)"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=True)
-    with client(done.stdout.strip()) as late, pytest.raises(UnavailableError):
+def test_a_program_that_ends_ends_its_server(demo_workspace: Path, certificate: tuple[Path, Path]) -> None:
+    """Over https: the client that comes back trusts the certificate that the server was given."""
+    code = f"import turbotriton; s = turbotriton.serve({str(demo_workspace)!r}, server_port=0, ssl=True); print(s.url, s.model)"
+    key, cert = (str(path) for path in certificate)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "SSL_KEYFILE": key, "SSL_CERTFILE": cert}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    url, model = done.stdout.split()
+    assert (url.partition(":")[0], model) == ("https", "demo")
+    with APIClient(url, certificate=certificate[1]) as late, pytest.raises(UnavailableError, match="refused"):
         _ = late.available_models
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> tuple[Path, Path]:
+    """Key and self-signed certificate for 127.0.0.1."""
+    key, cert = tmp_path / "key.pem", tmp_path / "cert.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=test"]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)]
+    subprocess.run(command, capture_output=True, check=True)
+    return key, cert
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ __all__ = ["add_parser"]
 
 logger = logging.getLogger(__name__)
 
+GRACE_S = 10  # for answers under way at a stop, as tritonserver's; an idle client over TLS would hold it up for 30
+
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = subparsers.add_parser(
@@ -81,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         )
         config = uvicorn.Config(
             app, host=args.server_name, port=args.server_port, log_level=args.log_level, ssl_keyfile=keyfile, ssl_certfile=certfile,
-            access_log=args.log_level == "debug",
+            access_log=args.log_level == "debug", timeout_graceful_shutdown=GRACE_S,
         )  # fmt: skip
         server = uvicorn.Server(config)
         for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn stops cleanly, then raises what it caught once more
