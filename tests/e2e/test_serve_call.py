@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,11 @@ from turbotriton import (
     client,
     serve,
 )
+from turbotriton.cli.running_server import free_ports
 from turbotriton.contract.errors import InvalidInputError, UnavailableError
 from turbotriton.demo import checkpoint_path
+
+from .openai_server import api_server
 
 pytestmark = pytest.mark.e2e
 
@@ -88,6 +92,20 @@ def certificate(tmp_path: Path) -> tuple[Path, Path]:
     command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)]
     subprocess.run(command, capture_output=True, check=True)
     return key, cert
+
+
+@pytest.mark.slow
+def test_an_idle_client_does_not_hold_up_the_stop_of_an_https_server(certificate: tuple[Path, Path]) -> None:
+    key, cert = certificate
+    files = ["--ssl-keyfile", str(key), "--ssl-certfile", str(cert)]
+    (free,) = free_ports(1)  # where no tritonserver is: not asked for here
+    with api_server(f"127.0.0.1:{free}", *files, scheme="https") as url:
+        idle = APIClient(url, certificate=cert)
+        with pytest.raises(UnavailableError):
+            _ = idle.available_models
+        began = time.monotonic()
+    assert time.monotonic() - began < 20
+    idle.close()
 
 
 @pytest.mark.parametrize(
