@@ -14,7 +14,7 @@ from turbotriton.contract import env
 from .browsing import Visitor
 from .server import TritonServer
 
-pytestmark = [pytest.mark.e2e, pytest.mark.browser]
+pytestmark = pytest.mark.e2e
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +30,7 @@ def ports() -> dict[int, int]:
 
 
 @pytest.mark.slow
+@pytest.mark.browser
 def test_the_tutorial(tmp_path: Path, visitor: Visitor, ports: dict[int, int]) -> None:
     """Starts all it needs, with a cache of its own but for the server runtime."""
     cache = tmp_path / "cache"
@@ -42,12 +43,20 @@ def test_the_tutorial(tmp_path: Path, visitor: Visitor, ports: dict[int, int]) -
     assert f"http://127.0.0.1:{ports[6006]}" in visitor.urls
 
 
-@pytest.mark.parametrize("page", ["bench.md", "gradio.md", "grpc.md", "plan.md", "triton_client.md"])
-def test_a_page_about_an_interface(
-    page: str, tmp_path: Path, visitor: Visitor, ports: dict[int, int], demo_server: TritonServer
-) -> None:
+@pytest.mark.parametrize("page", ["bench.md", "grpc.md", "plan.md", "triton_client.md"])
+def test_a_page_about_an_interface(page: str, tmp_path: Path, ports: dict[int, int], demo_server: TritonServer) -> None:
+    _run(page, tmp_path, ports, demo_server)
+
+
+@pytest.mark.browser
+def test_the_page_about_the_chat_page(tmp_path: Path, visitor: Visitor, ports: dict[int, int], demo_server: TritonServer) -> None:
+    _run("gradio.md", tmp_path, ports, demo_server, visitor)
+    assert f"http://127.0.0.1:{ports[6006]}" in visitor.urls
+
+
+def _run(page: str, folder: Path, ports: dict[int, int], demo_server: TritonServer, visitor: Visitor | None = None) -> None:
     """With a tritonserver on the bundled model at the documented addresses."""
     ports[8000] = int(demo_server.http_url.rpartition(":")[2])
     ports[8001] = int(demo_server.grpc_url.rpartition(":")[2])
-    with PageRun(tmp_path, ports, visitor) as run:
+    with PageRun(folder, ports, visitor) as run:
         run.run(ROOT / "docs" / page)
