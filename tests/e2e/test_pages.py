@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 from tests.client.browser import chromium
-from tests.pages import PORTS, ROOT, PageRun
+from tests.pages import PORTS, ROOT, PageRun, commands_of
+from tests.programs import need_program
 
 from turbotriton.cli.running_server import free_ports
 from turbotriton.contract import env
@@ -33,6 +34,7 @@ def ports() -> dict[int, int]:
 @pytest.mark.browser
 def test_the_tutorial(tmp_path: Path, visitor: Visitor, ports: dict[int, int]) -> None:
     """Starts all it needs, with a cache of its own but for the server runtime."""
+    _need_curl("tutorial.md")
     cache = tmp_path / "cache"
     cache.mkdir()
     for runtime in env.cache_dir().glob("server-runtime-*"):
@@ -58,5 +60,11 @@ def _run(page: str, folder: Path, ports: dict[int, int], demo_server: TritonServ
     """With a tritonserver on the bundled model at the documented addresses."""
     ports[8000] = int(demo_server.http_url.rpartition(":")[2])
     ports[8001] = int(demo_server.grpc_url.rpartition(":")[2])
+    _need_curl(page)
     with PageRun(folder, ports, visitor) as run:
         run.run(ROOT / "docs" / page)
+
+
+def _need_curl(page: str) -> None:
+    if any(command.startswith("curl ") for command in commands_of(ROOT / "docs" / page)):
+        need_program("curl")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.programs import need_program
 
 import turbotriton
 from turbotriton import (
@@ -87,6 +88,7 @@ def test_a_program_that_ends_ends_its_server(demo_workspace: Path, certificate: 
 @pytest.fixture
 def certificate(tmp_path: Path) -> tuple[Path, Path]:
     """Key and self-signed certificate for 127.0.0.1."""
+    need_program("openssl")
     key, cert = tmp_path / "key.pem", tmp_path / "cert.pem"
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=test"]
     command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)]
