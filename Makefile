@@ -15,6 +15,8 @@ help: ## this list
 setup: $(STAMP) ## the virtual environment in .venv, with the server runtime; quick when done already
 
 $(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v in ((3, 11), (3, 12)) else \
+		"this is Python %d.%d, for which the server runtime has no stub; use 3.11 or 3.12: make setup PYTHON=python3.12" % v)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	@if ! command -v nvidia-smi >/dev/null; then \
