@@ -7,6 +7,7 @@ The server ends with `close`, with the `with` block, or with this process; its o
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import socket
@@ -32,6 +33,8 @@ from turbotriton.contract.chat_templates import ChatTemplateConfig
 from turbotriton.contract.errors import ConfigError, InvalidInputError, ServerError
 
 __all__ = ["ApiServer", "serve"]
+
+logger = logging.getLogger(__name__)
 
 READY_TIMEOUT_S = 900.0  # a large model is converted and read from disk once
 STOP_TIMEOUT_S = 120.0
@@ -102,6 +105,7 @@ def serve(
     arguments += ["--ssl"] if ssl else []
     arguments += ["--api-keys", *keys] if keys else []
     process = _Process(arguments)
+    logger.info("starting an OpenAI server for %s, log: %s", model_path, process.log_path)
     host = {"0.0.0.0": "127.0.0.1", "::": "localhost"}.get(server_name, server_name)
     url = f"{'https' if ssl else 'http'}://{host}:{port}"
     try:
