@@ -19,7 +19,7 @@ from turbotriton.contract.errors import TurbotritonError
 from .errors import ApiError, api_error
 from .fleet import Fleet
 from .schema import ChatRequest, CompletionRequest, SamplingFields
-from .tools import ToolCallParser, ToolFormat, forced_call_schema
+from .tools import ToolCallParser, ToolFormat
 
 __all__ = ["Answer", "ChatAnswer", "CompletionAnswer", "sampling_options"]
 
@@ -46,8 +46,11 @@ def sampling_options(request: SamplingFields) -> dict[str, Any]:
         )
     }
     options["stop_words"] = [request.stop] if isinstance(request.stop, str) else request.stop
-    if request.logit_bias:
-        options["sampling_parameters"] = {"logit_bias": request.logit_bias}
+    parameters: dict[str, Any] = {"logit_bias": request.logit_bias} if request.logit_bias else {}
+    if (guided := request.guided()) is not None:
+        parameters["guided"] = guided
+    if parameters:
+        options["sampling_parameters"] = parameters
     return options
 
 
@@ -218,7 +221,7 @@ class ChatAnswer(Answer):
     _object, _chunk_object = "chat.completion", "chat.completion.chunk"
 
     def __init__(self, fleet: Fleet, request: ChatRequest, tool_format: ToolFormat | None) -> None:
-        options = sampling_options(request) | _guided(request)
+        options = sampling_options(request)
         options["max_tokens"] = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
         options["num_logprobs"] = (request.top_logprobs or 0) if request.logprobs else None
         prompt: dict[str, Any]
@@ -228,7 +231,7 @@ class ChatAnswer(Answer):
             prompt = {"messages": [_plain_message(index, message) for index, message in enumerate(request.messages)]}
         template_options: dict[str, Any] = dict(request.chat_template_kwargs or {})
         if tool_format is not None:
-            template_options["tools"] = request.tools
+            template_options["tools"] = [tool.model_dump(exclude_unset=True) for tool in request.tools or ()]
             options["skip_special_tokens"] = options["skip_special_tokens"] and not tool_format.is_special
         if template_options:
             options["chat_template_kwargs"] = template_options
@@ -236,14 +239,19 @@ class ChatAnswer(Answer):
         if tool_format is not None:
             is_forced = request.tool_choice not in (None, "auto")
             for choice in choices:
-                choice.parser = ToolCallParser(tool_format, is_forced=is_forced)
+                max_calls = None if request.parallel_tool_calls else 1
+                choice.parser = ToolCallParser(tool_format, is_forced=is_forced, max_calls=max_calls)
         self._began: set[int] = set()
         super().__init__(fleet, request, choices)
 
     def _keep(self, choice: _Choice, delta: Delta) -> None:
         content, calls = self._parsed(choice, delta)
         choice.parts.append(content)
-        choice.tool_calls += calls
+        for call in calls:
+            if "id" in call:
+                choice.tool_calls.append({name: value for name, value in call.items() if name != "index"})
+            else:
+                choice.tool_calls[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
         choice.logprobs += delta.logprobs or []
 
     def _parsed(self, choice: _Choice, delta: Delta) -> tuple[str, list[dict[str, Any]]]:
@@ -261,7 +269,7 @@ class ChatAnswer(Answer):
         content = "".join(choice.parts)
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
         if choice.tool_calls:
-            message |= {"content": content.strip() or None, "tool_calls": [_without_index(call) for call in choice.tool_calls]}
+            message |= {"content": content.strip() or None, "tool_calls": choice.tool_calls}
         return {
             "index": choice.index,
             "message": message,
@@ -297,23 +305,6 @@ def _token(entry: Mapping[str, Any]) -> dict[str, Any]:
     """bytes is null for a token that is a part of a character."""
     text = entry["token"]
     return {"token": text, "logprob": entry["logprob"], "bytes": None if "\ufffd" in text else list(text.encode())}
-
-
-def _without_index(call: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in call.items() if name != "index"}
-
-
-def _guided(request: ChatRequest) -> dict[str, Any]:
-    """sampling_parameters with what the answer's form is held to, by response_format or by a forced tool call."""
-    guided = None if request.response_format is None else request.response_format.guided()
-    if request.tools and request.tool_choice not in (None, "none", "auto"):
-        if guided is not None:
-            raise ApiError(400, "response_format and a required tool call exclude each other", param="response_format")
-        guided = {"json_schema": forced_call_schema(request.tools, request.tool_choice)}
-    parameters = {"logit_bias": request.logit_bias} if request.logit_bias else {}
-    if guided is not None:
-        parameters["guided"] = guided
-    return {"sampling_parameters": parameters} if parameters else {}
 
 
 def _plain_call(call: Any) -> Any:
