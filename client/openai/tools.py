@@ -95,8 +95,9 @@ class ToolCallParser:
         if self._forced is not None:
             return self._forced.rest(), []
         held, self._held = self._held, ""
-        for end in _ENDS:
-            held = held.removesuffix(end)
+        if self._in_call or self._form.is_special:
+            for end in _ENDS:
+                held = held.removesuffix(end)
         return self._calls_of(held) if self._in_call else (held, [])
 
     def _deltas_of(self, pieces: list[tuple[str | None, str]]) -> list[dict[str, Any]]:
@@ -127,7 +128,8 @@ class ToolCallParser:
         if begin in text:
             before, after = text.split(begin, 1)
             return before, after, True
-        held = next((size for size in range(min(len(begin) - 1, len(text)), 0, -1) if text.endswith(begin[:size])), 0)
+        markers = (begin, *_ENDS) if self._form.is_special else (begin,)
+        held = max((size for marker in markers for size in range(1, len(marker) + 1) if text.endswith(marker[:size])), default=0)
         return text[: len(text) - held], text[len(text) - held :], False
 
     def _calls_of(self, body: str) -> tuple[str, list[dict[str, Any]]]:
