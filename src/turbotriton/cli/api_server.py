@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import logging
 import signal
+import ssl
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -104,6 +105,13 @@ def _ssl_files(args: argparse.Namespace) -> tuple[Path | None, Path | None]:
     for path in (keyfile, certfile):
         if path is not None and not path.is_file():
             raise InvalidInputError(f"{path}: is no file; give the PEM file's path")
+    if keyfile is not None and certfile is not None:
+        try:
+            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certfile, keyfile)
+        except (ssl.SSLError, OSError) as error:
+            raise InvalidInputError(
+                f"{keyfile} and {certfile} are no key and certificate that belong together: {error}"
+            ) from None
     return keyfile, certfile
 
 
