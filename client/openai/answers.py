@@ -25,6 +25,9 @@ __all__ = ["Answer", "ChatAnswer", "CompletionAnswer", "sampling_options"]
 
 MAX_SEED = 2**64
 MAX_STREAMS = 128  # prompts times n of one request
+#: What refuses one choice refuses the others; they get this long to end by themselves, because tritonserver 24.10 never forgets a
+#: stream that is cancelled between its error and its end, and then cannot stop.
+REFUSALS_S = 1.0
 
 
 def sampling_options(request: SamplingFields) -> dict[str, Any]:
@@ -101,6 +104,7 @@ class Answer:
             while num_open:
                 choice, item = await came.get()
                 if isinstance(item, Exception):
+                    await asyncio.wait(tasks, timeout=REFUSALS_S)
                     raise api_error(item) if isinstance(item, TurbotritonError) else item
                 if item is None:
                     num_open -= 1
