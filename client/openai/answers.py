@@ -95,22 +95,30 @@ class Answer:
         self.id = f"{self.kind}-{uuid.uuid4().hex}"
         self.created = int(time.time())
 
-    async def deltas(self) -> AsyncGenerator[tuple[_Choice, Delta]]:
-        """Every choice's deltas as they come. Raises ApiError; closing the generator cancels what runs."""
+    async def batches(self) -> AsyncGenerator[list[tuple[_Choice, Delta]]]:
+        """Every choice's deltas as they come, those together that are there. Raises ApiError; closing it cancels what runs."""
         came: asyncio.Queue[tuple[_Choice, Delta | Exception | None]] = asyncio.Queue()
         tasks = [asyncio.create_task(self._run(choice, came)) for choice in self._choices]
         num_open = len(tasks)
         try:
             while num_open:
-                choice, item = await came.get()
-                if isinstance(item, Exception):
+                items = [await came.get()]
+                while not came.empty():
+                    items.append(came.get_nowait())
+                batch: list[tuple[_Choice, Delta]] = []
+                failure: Exception | None = None
+                for choice, item in items:
+                    if item is None:
+                        num_open -= 1
+                    elif isinstance(item, Delta):
+                        batch.append((choice, item))
+                    else:
+                        failure = failure or item
+                if batch:
+                    yield batch
+                if failure is not None:
                     await asyncio.wait(tasks, timeout=REFUSALS_S)
-                    raise api_error(item) if isinstance(item, TurbotritonError) else item
-                if item is None:
-                    num_open -= 1
-                    continue
-                choice.take(item)
-                yield choice, item
+                    raise api_error(failure) if isinstance(failure, TurbotritonError) else failure
         finally:
             for task in tasks:
                 task.cancel()
@@ -132,27 +140,33 @@ class Answer:
         return {"prompt_tokens": num_prompt, "completion_tokens": num_output, "total_tokens": num_prompt + num_output}
 
     async def whole(self) -> dict[str, Any]:
-        async with contextlib.aclosing(self.deltas()) as deltas:
-            async for choice, delta in deltas:
-                self._keep(choice, delta)
+        async with contextlib.aclosing(self.batches()) as batches:
+            async for batch in batches:
+                for choice, delta in batch:
+                    choice.take(delta)
+                    self._keep(choice, delta)
         choices = [self._whole_choice(choice) for choice in self._choices]
         return self._envelope(self._object) | {"choices": choices, "usage": self.usage()}
 
-    async def chunks(self) -> AsyncGenerator[dict[str, Any]]:
-        """Objects of a streamed answer in their order, without the closing [DONE]."""
-        async with contextlib.aclosing(self.deltas()) as deltas:
-            async for choice, delta in deltas:
-                for chunk in self._choice_chunks(choice, delta):
-                    yield self._envelope(self._chunk_object) | {"choices": [chunk]} | self._null_usage()
+    async def chunks(self) -> AsyncGenerator[list[str]]:
+        """Objects of a streamed answer in their order, as JSON, without the closing [DONE]; in one list what is sent at once."""
+        envelope = self._envelope(self._chunk_object)
+        head = f'{json.dumps(envelope, ensure_ascii=False)[:-1]}, "choices": ['
+        tail = '], "usage": null}' if self._wants_usage else "]}"
+        async with contextlib.aclosing(self.batches()) as batches:
+            async for batch in batches:
+                made = []
+                for choice, delta in batch:
+                    choice.take(delta)
+                    made += [f"{head}{_dump(chunk)}{tail}" for chunk in self._choice_chunks(choice, delta)]
+                if made:
+                    yield made
         if self._wants_usage:
-            yield self._envelope(self._chunk_object) | {"choices": [], "usage": self.usage()}
+            yield [_dump(envelope | {"choices": [], "usage": self.usage()})]
 
     @property
     def _wants_usage(self) -> bool:
         return self._request.stream_options is not None and self._request.stream_options.include_usage
-
-    def _null_usage(self) -> dict[str, None]:
-        return {"usage": None} if self._wants_usage else {}
 
     def _envelope(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self._request.model}
@@ -168,6 +182,9 @@ class Answer:
 
     def _choice_chunks(self, choice: _Choice, delta: Delta) -> Sequence[dict[str, Any]]:
         raise NotImplementedError
+
+
+_dump = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def _seeded(options: dict[str, Any], seed: int | None, index: int) -> dict[str, Any]:
