@@ -1,6 +1,11 @@
 """One engine: scheduler and model runner, stepped from one thread. It knows owners of requests, not how they are reached.
 
-    add / cancel  ->  step: schedule -> execute -> update  ->  deltas by owner
+    add / cancel  ->  step: schedule -> launch -> collect -> update  ->  deltas by owner
+
+On a GPU a step is launched before the one before it is collected, so the host plans and hands on while the device computes:
+
+    host     | schedule n | launch n | collect, update n - 1 | schedule n + 1 | launch n + 1 | collect, update n | ...
+    device        ... step n - 1 ... | ........... step n ........... | ........... step n + 1 ...
 
 All methods must be called from the same thread (`loop.py` sees to that).
 """
@@ -46,7 +51,8 @@ class Runner(Protocol):
     device: str
     compute_dtype: str
 
-    def execute(self, plan: StepPlan) -> StepResult: ...
+    def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
+        """Starts a step; what it returns waits for its result. Launched steps are collected in order."""
 
     def close(self) -> None: ...
 
@@ -67,7 +73,8 @@ class _Held(NamedTuple):
 
 
 class Engine:
-    """`guides`: None refuses guided requests."""
+    """`overlap`: launch a step before the one before it is collected; None: where the runner has a GPU. `guides`: None refuses guided
+    requests."""
 
     def __init__(
         self,
@@ -75,8 +82,11 @@ class Engine:
         config: EngineConfig,
         runner: Runner,
         clock: Callable[[], float] = time.monotonic,
+        overlap: bool | None = None,
         guides: Guides | None = None,
     ) -> None:
+        self._overlap = runner.device.startswith("cuda") if overlap is None else overlap
+        self._in_flight: tuple[StepPlan, Callable[[], StepResult]] | None = None
         self._clock = clock
         self._guides = guides
         self._held: list[_Held] = []
@@ -101,7 +111,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self._scheduler.has_work
+        return self._scheduler.has_work or self._in_flight is not None
 
     def info(self, pid: int) -> EngineInfo:
         model, config, runner = self._model, self._config, self._runner
@@ -171,14 +181,31 @@ class Engine:
         return self._account(self._scheduler.cancel_named(name))
 
     def step(self) -> DeltasByOwner:
-        """One step of the model, if anything can run. Exceptions of the runner pass through: the engine cannot go on."""
-        ended = self._scheduler.expire()
+        """One step of the model, if anything can run; with overlap, the deltas are those of the step before it.
+
+        Exceptions of the runner pass through: the engine cannot go on.
+        """
+        deltas = self._scheduler.expire()
+        if self._scheduler.needs_every_token:
+            deltas += self._take_in()
         plan = self._scheduler.schedule()
         matchers = self._scheduler.matchers_of(plan)
         if matchers and self._guides is not None:
             plan = dataclasses.replace(plan, masks=self._guides.filler.start(matchers))
-        result = self._runner.execute(plan)
-        return self._account(ended + self._scheduler.update(plan, result))
+        launched = plan, self._runner.launch(plan)
+        deltas += self._take_in()
+        self._in_flight = launched
+        if not (self._overlap and plan.rows):
+            deltas += self._take_in()
+        return self._account(deltas)
+
+    def _take_in(self) -> list[OwnedDelta]:
+        """Waits for the step in flight, if there is one, and updates the requests by it."""
+        if self._in_flight is None:
+            return []
+        plan, collect = self._in_flight
+        self._in_flight = None
+        return self._scheduler.update(plan, collect())
 
     def _account(self, owned_deltas: list[OwnedDelta]) -> DeltasByOwner:
         by_owner: DeltasByOwner = {}

@@ -59,6 +59,11 @@ def load_weights(config: ModelConfig, folder: Path, device: torch.device, dtype:
     return ModelWeights(embeddings, layers, norm("norm.weight"), DenseWeight(head[: config.vocab_size].t()))
 
 
+def _dense(weight: torch.Tensor, bias: torch.Tensor | None = None) -> DenseWeight:
+    """weight: [in_features, out_features]. On a GPU it is stored by outputs: the skinny kernels read rows, and cuBLAS likes it."""
+    return DenseWeight(weight.t().contiguous().t() if weight.is_cuda else weight, bias)
+
+
 def _load_layer(
     config: ModelConfig,
     prefix: str,
@@ -77,14 +82,14 @@ def _load_layer(
     return LayerWeights(
         qkv=QkvWeights(
             norm=norm(f"{prefix}.attention_norm.weight"),
-            qkv=DenseWeight(rotary(f"{attention}.w_qkv.{{rank}}.weight", qk_heads), qkv_bias),
+            qkv=_dense(rotary(f"{attention}.w_qkv.{{rank}}.weight", qk_heads), qkv_bias),
             q_norm=q_norm,
             k_norm=k_norm,
         ),
-        output=DenseWeight(load(f"{attention}.wo.{{rank}}.weight"), output_bias),
+        output=_dense(load(f"{attention}.wo.{{rank}}.weight"), output_bias),
         ffn_norm=norm(f"{prefix}.ffn_norm.weight"),
-        gate_up=DenseWeight(torch.cat((load(f"{ffn}.w1.{{rank}}.weight"), load(f"{ffn}.w3.{{rank}}.weight")), dim=1)),
-        down=DenseWeight(load(f"{ffn}.w2.{{rank}}.weight")),
+        gate_up=_dense(torch.cat((load(f"{ffn}.w1.{{rank}}.weight"), load(f"{ffn}.w3.{{rank}}.weight")), dim=1)),
+        down=_dense(load(f"{ffn}.w2.{{rank}}.weight")),
     )
 
 

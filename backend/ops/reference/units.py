@@ -8,15 +8,23 @@ from collections.abc import Callable
 import torch
 
 from ..operands import AttentionBatch, LinearWeight, NormWeight, QkvWeights
-from .primitives import rms_norm as reference_rms_norm
-from .primitives import rotary_store_kv as reference_rotary_store_kv
-from .primitives import silu_and_mul as reference_silu_and_mul
+from .primitives import rms_norm, rotary_store_kv, silu_and_mul
 
-__all__ = ["down_projection", "embed", "gate_up_silu", "linear", "lm_head", "norm_qkv_rotary_store", "output_projection_norm"]
+__all__ = [
+    "down_projection",
+    "embed",
+    "linear",
+    "lm_head",
+    "norm_gate_up_silu",
+    "norm_linear",
+    "norm_qkv_rotary_store",
+    "output_projection",
+]
 
 RmsNorm = Callable[[torch.Tensor, torch.Tensor, float, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
+Linear = Callable[[torch.Tensor, LinearWeight], torch.Tensor]
+NormLinear = Callable[[torch.Tensor, torch.Tensor | None, NormWeight, LinearWeight], tuple[torch.Tensor, torch.Tensor]]
 RotaryStoreKv = Callable[..., torch.Tensor]
-SiluAndMul = Callable[[torch.Tensor], torch.Tensor]
 
 
 def linear(x: torch.Tensor, weight: LinearWeight) -> torch.Tensor:
@@ -30,6 +38,14 @@ def embed(token_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.embedding(token_ids, weight)
 
 
+def norm_linear(
+    x: torch.Tensor, residual: torch.Tensor | None, norm: NormWeight, weight: LinearWeight
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(linear of rms_norm(x + residual), x + residual); without a residual x itself."""
+    y, residual = rms_norm(x, norm.weight, norm.eps, residual)
+    return linear(y, weight), residual
+
+
 def norm_qkv_rotary_store(
     x: torch.Tensor,
     residual: torch.Tensor | None,
@@ -38,11 +54,11 @@ def norm_qkv_rotary_store(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     *,
-    rms_norm: RmsNorm = reference_rms_norm,
-    rotary_store_kv: RotaryStoreKv = reference_rotary_store_kv,
+    norm_linear: NormLinear = norm_linear,
+    rms_norm: RmsNorm = rms_norm,
+    rotary_store_kv: RotaryStoreKv = rotary_store_kv,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    y, residual = rms_norm(x, weights.norm.weight, weights.norm.eps, residual)
-    qkv = linear(y, weights.qkv)  # [num_tokens, (num_heads + 2 num_kv_heads) * head_dim]
+    qkv, residual = norm_linear(x, residual, weights.norm, weights.qkv)  # [num_tokens, (num_heads + 2 num_kv_heads) * head_dim]
     num_kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
     if weights.q_norm is not None and weights.k_norm is not None:
@@ -56,31 +72,22 @@ def norm_qkv_rotary_store(
     return q, residual
 
 
-def output_projection_norm(
-    attended: torch.Tensor,
-    weight: LinearWeight,
-    residual: torch.Tensor,
-    norm: NormWeight,
-    *,
-    rms_norm: RmsNorm = reference_rms_norm,
+def output_projection(attended: torch.Tensor, weight: LinearWeight, *, linear: Linear = linear) -> torch.Tensor:
+    return linear(attended.flatten(1), weight)
+
+
+def norm_gate_up_silu(
+    x: torch.Tensor, residual: torch.Tensor, norm: NormWeight, weight: LinearWeight
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return rms_norm(linear(attended.flatten(1), weight), norm.weight, norm.eps, residual)
+    gate_up, residual = norm_linear(x, residual, norm, weight)
+    return silu_and_mul(gate_up), residual
 
 
-def gate_up_silu(x: torch.Tensor, weight: LinearWeight, *, silu_and_mul: SiluAndMul = reference_silu_and_mul) -> torch.Tensor:
-    return silu_and_mul(linear(x, weight))
-
-
-def down_projection(x: torch.Tensor, weight: LinearWeight) -> torch.Tensor:
+def down_projection(x: torch.Tensor, weight: LinearWeight, *, linear: Linear = linear) -> torch.Tensor:
     return linear(x, weight)
 
 
 def lm_head(
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    norm: NormWeight,
-    weight: LinearWeight,
-    *,
-    rms_norm: RmsNorm = reference_rms_norm,
+    x: torch.Tensor, residual: torch.Tensor, norm: NormWeight, weight: LinearWeight, *, norm_linear: NormLinear = norm_linear
 ) -> torch.Tensor:
-    return linear(rms_norm(x, norm.weight, norm.eps, residual)[0], weight).float()
+    return norm_linear(x, residual, norm, weight)[0]

@@ -200,12 +200,14 @@ class GuidedRunner(FakeRunner):
 class Bench:
     """An engine that is stepped by hand. `num_blocks` few: requests are preempted."""
 
-    def __init__(self, num_blocks: int = 64, guides: Guides | None = None, **config: Any) -> None:
+    def __init__(self, num_blocks: int = 64, guides: Guides | None = None, *, overlap: bool = False, **config: Any) -> None:
         self.now = 0.0
         config = {"session_len": 160, "max_batch_size": 4, "num_tokens_per_iter": 8, **config}
         runner = GuidedRunner(num_blocks, 4)
         self.guides = guides or Guides(Grammars(TOKENIZER_JSON, VOCAB_SIZE, (EOS,)), MaskFiller(VOCAB_SIZE))
-        self.engine = Engine(model_config((EOS,)), EngineConfig(**config), runner, lambda: self.now, guides=self.guides)
+        self.engine = Engine(
+            model_config((EOS,)), EngineConfig(**config), runner, lambda: self.now, guides=self.guides, overlap=overlap
+        )
         self.deltas: dict[int, list[TokenDelta]] = {}
 
     def add(self, request_id: int, prompt: list[int], guided: tuple[str, str] | None = None, **fields: Any) -> None:
@@ -244,10 +246,11 @@ class Bench:
         return None if last is None else last.finish_reason
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("num_blocks", [64, 12], ids=["room", "preemption"])
-def test_requests_keep_to_their_grammars_beside_free_ones(num_blocks: int) -> None:
+def test_requests_keep_to_their_grammars_beside_free_ones(num_blocks: int, overlap: bool) -> None:
     """Long prompts come in chunks, three share a prefix and a grammar, and with few blocks some are preempted and compute again."""
-    bench = Bench(num_blocks)
+    bench = Bench(num_blocks, overlap=overlap)
     prompt = list(range(5, 18))
     regex = ("regex", r"[A-F]{2}-[0-9]{9}")
     bench.add(1, prompt, regex)

@@ -30,7 +30,8 @@ class Setting:
         return (torch.randn(*shape, generator=self.generator) * scale).to(self.dtype).to(self.device)
 
     def linear(self, rows: int, columns: int, *, bias: bool = False) -> DenseWeight:
-        return DenseWeight(self.randn(rows, columns, scale=rows**-0.5), self.randn(columns) if bias else None)
+        """Contiguous along its inputs, as weights lie on a GPU."""
+        return DenseWeight(self.randn(columns, rows, scale=rows**-0.5).t(), self.randn(columns) if bias else None)
 
     def close(self, found: torch.Tensor, wanted: torch.Tensor) -> None:
         """Maximum and RMS error relative to the wanted RMS."""
@@ -51,6 +52,22 @@ def f64(weight: DenseWeight, x: torch.Tensor) -> torch.Tensor:
 
 def norm64(x: torch.Tensor, norm: NormWeight) -> torch.Tensor:
     return x / (x.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight.double().cpu()
+
+
+def case_stage_decode(s: Setting) -> None:
+    ids = torch.arange(3 * 21, dtype=torch.int32).view(3, 21).to(s.device)
+    tables = torch.tensor([[4, 9, 1], [7, 2, 0], [3, 5, 8]], dtype=torch.int32).to(s.device)
+    inverse = torch.tensor([[1.0, 0.1], [0.5, 0.01], [2.0, 0.2]]).to(s.device)
+    slots, positions = torch.tensor([2, 0, 1]).to(s.device), torch.tensor([9, 0, -1]).to(s.device)
+    found, cos, sin, mapping, gathered, lens = s.ops.stage_decode(slots, positions, ids, tables, inverse, 1.5, 8)
+    assert found.tolist()[:2] == [2 * 21 + 9, 0]
+    assert mapping.tolist() == [5 * 8 + 1, 4 * 8, -1]
+    assert lens.tolist() == [10, 1, 0]
+    assert gathered.tolist()[:2] == [[3, 5, 8], [4, 9, 1]]
+    for row, (position, frequencies) in enumerate(((9, (2.0, 0.2)), (0, (1.0, 0.1)))):
+        for column, frequency in enumerate(frequencies):
+            assert abs(float(cos[row, column]) - 1.5 * math.cos(position * frequency)) < 1e-5
+            assert abs(float(sin[row, column]) - 1.5 * math.sin(position * frequency)) < 1e-5
 
 
 def case_embed(s: Setting) -> None:
@@ -161,19 +178,21 @@ def case_attention(s: Setting) -> None:
         s.close(out, torch.stack(wanted).view(q.shape))
 
 
-def case_output_projection_norm(s: Setting) -> None:
+def case_output_projection(s: Setting) -> None:
     for num_tokens, bias in ((0, False), (1, True), (13, False)):
-        attended, residual = s.randn(num_tokens, NUM_HEADS, HEAD_DIM), s.randn(num_tokens, HIDDEN)
-        weight, norm = s.linear(NUM_HEADS * HEAD_DIM, HIDDEN, bias=bias), NormWeight(s.randn(HIDDEN), 1e-5)
-        y, r = s.ops.output_projection_norm(attended, weight, residual, norm)
-        s.close(r, f64(weight, attended.double().cpu().flatten(1)) + residual.double().cpu())
-        s.close(y, norm64(r.double().cpu(), norm))
+        attended = s.randn(num_tokens, NUM_HEADS, HEAD_DIM)
+        weight = s.linear(NUM_HEADS * HEAD_DIM, HIDDEN, bias=bias)
+        s.close(s.ops.output_projection(attended, weight), f64(weight, attended.double().cpu().flatten(1)))
 
 
-def case_gate_up_silu(s: Setting) -> None:
-    x, weight = s.randn(7, HIDDEN), s.linear(HIDDEN, 2 * 33)
-    gate, up = f64(weight, x.double().cpu()).chunk(2, dim=-1)
-    s.close(s.ops.gate_up_silu(x, weight), gate / (1 + torch.exp(-gate)) * up)
+def case_norm_gate_up_silu(s: Setting) -> None:
+    for num_tokens in (0, 1, 3, 7):
+        x, residual, weight = s.randn(num_tokens, HIDDEN), s.randn(num_tokens, HIDDEN), s.linear(HIDDEN, 2 * 33)
+        norm = NormWeight(s.randn(HIDDEN), 1e-5)
+        y, r = s.ops.norm_gate_up_silu(x, residual, norm, weight)
+        s.close(r, x.double().cpu() + residual.double().cpu())
+        gate, up = f64(weight, norm64(r.double().cpu(), norm)).chunk(2, dim=-1)
+        s.close(y, gate / (1 + torch.exp(-gate)) * up)
 
 
 def case_down_projection(s: Setting) -> None:
@@ -185,14 +204,21 @@ def case_lm_head(s: Setting) -> None:
     x, residual, norm = s.randn(5, HIDDEN), s.randn(5, HIDDEN), NormWeight(s.randn(HIDDEN), 1e-5)
     weight = DenseWeight(s.randn(51, HIDDEN, scale=HIDDEN**-0.5).t())  # a transposed view, as the loader makes
     logits = s.ops.lm_head(x, residual, norm, weight)
-    assert logits.dtype == torch.float32
     total = (x + residual).double().cpu()
-    s.close(logits.to(s.dtype), f64(weight, norm64(total, norm)))
+    s.close(logits, f64(weight, norm64(total, norm)))
 
 
 def case_sample(s: Setting) -> None:
-    """Every rule at once, row by row, against plain Python floats."""
+    """Greedy with bans; then every rule at once, row by row, against plain Python floats."""
     vocab = 29
+    greedy_logits = s.randn(3, vocab)
+    best = [int(row.argmax()) for row in greedy_logits.float().cpu()]
+    ids, rows, starts = torch.tensor([best[0], 5, best[2]]), torch.tensor([0, 0, 2]), torch.tensor([0, 2, 2, 3])
+    bans = SamplingBatch(banned_rows=rows.to(s.device), banned_ids=ids.to(s.device), banned_starts=starts.to(s.device))
+    wanted = [max((t for t in range(vocab) if t not in no), key=greedy_logits[r].tolist().__getitem__)
+              for r, no in enumerate(([best[0], 5], [], [best[2]]))]  # fmt: skip
+    assert s.ops.sample(greedy_logits, bans).tolist() == wanted
+    assert s.ops.sample(greedy_logits, SamplingBatch()).tolist() == best
     logits = (torch.randn(6, vocab, generator=s.generator) * 3).to(s.device)
     counts = torch.randint(0, 3, (6, vocab), generator=s.generator, dtype=torch.int32)
     seen = (counts > 0) | (torch.rand(6, vocab, generator=s.generator) < 0.2)
