@@ -6,6 +6,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -21,7 +22,7 @@ from turbotriton.contract.errors import (
 
 from .text_door import Delta
 
-__all__ = ["APIClient", "ChatStream", "InteractiveConversation"]
+__all__ = ["APIClient", "ChatStream", "InteractiveConversation", "client"]
 
 CONNECT_TIMEOUT_S = 10.0
 _ERRORS: dict[int, type[TurbotritonError]] = {429: UnavailableError, 503: UnavailableError, 504: DeadlineExceededError}
@@ -30,11 +31,14 @@ _ERRORS: dict[int, type[TurbotritonError]] = {429: UnavailableError, 503: Unavai
 class APIClient:
     """The calls of LMDeploy's class of this name. A stream is a generator of dicts; a whole answer is a generator of one dict.
 
-    `model`: of `stream`; None: the first that the server has. Certificates are checked by OpenSSL's store (SSL_CERT_FILE).
+    model: of `stream`; None: the first that the server has.
+    certificate: of the server or of who signed it, PEM; None: one that this machine knows (OpenSSL's store, SSL_CERT_FILE).
     Raises InvalidInputError (4xx), UnavailableError (429, 503, no server), ServerError. Thread-safe.
     """
 
-    def __init__(self, api_server_url: str, api_key: str | None = None, *, model: str | None = None) -> None:
+    def __init__(
+        self, api_server_url: str, api_key: str | None = None, *, model: str | None = None, certificate: Path | None = None
+    ) -> None:
         if not api_server_url.startswith(("http://", "https://")):
             raise InvalidInputError(f"address {api_server_url!r} is no http:// or https:// URL of an OpenAI server")
         self.url = api_server_url.rstrip("/").removesuffix("/v1")
@@ -43,7 +47,7 @@ class APIClient:
             "headers": {"Authorization": f"Bearer {api_key}"} if api_key else {},
             "timeout": httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),
             "trust_env": not _is_local(self.url),
-            "verify": ssl.create_default_context() if self.url.startswith("https") else False,
+            "verify": ssl.create_default_context(cafile=certificate) if self.url.startswith("https") else False,
         }
         self._http = httpx.Client(**options)
         self._streams = httpx.Client(**options, limits=httpx.Limits(max_keepalive_connections=0))  # see ChatStream
@@ -159,6 +163,11 @@ class APIClient:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def client(api_server_url: str = "http://127.0.0.1:23333", api_key: str | None = None) -> APIClient:
+    """LMDeploy's call of this name: `turbotriton.client(...)`."""
+    return APIClient(api_server_url, api_key)
 
 
 def _is_local(url: str) -> bool:

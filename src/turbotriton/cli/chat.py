@@ -31,7 +31,6 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         description="Chat in the terminal with a model in this process, without a server. Enter sends a line, Ctrl-C stops an "
         "answer, /help lists the rest. Input that is no terminal: one question a line. A checkpoint is converted into the "
         "cache first. The older forms 'chat torch MODEL_PATH' and 'chat turbomind MODEL_PATH' choose the backend too.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("words", metavar="MODEL_PATH", nargs="+", help=MODEL_PATH_HELP)
     _add_model_options(parser)

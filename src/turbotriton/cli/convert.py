@@ -15,7 +15,6 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "convert",
         help="turn a checkpoint into a workspace that tritonserver serves",
         description="Turn a Hugging Face, Meta or AutoAWQ checkpoint into a workspace with TurboMind weight files.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("model_name", metavar="MODEL_NAME", nargs="?", help="name of the model; LMDeploy's names also set its session_len")

@@ -21,7 +21,7 @@ from .leftovers import (
 )
 from .server_runtime import ServerRuntime, find_server
 
-__all__ = ["add_parser", "server_command"]
+__all__ = ["ENGINE_FLAGS", "add_parser", "check_engine_options", "server_command"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,6 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="start tritonserver on a workspace",
         description="Start tritonserver (from PATH, else the PyPI server runtime) on WORKSPACE/model_repository. "
         "Flags that are not listed here are passed on to tritonserver.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("workspace", type=Path, help="folder written by 'turbotriton convert' (or its model_repository)")
     parser.add_argument("--http-port", type=int, default=8000, help="HTTP port")
@@ -68,7 +67,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     options = {name: str(value) for name in ENGINE_FLAGS if (value := getattr(args, name)) is not None}
-    _check_options(options)
+    check_engine_options(options)
     runtime = find_server()
     command = server_command(runtime, args)
     environment = runtime.environment | {f"TURBOTRITON_{name.upper()}": value for name, value in options.items()}
@@ -79,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     return _wait(process)
 
 
-def _check_options(options: dict[str, str]) -> None:
+def check_engine_options(options: dict[str, str]) -> None:
     """Refuses a bad value now and not in the engine's log. session_len: the real one is in config.ini, any valid one serves here."""
     values: dict[str, object] = {name: ENGINE_FLAGS[name][0](value) for name, value in options.items()}
     EngineConfig(**({"session_len": 2048} | values))  # type: ignore[arg-type]
