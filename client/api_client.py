@@ -5,7 +5,7 @@ import json
 import socket
 import ssl
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -31,22 +31,27 @@ _ERRORS: dict[int, type[TurbotritonError]] = {429: UnavailableError, 503: Unavai
 class APIClient:
     """The calls of LMDeploy's class of this name. A stream is a generator of dicts; a whole answer is a generator of one dict.
 
-    certificate: of the server or of who signed it, PEM; None: one that this machine knows.
+    model: of `stream`; None: the first that the server has.
+    certificate: of the server or of who signed it, PEM; None: one that this machine knows (OpenSSL's store, SSL_CERT_FILE).
     Raises InvalidInputError (4xx), UnavailableError (429, 503, no server), ServerError. Thread-safe.
     """
 
-    def __init__(self, api_server_url: str, api_key: str | None = None, *, certificate: Path | None = None) -> None:
+    def __init__(
+        self, api_server_url: str, api_key: str | None = None, *, model: str | None = None, certificate: Path | None = None
+    ) -> None:
         if not api_server_url.startswith(("http://", "https://")):
             raise InvalidInputError(f"address {api_server_url!r} is no http:// or https:// URL of an OpenAI server")
         self.url = api_server_url.rstrip("/").removesuffix("/v1")
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._http = httpx.Client(
-            base_url=self.url,
-            headers=headers,
-            timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),
-            trust_env=not _is_local(self.url),
-            verify=True if certificate is None else ssl.create_default_context(cafile=certificate),
-        )
+        options: dict[str, Any] = {
+            "base_url": self.url,
+            "headers": {"Authorization": f"Bearer {api_key}"} if api_key else {},
+            "timeout": httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),
+            "trust_env": not _is_local(self.url),
+            "verify": ssl.create_default_context(cafile=certificate) if self.url.startswith("https") else False,
+        }
+        self._http = httpx.Client(**options)
+        self._streams = httpx.Client(**options, limits=httpx.Limits(max_keepalive_connections=0))  # see ChatStream
+        self._model = model
         self._models: list[str] | None = None
 
     @property
@@ -58,7 +63,9 @@ class APIClient:
 
     @property
     def model(self) -> str:
-        """The first model that the server has."""
+        """The one that was given, or the first that the server has."""
+        if self._model is not None:
+            return self._model
         if not self.available_models:
             raise UnavailableError(f"{self.url} has no model ready; try later")
         return self.available_models[0]
@@ -103,9 +110,16 @@ class APIClient:
             pass
 
     def stream(self, *, messages: Sequence[Mapping[str, Any]], **options: Any) -> "ChatStream":
-        """A chat answer as deltas, with `cancel`, as the gRPC client gives it."""
+        """A chat answer as deltas, with `cancel`, as the gRPC client gives it. Failures come with the first delta."""
         body = {"model": self.model, "messages": list(messages), "stream": True, "stream_options": {"include_usage": True}}
-        return ChatStream(self._send("POST", "/v1/chat/completions", body | options, stream=True))
+
+        def send(trace: Callable[[str, dict[str, Any]], None]) -> httpx.Response:
+            request = self._streams.build_request(
+                "POST", "/v1/chat/completions", json=body | options, extensions={"trace": trace}
+            )
+            return self._checked(lambda: self._streams.send(request, stream=True))
+
+        return ChatStream(send)
 
     def _answers(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         if not body["stream"]:
@@ -125,11 +139,14 @@ class APIClient:
             raise ServerError(f"{self.url}{path} answered no JSON: is it an OpenAI server?") from None
 
     def _send(self, method: str, path: str, body: Mapping[str, Any] | None = None, *, stream: bool = False) -> httpx.Response:
+        return self._checked(lambda: self._http.send(self._http.build_request(method, path, json=body), stream=stream))
+
+    def _checked(self, send: Callable[[], httpx.Response]) -> httpx.Response:
         try:
-            response = self._http.send(self._http.build_request(method, path, json=body), stream=stream)
+            response = send()
             if response.status_code != 200:
                 response.read()
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, OSError) as error:
             raise UnavailableError(f"no server answers at {self.url} ({error or type(error).__name__}); is it running?") from None
         if response.status_code != 200:
             status = response.status_code
@@ -139,6 +156,7 @@ class APIClient:
 
     def close(self) -> None:
         self._http.close()
+        self._streams.close()
 
     def __enter__(self) -> Self:
         return self
@@ -180,15 +198,24 @@ def _events(response: httpx.Response) -> Iterator[dict[str, Any]]:
 
 
 class ChatStream:
-    """Iterator of the deltas of a streamed chat answer; `cancel` ends it from any thread, also while nothing comes."""
+    """Iterator of the deltas of a streamed chat answer; `cancel` ends it from any thread, also while nothing comes.
 
-    def __init__(self, response: httpx.Response) -> None:
-        self._response = response
-        self._is_cancelled = threading.Event()
+    `send(trace)` asks for it on a connection of its own; `trace` gets httpx's events, among them that connection's socket. Shutting
+    that down wakes the thread that reads.
+    """
+
+    def __init__(self, send: Callable[[Callable[[str, dict[str, Any]], None]], httpx.Response]) -> None:
+        self._send = send
+        self._response: httpx.Response | None = None
+        self._lock = threading.Lock()
+        self._socket: socket.socket | None = None  # under the lock
+        self._is_cancelled = False  # under the lock
 
     def __iter__(self) -> Iterator[Delta]:
+        """Raises as APIClient does; ends quietly after `cancel`."""
         num_chunks, finish_reason = 0, None
         try:
+            self._response = self._send(self._note)
             for event in _events(self._response):
                 if usage := event.get("usage"):
                     yield Delta("", (), finish_reason, usage["prompt_tokens"], usage["completion_tokens"])
@@ -197,25 +224,40 @@ class ChatStream:
                     if text := choice["delta"].get("content"):
                         num_chunks += 1
                         yield Delta(text, (), None, 0, num_chunks)
-        except ServerError:
-            if not self._is_cancelled.is_set():
+        except (ServerError, UnavailableError):
+            if not self._is_cancelled:
                 raise
         finally:
-            self._response.close()
+            self._close()
+
+    def _note(self, event: str, info: dict[str, Any]) -> None:
+        if event not in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            return
+        with self._lock:
+            self._socket = info["return_value"].get_extra_info("socket")
+        if self._is_cancelled:
+            self._shut_down()
 
     def cancel(self) -> None:
-        self._is_cancelled.set()
-        connection = self._response.extensions.get("network_stream")
-        raw = connection.get_extra_info("socket") if connection is not None else None
-        if raw is not None:
-            with contextlib.suppress(OSError):  # it may be over
-                raw.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads
+        with self._lock:
+            self._is_cancelled = True
+        self._shut_down()
+
+    def _shut_down(self) -> None:
+        with self._lock:
+            if self._socket is not None:
+                with contextlib.suppress(OSError):  # it may be over
+                    self._socket.shutdown(socket.SHUT_RDWR)
+
+    def _close(self) -> None:
+        if self._response is not None:
+            self._response.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        self._response.close()
+        self._close()
 
 
 class InteractiveConversation:

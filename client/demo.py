@@ -1,7 +1,7 @@
-"""The web demo: one chat page on the text door.
+"""The web demo: one chat page on the text door, or on an OpenAI server.
 
 The page's conversation lives in the page (a gr.State); nothing is shared between visitors but the connection. Every answer
-is a gRPC stream that `Answers` knows by the visitor's session: Stop, Clear and a closed tab cancel it there, so that
+is a stream of its own that `Answers` knows by the visitor's session: Stop, Clear and a closed tab cancel it there, so that
 the engine frees its blocks at once. Nothing leaves for other hosts: no analytics, no share link, no fonts from elsewhere.
 """
 
@@ -11,16 +11,18 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
-from typing import Any, NamedTuple
+from types import FrameType, TracebackType
+from typing import Any, NamedTuple, Protocol, Self
 
 import gradio as gr
 
 from turbotriton.contract.errors import InvalidInputError, TurbotritonError
 
-from .grpc_stream import Client, Stream
+from .api_client import APIClient
+from .grpc_stream import Client
+from .text_door import Delta
 
-__all__ = ["Answers", "build_page", "serve_page"]
+__all__ = ["Answers", "ChatClient", "build_page", "serve_page"]
 
 _CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]+`)", re.DOTALL)
 REFRESH_S = 0.05  # how often a running answer is drawn
@@ -30,6 +32,29 @@ FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Liberation Sans", 
 MONOSPACE = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "Liberation Mono", "DejaVu Sans Mono", "monospace"]
 
 Message = dict[str, str]
+
+
+class Stream(Protocol):
+    """Deltas of one answer; `cancel` may be called from any thread."""
+
+    def __iter__(self) -> Iterator[Delta]: ...
+
+    def cancel(self) -> None: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None: ...
+
+
+class ChatClient(Protocol):
+    """What the page needs of `Client` and `APIClient`."""
+
+    url: str
+
+    @property
+    def model(self) -> str: ...
+
+    def stream(self, *, messages: list[Message], **options: Any) -> Stream: ...
 
 
 class Answers:
@@ -86,7 +111,7 @@ class _Answer:
 class _Chat:
     """What the page's events call. `messages` is the conversation without the system prompt."""
 
-    def __init__(self, client: Client, answers: Answers) -> None:
+    def __init__(self, client: ChatClient, answers: Answers) -> None:
         self._client = client
         self._answers = answers
 
@@ -180,7 +205,7 @@ class _Settings(NamedTuple):
     top_p: float
     top_k: int
 
-    def open_stream(self, client: Client, messages: list[Message]) -> Stream:
+    def open_stream(self, client: ChatClient, messages: list[Message]) -> Stream:
         system = [{"role": "system", "content": self.system}] if self.system.strip() else []
         return client.stream(
             messages=system + messages,
@@ -248,7 +273,7 @@ def _idle_box() -> Any:
     return gr.update(submit_btn=True, stop_btn=False)
 
 
-def build_page(client: Client, answers: Answers) -> gr.Blocks:
+def build_page(client: ChatClient, answers: Answers) -> gr.Blocks:
     """The page, ready to launch. The server need not be there yet."""
     chat = _Chat(client, answers)
     with gr.Blocks(title="turbotriton", analytics_enabled=False, fill_height=True) as page:
@@ -305,11 +330,16 @@ def build_page(client: Client, answers: Answers) -> gr.Blocks:
     return page
 
 
-def serve_page(url: str, *, model: str | None, server_name: str, server_port: int) -> int:
-    """Serves the page until SIGINT or SIGTERM. Raises InvalidInputError when the address cannot be taken."""
+def _open_client(url: str, model: str | None, api_key: str | None) -> Client | APIClient:
+    return APIClient(url, api_key, model=model) if url.startswith(("http://", "https://")) else Client(url, model)
+
+
+def serve_page(url: str, *, model: str | None, server_name: str, server_port: int, api_key: str | None = None) -> int:
+    """Serves the page until SIGINT or SIGTERM. url: HOST:PORT of tritonserver's gRPC, or an OpenAI server's http(s) URL, which gets
+    `api_key`. Raises InvalidInputError when the address cannot be taken."""
     if not 0 < server_port < 65536:
         raise InvalidInputError(f"--server-port is {server_port}; it must be from 1 to 65535")
-    with Client(url, model) as client:
+    with _open_client(url, model, api_key) as client:
         page = build_page(client, Answers())
         page.queue(api_open=False)
         try:

@@ -192,6 +192,7 @@ class AsyncStream:
         self._url = url
         self._is_finished = False
         self._is_cancelled = False
+        self._draining: asyncio.Task[None] | None = None
 
     def __aiter__(self) -> AsyncIterator[Delta]:
         return self
@@ -214,7 +215,8 @@ class AsyncStream:
             raise
         except TurbotritonError:  # the response carries it
             self._is_finished = True
-            await drain_async(self._call)
+            self._draining = asyncio.create_task(drain_async(self._call))
+            await asyncio.shield(self._draining)  # goes on when whoever waits here is cancelled
             raise
         except BaseException:
             self.cancel()
@@ -224,7 +226,9 @@ class AsyncStream:
         raise StopAsyncIteration
 
     def cancel(self) -> None:
-        """Closes the stream; the engine frees the request's blocks. Idempotent."""
+        """Closes the stream; the engine frees the request's blocks. Idempotent; a stream that failed is read to its end instead."""
+        if self._draining is not None and not self._draining.done():
+            return
         if not self._is_finished:
             self._is_cancelled = True
         self._call.cancel()

@@ -13,7 +13,7 @@ from tritonclient.grpc import service_pb2
 
 from turbotriton.contract.errors import InvalidInputError, ServerError
 
-from .kserve import Tensor, build_request, error_from_text, read_outputs, strings
+from .kserve import Tensor, build_request, error_from_text, read_values, strings
 
 __all__ = ["LMDEPLOY_MODELS", "Delta", "Result", "build_generate_request", "join_deltas", "pick_model", "read_delta"]
 
@@ -145,26 +145,25 @@ def read_delta(response: service_pb2.ModelStreamInferResponse) -> Delta | None:
     """The response's content; None for an empty final message. Raises the error that the response carries."""
     if response.error_message:
         raise error_from_text(response.error_message)
-    outputs = read_outputs(response.infer_response)
+    outputs = read_values(response.infer_response)
     if not outputs:
         return None
     if "text_output" not in outputs:
         raise ServerError(f"model {response.infer_response.model_name} answers {sorted(outputs)}, not text_output: no text door")
 
     def first(name: str, default: Any) -> Any:
-        array = outputs.get(name)
-        return array.ravel()[0] if array is not None and array.size else default
+        values = outputs.get(name)
+        return values[0] if values else default
 
     logprobs = first("logprobs", b"")
-    cumulative = first("cumulative_logprob", None)
     return Delta(
         text=first("text_output", b"").decode(errors="replace"),
-        output_ids=tuple(int(token) for token in outputs["output_ids"].ravel()) if "output_ids" in outputs else (),
+        output_ids=tuple(outputs.get("output_ids", ())),
         finish_reason=first("finish_reason", b"").decode() or None,
-        num_input_tokens=int(first("num_input_tokens", 0)),
-        num_output_tokens=int(first("num_output_tokens", 0)),
+        num_input_tokens=first("num_input_tokens", 0),
+        num_output_tokens=first("num_output_tokens", 0),
         logprobs=json.loads(logprobs) if logprobs else None,
-        cumulative_logprob=None if cumulative is None else float(cumulative),
+        cumulative_logprob=first("cumulative_logprob", None),
     )
 
 

@@ -19,12 +19,15 @@ from turbotriton.contract.errors import TurbotritonError
 from .errors import ApiError, api_error
 from .fleet import Fleet
 from .schema import ChatRequest, CompletionRequest, SamplingFields
-from .tools import ToolCallParser, ToolFormat, forced_call_schema
+from .tools import ToolCallParser, ToolFormat
 
 __all__ = ["Answer", "ChatAnswer", "CompletionAnswer", "sampling_options"]
 
 MAX_SEED = 2**64
 MAX_STREAMS = 128  # prompts times n of one request
+#: What refuses one choice refuses the others; they get this long to end by themselves, because tritonserver 24.10 never forgets a
+#: stream that is cancelled between its error and its end, and then cannot stop.
+REFUSALS_S = 1.0
 
 
 def sampling_options(request: SamplingFields) -> dict[str, Any]:
@@ -46,8 +49,11 @@ def sampling_options(request: SamplingFields) -> dict[str, Any]:
         )
     }
     options["stop_words"] = [request.stop] if isinstance(request.stop, str) else request.stop
-    if request.logit_bias:
-        options["sampling_parameters"] = {"logit_bias": request.logit_bias}
+    parameters: dict[str, Any] = {"logit_bias": request.logit_bias} if request.logit_bias else {}
+    if (guided := request.guided()) is not None:
+        parameters["guided"] = guided
+    if parameters:
+        options["sampling_parameters"] = parameters
     return options
 
 
@@ -89,21 +95,30 @@ class Answer:
         self.id = f"{self.kind}-{uuid.uuid4().hex}"
         self.created = int(time.time())
 
-    async def deltas(self) -> AsyncGenerator[tuple[_Choice, Delta]]:
-        """Every choice's deltas as they come. Raises ApiError; closing the generator cancels what runs."""
+    async def batches(self) -> AsyncGenerator[list[tuple[_Choice, Delta]]]:
+        """Every choice's deltas as they come, those together that are there. Raises ApiError; closing it cancels what runs."""
         came: asyncio.Queue[tuple[_Choice, Delta | Exception | None]] = asyncio.Queue()
         tasks = [asyncio.create_task(self._run(choice, came)) for choice in self._choices]
         num_open = len(tasks)
         try:
             while num_open:
-                choice, item = await came.get()
-                if isinstance(item, Exception):
-                    raise api_error(item) if isinstance(item, TurbotritonError) else item
-                if item is None:
-                    num_open -= 1
-                    continue
-                choice.take(item)
-                yield choice, item
+                items = [await came.get()]
+                while not came.empty():
+                    items.append(came.get_nowait())
+                batch: list[tuple[_Choice, Delta]] = []
+                failure: Exception | None = None
+                for choice, item in items:
+                    if item is None:
+                        num_open -= 1
+                    elif isinstance(item, Delta):
+                        batch.append((choice, item))
+                    else:
+                        failure = failure or item
+                if batch:
+                    yield batch
+                if failure is not None:
+                    await asyncio.wait(tasks, timeout=REFUSALS_S)
+                    raise api_error(failure) if isinstance(failure, TurbotritonError) else failure
         finally:
             for task in tasks:
                 task.cancel()
@@ -125,27 +140,33 @@ class Answer:
         return {"prompt_tokens": num_prompt, "completion_tokens": num_output, "total_tokens": num_prompt + num_output}
 
     async def whole(self) -> dict[str, Any]:
-        async with contextlib.aclosing(self.deltas()) as deltas:
-            async for choice, delta in deltas:
-                self._keep(choice, delta)
+        async with contextlib.aclosing(self.batches()) as batches:
+            async for batch in batches:
+                for choice, delta in batch:
+                    choice.take(delta)
+                    self._keep(choice, delta)
         choices = [self._whole_choice(choice) for choice in self._choices]
         return self._envelope(self._object) | {"choices": choices, "usage": self.usage()}
 
-    async def chunks(self) -> AsyncGenerator[dict[str, Any]]:
-        """Objects of a streamed answer in their order, without the closing [DONE]."""
-        async with contextlib.aclosing(self.deltas()) as deltas:
-            async for choice, delta in deltas:
-                for chunk in self._choice_chunks(choice, delta):
-                    yield self._envelope(self._chunk_object) | {"choices": [chunk]} | self._null_usage()
+    async def chunks(self) -> AsyncGenerator[list[str]]:
+        """Objects of a streamed answer in their order, as JSON, without the closing [DONE]; in one list what is sent at once."""
+        envelope = self._envelope(self._chunk_object)
+        head = f'{json.dumps(envelope, ensure_ascii=False)[:-1]}, "choices": ['
+        tail = '], "usage": null}' if self._wants_usage else "]}"
+        async with contextlib.aclosing(self.batches()) as batches:
+            async for batch in batches:
+                made = []
+                for choice, delta in batch:
+                    choice.take(delta)
+                    made += [f"{head}{_dump(chunk)}{tail}" for chunk in self._choice_chunks(choice, delta)]
+                if made:
+                    yield made
         if self._wants_usage:
-            yield self._envelope(self._chunk_object) | {"choices": [], "usage": self.usage()}
+            yield [_dump(envelope | {"choices": [], "usage": self.usage()})]
 
     @property
     def _wants_usage(self) -> bool:
         return self._request.stream_options is not None and self._request.stream_options.include_usage
-
-    def _null_usage(self) -> dict[str, None]:
-        return {"usage": None} if self._wants_usage else {}
 
     def _envelope(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self._request.model}
@@ -161,6 +182,9 @@ class Answer:
 
     def _choice_chunks(self, choice: _Choice, delta: Delta) -> Sequence[dict[str, Any]]:
         raise NotImplementedError
+
+
+_dump = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def _seeded(options: dict[str, Any], seed: int | None, index: int) -> dict[str, Any]:
@@ -218,7 +242,7 @@ class ChatAnswer(Answer):
     _object, _chunk_object = "chat.completion", "chat.completion.chunk"
 
     def __init__(self, fleet: Fleet, request: ChatRequest, tool_format: ToolFormat | None) -> None:
-        options = sampling_options(request) | _guided(request)
+        options = sampling_options(request)
         options["max_tokens"] = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
         options["num_logprobs"] = (request.top_logprobs or 0) if request.logprobs else None
         prompt: dict[str, Any]
@@ -228,7 +252,7 @@ class ChatAnswer(Answer):
             prompt = {"messages": [_plain_message(index, message) for index, message in enumerate(request.messages)]}
         template_options: dict[str, Any] = dict(request.chat_template_kwargs or {})
         if tool_format is not None:
-            template_options["tools"] = request.tools
+            template_options["tools"] = [tool.model_dump(exclude_unset=True) for tool in request.tools or ()]
             options["skip_special_tokens"] = options["skip_special_tokens"] and not tool_format.is_special
         if template_options:
             options["chat_template_kwargs"] = template_options
@@ -236,14 +260,19 @@ class ChatAnswer(Answer):
         if tool_format is not None:
             is_forced = request.tool_choice not in (None, "auto")
             for choice in choices:
-                choice.parser = ToolCallParser(tool_format, is_forced=is_forced)
+                max_calls = None if request.parallel_tool_calls else 1
+                choice.parser = ToolCallParser(tool_format, is_forced=is_forced, max_calls=max_calls)
         self._began: set[int] = set()
         super().__init__(fleet, request, choices)
 
     def _keep(self, choice: _Choice, delta: Delta) -> None:
         content, calls = self._parsed(choice, delta)
         choice.parts.append(content)
-        choice.tool_calls += calls
+        for call in calls:
+            if "id" in call:
+                choice.tool_calls.append({name: value for name, value in call.items() if name != "index"})
+            else:
+                choice.tool_calls[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
         choice.logprobs += delta.logprobs or []
 
     def _parsed(self, choice: _Choice, delta: Delta) -> tuple[str, list[dict[str, Any]]]:
@@ -261,7 +290,7 @@ class ChatAnswer(Answer):
         content = "".join(choice.parts)
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
         if choice.tool_calls:
-            message |= {"content": content.strip() or None, "tool_calls": [_without_index(call) for call in choice.tool_calls]}
+            message |= {"content": content.strip() or None, "tool_calls": choice.tool_calls}
         return {
             "index": choice.index,
             "message": message,
@@ -297,23 +326,6 @@ def _token(entry: Mapping[str, Any]) -> dict[str, Any]:
     """bytes is null for a token that is a part of a character."""
     text = entry["token"]
     return {"token": text, "logprob": entry["logprob"], "bytes": None if "\ufffd" in text else list(text.encode())}
-
-
-def _without_index(call: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in call.items() if name != "index"}
-
-
-def _guided(request: ChatRequest) -> dict[str, Any]:
-    """sampling_parameters with what the answer's form is held to, by response_format or by a forced tool call."""
-    guided = None if request.response_format is None else request.response_format.guided()
-    if request.tools and request.tool_choice not in (None, "none", "auto"):
-        if guided is not None:
-            raise ApiError(400, "response_format and a required tool call exclude each other", param="response_format")
-        guided = {"json_schema": forced_call_schema(request.tools, request.tool_choice)}
-    parameters = {"logit_bias": request.logit_bias} if request.logit_bias else {}
-    if guided is not None:
-        parameters["guided"] = guided
-    return {"sampling_parameters": parameters} if parameters else {}
 
 
 def _plain_call(call: Any) -> Any:

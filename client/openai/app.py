@@ -235,9 +235,10 @@ async def _in_turn(service: _Service, user_id: str | None, is_qos: bool, items: 
             yield item
 
 
-async def _events(chunks: AsyncIterator[dict[str, Any]]) -> AsyncGenerator[str]:
-    async for chunk in chunks:
-        yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+async def _events(chunks: AsyncIterator[list[str]]) -> AsyncGenerator[str]:
+    """One write for what came together."""
+    async for texts in chunks:
+        yield "".join([f"data: {text}\n\n" for text in texts])
     yield "data: [DONE]\n\n"
 
 

@@ -8,11 +8,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
 from .errors import ApiError
+from .tools import forced_call_schema
 
 __all__ = ["IGNORED", "ChatRequest", "CompletionRequest", "EncodeRequest", "InteractiveRequest", "SamplingFields"]
 
 #: Fields that OpenAI's clients may send and that cannot change an answer here.
-IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
+IGNORED = ("session_id", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 
 MAX_CHOICES = 16
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -53,9 +54,13 @@ class SamplingFields(_Request):
     stop_token_ids: list[TokenId] | None = None
     bad_words: list[str] | None = None
     priority: Annotated[int, Field(ge=-(2**31) + 1, le=2**31 - 1)] = 0
-    session_id: int = -1
+    guided_json: dict[str, JsonValue] | str | None = None
+    guided_regex: str | None = None
+    guided_grammar: str | None = None
+    guided_choice: list[str] | None = None
     user_id: str | None = None  # of the _qos endpoints
     # accepted and without effect on an answer
+    session_id: int = -1  # LMDeploy's: answers of these endpoints need no session
     user: str | None = None
     metadata: dict[str, JsonValue] | None = None
     store: Literal[False] | None = None
@@ -75,6 +80,14 @@ class SamplingFields(_Request):
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is only for stream = true")
         return self
+
+    def guided(self) -> dict[str, Any] | None:
+        """The engine's `guided` object. Raises ApiError when the answer is to follow two things."""
+        names = {"guided_json": "json_schema", "guided_regex": "regex", "guided_grammar": "grammar", "guided_choice": "choice"}
+        given = [name for name in names if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ApiError(400, f"{' and '.join(given)} exclude each other; send one", param=given[1])
+        return {names[given[0]]: getattr(self, given[0])} if given else None
 
 
 class ResponseFormat(_Request):
@@ -100,13 +113,26 @@ class ResponseFormat(_Request):
         return {self.type: value}
 
 
+class ToolFunction(BaseModel):
+    """The rest of it goes to the chat template as it is."""
+
+    model_config = ConfigDict(extra="allow")
+    name: Annotated[str, Field(min_length=1)]
+    parameters: dict[str, JsonValue] | None = None
+
+
+class Tool(_Request):
+    type: Literal["function"]
+    function: ToolFunction
+
+
 class ChatRequest(SamplingFields):
     messages: str | list[dict[str, JsonValue]]
     max_completion_tokens: Annotated[int | None, Field(ge=0, le=2**31 - 1)] = None
     logprobs: bool = False
     top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
     response_format: ResponseFormat | None = None
-    tools: list[dict[str, JsonValue]] | None = None
+    tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | dict[str, JsonValue] | None = None
     parallel_tool_calls: bool = True
     chat_template_kwargs: dict[str, JsonValue] | None = None
@@ -121,6 +147,19 @@ class ChatRequest(SamplingFields):
         if self.tool_choice not in (None, "none", "auto") and not self.tools:
             raise ValueError("tool_choice needs tools")
         return self
+
+    def guided(self) -> dict[str, Any] | None:
+        """Also by response_format or a forced tool call."""
+        forced = None
+        if self.tools and self.tool_choice not in (None, "none", "auto"):
+            forced = {"json_schema": forced_call_schema([tool.function.model_dump() for tool in self.tools], self.tool_choice)}
+        by_format = None if self.response_format is None else self.response_format.guided()
+        given = [one for one in (super().guided(), by_format, forced) if one is not None]
+        if len(given) > 1:
+            raise ApiError(
+                400, "response_format, guided_... and a required tool call exclude each other; send one", param="response_format"
+            )
+        return given[0] if given else None
 
 
 class CompletionRequest(SamplingFields):

@@ -9,6 +9,7 @@ Text before the first call is content. What looks like a call and is none (no JS
 """
 
 import json
+import re
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -55,22 +56,29 @@ def find_tool_format(chat_template: str | None) -> ToolFormat | None:
 
 
 class ToolCallParser:
-    """Fed with an answer's text as it comes. A call is given on when its JSON is complete."""
+    """Fed with an answer's text as it comes; calls come out as OpenAI's deltas.
 
-    def __init__(self, form: ToolFormat, *, is_forced: bool = False) -> None:
+    `is_forced`: the whole answer is the JSON of one call, held to its schema; its arguments are given on as they come. Other calls are
+    given on when their JSON is complete: only then is it certain that they are calls. `max_calls`: those after it are dropped.
+    """
+
+    def __init__(self, form: ToolFormat, *, is_forced: bool = False, max_calls: int | None = None) -> None:
         self._form = form
-        self._is_forced = is_forced  # the whole answer is one call's JSON
+        self._forced = _ForcedCall() if is_forced else None
+        self._max_calls = max_calls
         self._held = ""
-        self._in_call = is_forced
+        self._in_call = False
         self._is_first = True
         self.num_calls = 0
 
     def push(self, text: str) -> tuple[str, list[dict[str, Any]]]:
-        """-> content and calls that are certain now."""
+        """-> content and deltas of calls that are certain now."""
+        if self._forced is not None:
+            return "", self._deltas_of(self._forced.push(text))
         self._held += text
         content = ""
         calls: list[dict[str, Any]] = []
-        while not self._is_forced:
+        while True:
             if not self._in_call:
                 before, self._held, self._in_call = self._until_call(self._held)
                 content += before
@@ -84,10 +92,28 @@ class ToolCallParser:
 
     def flush(self) -> tuple[str, list[dict[str, Any]]]:
         """The end of the answer: what was held is a call or content."""
+        if self._forced is not None:
+            return self._forced.rest(), []
         held, self._held = self._held, ""
-        for end in _ENDS:
-            held = held.removesuffix(end)
+        if self._in_call or self._form.is_special:
+            for end in _ENDS:
+                held = held.removesuffix(end)
         return self._calls_of(held) if self._in_call else (held, [])
+
+    def _deltas_of(self, pieces: list[tuple[str | None, str]]) -> list[dict[str, Any]]:
+        return [
+            self._begin(name, text) if name is not None else {"index": 0, "function": {"arguments": text}}
+            for name, text in pieces
+        ]
+
+    def _begin(self, name: str, arguments: str) -> dict[str, Any]:
+        self.num_calls += 1
+        return {
+            "index": self.num_calls - 1,
+            "id": f"call_{uuid.uuid4().hex[:24]}",
+            "type": "function",
+            "function": {"name": name, "arguments": arguments},
+        }
 
     def _until_call(self, text: str) -> tuple[str, str, bool]:
         """-> (content before a call, what is held, whether a call has begun)."""
@@ -102,21 +128,63 @@ class ToolCallParser:
         if begin in text:
             before, after = text.split(begin, 1)
             return before, after, True
-        held = next((size for size in range(min(len(begin) - 1, len(text)), 0, -1) if text.endswith(begin[:size])), 0)
+        markers = (begin, *_ENDS) if self._form.is_special else (begin,)
+        held = max((size for marker in markers for size in range(1, len(marker) + 1) if text.endswith(marker[:size])), default=0)
         return text[: len(text) - held], text[len(text) - held :], False
 
     def _calls_of(self, body: str) -> tuple[str, list[dict[str, Any]]]:
         calls = _read_calls(body)
         if calls is None:
-            return (body if self._is_forced else self._form.begin + body + self._form.end), []
-        made = []
-        for name, arguments in calls:
-            function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
-            made.append(
-                {"index": self.num_calls, "id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
-            )
-            self.num_calls += 1
-        return "", made
+            return self._form.begin + body + self._form.end, []
+        room = len(calls) if self._max_calls is None else self._max_calls - self.num_calls
+        return "", [self._begin(name, json.dumps(arguments, ensure_ascii=False)) for name, arguments in calls[: max(room, 0)]]
+
+
+class _ForcedCall:
+    """{"name": "...", "arguments": {...}} cut anywhere -> (name, "") once, then (None, piece of the arguments' text)."""
+
+    _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(?=\S)', re.DOTALL)
+
+    def __init__(self) -> None:
+        self._head = ""
+        self._name: str | None = None
+        self._depth = 0
+        self._in_string = self._is_escaped = self._is_over = False
+
+    def push(self, text: str) -> list[tuple[str | None, str]]:
+        if self._name is not None:
+            piece = self._arguments(text)
+            return [(None, piece)] if piece else []
+        self._head += text
+        found = self._HEAD.match(self._head)
+        if found is None:
+            return []
+        self._name = str(json.loads(found[1]))
+        piece = self._arguments(self._head[found.end() :])
+        return [(self._name, ""), (None, piece)]
+
+    def rest(self) -> str:
+        """What came before the answer was cut, when that is no call yet."""
+        return "" if self._name is not None else self._head
+
+    def _arguments(self, text: str) -> str:
+        """The part of `text` that belongs to the arguments: up to the brace that closes what is around them."""
+        for at, sign in enumerate(text):
+            if self._is_over:
+                return text[:at]
+            if self._in_string:
+                self._in_string = self._is_escaped or sign != '"'
+                self._is_escaped = sign == "\\" and not self._is_escaped
+            elif sign == '"':
+                self._in_string = True
+            elif sign in "{[":
+                self._depth += 1
+            elif sign in "}]":
+                self._depth -= 1
+                self._is_over = self._depth <= 0
+                if self._depth < 0:  # the arguments are a bare number or text, and end with the object around them
+                    return text[:at]
+        return text
 
 
 def _read_calls(body: str) -> list[tuple[str, Any]] | None:
@@ -139,21 +207,18 @@ def _read_calls(body: str) -> list[tuple[str, Any]] | None:
     return calls or None
 
 
-def forced_call_schema(tools: Sequence[Mapping[str, Any]], choice: object) -> dict[str, Any]:
-    """JSON schema of exactly one call of one of the tools, or of the named one. Raises ApiError for a name that is not there."""
-    functions = [tool["function"] for tool in tools if isinstance(tool.get("function"), dict)]
+def forced_call_schema(functions: Sequence[Mapping[str, Any]], choice: object) -> dict[str, Any]:
+    """JSON schema of exactly one call of one of the functions, or of the named one. Raises ApiError for a name that is not there."""
     if isinstance(choice, dict):
         function = choice.get("function")
         wanted = function.get("name") if isinstance(function, dict) else None
-        functions = [one for one in functions if one.get("name") == wanted]
+        functions = [one for one in functions if one["name"] == wanted]
         if not functions:
             raise ApiError(400, f"tool_choice names the function {wanted!r}, which is not among tools", param="tool_choice")
-    if not functions:
-        raise ApiError(400, "tools has no entry with a 'function' object", param="tools")
     calls = [
         {
             "type": "object",
-            "properties": {"name": {"const": one.get("name")}, "arguments": one.get("parameters") or {"type": "object"}},
+            "properties": {"name": {"const": one["name"]}, "arguments": one.get("parameters") or {"type": "object"}},
             "required": ["name", "arguments"],
             "additionalProperties": False,
         }

@@ -1,14 +1,16 @@
-"""`turbotriton bench` as a process against the real server, over each of tritonserver's interfaces."""
+"""`turbotriton bench` as a process against the real server, over each of its interfaces and the OpenAI server."""
 
 import csv
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from .metrics import settled
+from .openai_server import api_server
 from .server import TritonServer
 
 pytestmark = pytest.mark.e2e
@@ -20,9 +22,18 @@ def bench(*args: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("interface", ["grpc", "generate_stream"])
-def test_bench_counts_what_the_engine_counts(demo_server: TritonServer, tmp_path: Path, interface: str) -> None:
-    url = demo_server.grpc_url if interface == "grpc" else demo_server.http_url
+@pytest.fixture(scope="module")
+def urls(demo_server: TritonServer) -> Iterator[dict[str, str]]:
+    """interface -> address."""
+    with api_server(demo_server.grpc_url) as openai_url:
+        yield {"grpc": demo_server.grpc_url, "generate_stream": demo_server.http_url, "openai": f"{openai_url}/v1"}
+
+
+@pytest.mark.parametrize("interface", ["grpc", "generate_stream", "openai"])
+def test_bench_counts_what_the_engine_counts(
+    demo_server: TritonServer, urls: dict[str, str], tmp_path: Path, interface: str
+) -> None:
+    url = urls[interface]
     before = settled(demo_server, "turbotriton_generation_tokens_total")
     done = bench(
         url, "--interface", interface, "--num-prompts", "12", "--concurrency", "4", "--input-len", "8:24", "--output-len", "4:9",

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from .openai_server import api_server
 from .server import TritonServer
 
 pytestmark = pytest.mark.e2e
@@ -22,3 +23,17 @@ def test_guided_page(demo_server: TritonServer, capsys: pytest.CaptureFixture[st
     answers = capsys.readouterr().out.splitlines()
     assert answers[-1] in ("four", "five")
     assert "city" in answers[0]
+
+
+def test_openai_page(demo_server: TritonServer, capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = python_blocks("openai.md")
+    assert len(blocks) == 2
+    namespace: dict[str, object] = {}
+    with api_server(demo_server.grpc_url) as url:
+        for block in blocks:
+            exec(compile(block.replace("http://localhost:23333", url), "openai.md", "exec"), namespace)
+        whole, streamed, review, colour = capsys.readouterr().out.splitlines()
+    assert whole == streamed
+    assert "42" in whole
+    assert review.startswith("stars=")
+    assert colour in ('"red"', '"blue"')

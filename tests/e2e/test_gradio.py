@@ -10,6 +10,7 @@ from playwright.sync_api import expect
 from tests.client.browser import ChatPage, chat_page_server, chromium
 
 from .metrics import metric, wait_idle, wait_until
+from .openai_server import api_server
 from .processes import engine_pid, paused
 from .server import TritonServer
 
@@ -129,6 +130,35 @@ def test_page_on_a_workspace_starts_and_stops_its_own_server(browser: Any, demo_
         chat.context.close()
         (pid,) = _servers_of(demo_workspace) - others
     assert not Path(f"/proc/{pid}").exists()
+
+
+def test_page_on_an_openai_server_answers_and_stops(browser: Any, demo_server: TritonServer) -> None:
+    """Stop reaches the engine through the OpenAI server, also while nothing comes: the engine is paused then."""
+    with api_server(demo_server.grpc_url, "--api-keys", "secret") as openai_url:
+        with chat_page_server(openai_url) as url:
+            page = ChatPage(browser, url)
+            expect(page.page.locator("#served")).to_contain_text("valid api key")
+            page.context.close()
+        with chat_page_server(f"{openai_url}/v1", "--api-key", "secret") as url:
+            chat = ChatPage(browser, url)
+            expect(chat.page.locator("#served")).to_contain_text(f"demo on {openai_url}")
+            chat.ask(TALK[1])
+            chat.wait_status(r"^\s*\d+ tokens · .*tokens/s · first after")
+            assert chat.answers.last.inner_text().strip()
+            set_endless(chat)
+            for _ in range(5):  # a random answer may be over before the pause
+                chat.ask("Tell me a long story.")
+                wait_until(lambda: metric(demo_server, "turbotriton_kv_cache_usage") > 0, "blocks being held")
+                with paused(engine_pid(demo_server)):
+                    if not chat.stop_button.count():
+                        continue
+                    chat.stop_button.click()
+                    chat.wait_status("stopped")
+                break
+            wait_idle(demo_server, timeout_s=3)
+            assert chat.foreign_requests == []
+            assert chat.console_errors == []
+            chat.context.close()
 
 
 def _servers_of(workspace: Path) -> set[int]:

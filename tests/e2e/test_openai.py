@@ -178,6 +178,20 @@ def test_caller_that_leaves_frees_the_engine(base_url: str, demo_server: TritonS
     wait_idle(demo_server)
 
 
+def test_refused_choices_leave_nothing_behind(base_url: str, demo_server: TritonServer) -> None:
+    """Each of the 16 streams is read to its end after its error: the server that this module stops could not end otherwise."""
+
+    async def run() -> None:
+        async with httpx.AsyncClient(timeout=60) as http:
+            body = {"model": "demo", "prompt": [99999999], "n": 16}
+            for _ in range(15):
+                replies = await asyncio.gather(*(http.post(f"{base_url}/v1/completions", json=body) for _ in range(4)))
+                assert {reply.status_code for reply in replies} == {400}
+
+    asyncio.run(run())
+    wait_idle(demo_server)
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "words"),
     [

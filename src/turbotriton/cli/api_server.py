@@ -3,6 +3,7 @@
 import argparse
 import logging
 import signal
+import ssl
 from pathlib import Path
 
 from turbotriton.contract import env
@@ -108,4 +109,11 @@ def _ssl_files(args: argparse.Namespace) -> tuple[Path | None, Path | None]:
     for path in (keyfile, certfile):
         if path is not None and not path.is_file():
             raise InvalidInputError(f"{path}: is no file; give the PEM file's path")
+    if keyfile is not None and certfile is not None:
+        try:
+            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certfile, keyfile)
+        except (ssl.SSLError, OSError) as error:
+            raise InvalidInputError(
+                f"{keyfile} and {certfile} are no key and certificate that belong together: {error}"
+            ) from None
     return keyfile, certfile

@@ -1,0 +1,129 @@
+"""The same work over gRPC and over the OpenAI server: how much time the latter adds. python tests/bench/bench_openai.py
+
+Starts tritonserver on the demo model (or takes --grpc HOST:PORT) and `serve api_server` before it, then sends the same prompts with
+the same concurrency through one and the other, in turns, `--repeats` times after a warm-up of each. A sample is the time from the first
+request to the last token; the answers are greedy and of a fixed length. The ratio is that of each pair of neighbours; the table has
+its quantiles, and the CPU seconds that the OpenAI server spent in a sample.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+from turbotriton import __version__
+from turbotriton.cli.running_server import free_ports, served_path
+from turbotriton.client.bench.load import run_load
+from turbotriton.client.bench.targets import Address, Sampling, open_target
+from turbotriton.client.bench.workload import Item, LengthRange, random_items
+from turbotriton.demo import checkpoint_path
+
+
+@contextlib.contextmanager
+def api_server(grpc_url: str) -> Iterator[tuple[str, int]]:
+    """Its URL and pid."""
+    (port,) = free_ports(1)
+    command = [sys.executable, "-m", "turbotriton", "serve", "api_server", grpc_url, "--server-port", str(port)]
+    process = subprocess.Popen([*command, "--log-level", "warning"])
+    url = f"http://127.0.0.1:{port}"
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        for _ in range(300):
+            try:
+                opener.open(f"{url}/health", timeout=5).close()
+                break
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.1)
+        yield url, process.pid
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def sample_s(interface: str, url: str, items: list[Item], concurrency: int) -> float:
+    async def run() -> float:
+        async with open_target(interface, Address(url), Sampling()) as target:
+            began = time.perf_counter()
+            records = await run_load(target, items, concurrency)
+            seconds = time.perf_counter() - began
+        failed = [record.error for record in records if record.error is not None]
+        assert not failed, failed[0]
+        assert sum(record.num_output_tokens for record in records) == sum(item.max_tokens for item in items)
+        return seconds
+
+    return asyncio.run(run())
+
+
+def measure(args: argparse.Namespace, grpc_url: str) -> dict[str, object]:
+    items = random_items(args.num_prompts, LengthRange.parse("32"), LengthRange.parse(str(args.output_len)), (16, 400), seed=0)
+    times: dict[str, list[float]] = {"grpc": [], "openai": []}
+    cpu: list[float] = []
+    with api_server(grpc_url) as (url, pid):
+        urls = {"grpc": grpc_url, "openai": url}
+        for interface in urls:
+            sample_s(interface, urls[interface], items, args.concurrency)
+        for number in range(args.repeats):
+            for interface in ("grpc", "openai") if number % 2 else ("openai", "grpc"):
+                before = cpu_seconds(pid)
+                times[interface].append(sample_s(interface, urls[interface], items, args.concurrency))
+                if interface == "openai":
+                    cpu.append(cpu_seconds(pid) - before)
+    ratios = [ours / theirs for ours, theirs in zip(times["openai"], times["grpc"], strict=True)]
+    num_tokens = sum(item.max_tokens for item in items)
+    print(f"{'':24}{'p20':>10}{'p50':>10}{'p80':>10}")
+    for name, values in (("grpc, s", times["grpc"]), ("openai, s", times["openai"]), ("openai / grpc", ratios)):
+        print(f"{name:24}" + "".join(f"{value:10.3f}" for value in quantiles(values)))
+    print(f"{'OpenAI server, us/token':24}" + "".join(f"{value / num_tokens * 1e6:10.1f}" for value in quantiles(cpu)))
+    return {
+        "bench": "openai", "concurrency": args.concurrency, "num_prompts": args.num_prompts, "output_len": args.output_len,
+        "repeats": args.repeats, "grpc_s": quantiles(times["grpc"]), "openai_s": quantiles(times["openai"]),
+        "ratio": quantiles(ratios), "server_cpu_us_per_token": [value / num_tokens * 1e6 for value in quantiles(cpu)],
+        "num_cpus": os.cpu_count(), "version": __version__, "commit": commit(),
+    }  # fmt: skip
+
+
+def quantiles(values: list[float]) -> list[float]:
+    """p20, p50, p80."""
+    cuts = statistics.quantiles(values, n=10, method="inclusive") if len(values) > 1 else values * 9
+    return [cuts[1], statistics.median(values), cuts[7]]
+
+
+def commit() -> str:
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--grpc", help="HOST:PORT of a tritonserver that runs already")
+    parser.add_argument("--concurrency", type=int, default=8)
+    parser.add_argument("--num-prompts", type=int, default=32)
+    parser.add_argument("--output-len", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=10)
+    args = parser.parse_args()
+    with contextlib.ExitStack() as stack:
+        if args.grpc is None:
+            args.grpc = stack.enter_context(served_path(checkpoint_path())).grpc
+        result = measure(args, args.grpc)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
