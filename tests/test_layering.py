@@ -45,6 +45,7 @@ ONLY_IN = {
     "fastapi": ("client",),
     "msgpack": ("backend.engine",),
     "huggingface_hub": ("converter",),
+    "llguidance": ("backend.engine",),
     "socket": ("backend.engine", "client", "cli", "serving"),
 }
 
