@@ -29,8 +29,8 @@ I64 = npt.NDArray[np.int64]
 
 
 def batch_buckets(max_batch_size: int) -> tuple[int, ...]:
-    """1, 2, 4, 8, 16, then steps of 16 up to 64, of 32 up to 256, of 128 beyond; the last is max_batch_size itself."""
-    sizes = [1, 2, 4, 8, *range(16, 65, 16), *range(96, 257, 32), *range(384, max_batch_size + 1, 128)]
+    """1, 2, 4, then steps of 8 up to 32, of 16 up to 256, of 128 beyond; the last is max_batch_size itself."""
+    sizes = [1, 2, 4, *range(8, 32, 8), *range(32, 257, 16), *range(384, max_batch_size + 1, 128)]
     return (*(size for size in sizes if size < max_batch_size), max_batch_size)
 
 

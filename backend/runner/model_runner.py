@@ -25,9 +25,10 @@ from turbotriton.backend.model.sampler import SamplerState
 from turbotriton.backend.model.token_masks import masked_logits
 from turbotriton.backend.model.transfer import to_host
 from turbotriton.backend.ops.table import REFERENCE, ops_for
-from turbotriton.backend.scheduling.plan import StepPlan, StepResult
+from turbotriton.backend.scheduling.plan import JoinedRequest, ScheduledRow, StepPlan, StepResult
 from turbotriton.contract.errors import ConfigError
 from turbotriton.contract.ini import EngineConfig, ModelConfig
+from turbotriton.contract.wire import SamplingParams
 
 from .batch import SlotState
 from .decode_graphs import DecodeGraphs
@@ -72,6 +73,8 @@ class ModelRunner:
             if device.type == "cuda" and engine.cuda_graphs and not reference_ops:
                 self._graphs = DecodeGraphs(self._decoder, self._slots, self._kv, engine.max_batch_size, device)
         self.num_blocks = self._kv.num_blocks
+        if device.type == "cuda":
+            self._warm_up(engine.max_batch_size)
         if device.type == "cpu" and weights.num_elements < ONE_THREAD_ELEMENTS:
             torch.set_num_threads(1)  # of the whole process
         logger.info("%s: ready on %s in %s", model.model_name, self.device, self.compute_dtype)
@@ -128,6 +131,19 @@ class ModelRunner:
         if slots.size == 0:
             return slots, positions, None
         return slots, positions, self._decoder.logits(x[inputs.sampled_tokens], residual[inputs.sampled_tokens])
+
+    def _warm_up(self, max_batch_size: int) -> None:
+        """Compiles what no graph has compiled: a mixed step of a chunk and a decode, a greedy and a random draw.
+
+        The keys that it writes lie in blocks that nobody holds yet: whoever is given them writes before it reads.
+        """
+        ways = (SamplingParams(temperature=0.0, ignore_eos=True), SamplingParams(temperature=1.0, top_p=0.9, top_k=50))
+        block = (self.num_blocks - 1,)
+        joined = tuple(JoinedRequest(slot, (1, 1), 2, block, way, 0, 0, 1e4) for slot, way in enumerate(ways[:max_batch_size]))
+        rows = (ScheduledRow(0, 0, 2, True), ScheduledRow(1, 0, 1, False))[:max_batch_size]
+        self.execute(StepPlan(0, joined=joined, rows=rows))
+        self.execute(StepPlan(0, rows=tuple(ScheduledRow(request.slot, 1, 1, True) for request in joined)))
+        self.execute(StepPlan(0, left=tuple(request.slot for request in joined)))
 
     def close(self) -> None:
         """Drops the weights and the cache; the runner cannot be used after it."""

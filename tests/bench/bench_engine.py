@@ -109,7 +109,9 @@ def run(engine: Engine, lengths: Sequence[tuple[int, int]], vocab: int, seed: in
 def decode_window(found: Run) -> tuple[float, list[float]]:
     """(tokens a second, milliseconds of each step) from the moment every request has its first token until the first request ends."""
     begin, end = max(found.first.values()), min(found.last.values())
-    inside = [(at, count) for at, count in zip(found.times, found.tokens, strict=True) if begin < at <= end]
+    inside = [(at, count) for at, count in zip(found.times, found.tokens, strict=True) if begin < at <= end and count]
+    if not inside:
+        raise RuntimeError("void: the first request ended before every request had its first token")
     times = [begin, *(at for at, _ in inside)]
     return sum(count for _, count in inside) / (end - begin), [1000 * (b - a) for a, b in itertools.pairwise(times)]
 
@@ -128,11 +130,14 @@ def lengths_of(work: str) -> list[tuple[int, int]]:
     return {"b1": [(128, 512)], "d64": [(896, 256)] * 64, "d256": [(896, 256)] * 256, "prefill": [(4096, 1)] * 16}[work]
 
 
-def measure(engine: Engine, work: str, vocab: int, scale: float, seed: int) -> dict[str, float]:
+def measure(engine: Engine, work: str, vocab: int, scale: float, seed: int, trace: Path | None = None) -> dict[str, float]:
     lengths = lengths_of(work)
     if scale != 1.0:
         lengths = scaled(lengths[: max(1, int(len(lengths) * scale * 4))], scale)
     found = run(engine, lengths, vocab, seed)
+    if trace is not None:
+        rows = zip([found.begun, *found.times], found.times, found.tokens, strict=False)
+        trace.write_text("ms,tokens\n" + "".join(f"{1000 * (end - begin):.3f},{count}\n" for begin, end, count in rows))
     whole = found.times[-1] - found.begun
     if work == "prefill":
         return {"tok_s": sum(prompt for prompt, _ in lengths) / whole}
@@ -174,6 +179,8 @@ def check_against_reference() -> None:
     if outputs[0] != outputs[1]:
         raise SystemExit("greedy tokens differ from the reference ops: no number of this run would count")
     num_distinct = len({token for ids in outputs[0].values() for token in ids})
+    if num_distinct < 20 or any(len(outputs[0][index]) != new for index, (_, new) in enumerate(lengths)):
+        raise SystemExit(f"the comparison with the reference ops saw {num_distinct} distinct tokens: it would show nothing")
     print(f"greedy tokens equal the reference ops' ({len(lengths)} requests, {num_distinct} distinct tokens)", flush=True)
 
 
@@ -187,6 +194,7 @@ def main() -> int:
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="engine option, as in config.ini")
     parser.add_argument("--scale", type=float, default=1.0, help="shrink the works, to try this program (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=7, help="of the prompts (default: %(default)s)")
+    parser.add_argument("--trace", type=Path, help="folder for a CSV of each work's steps: milliseconds, tokens that came back")
     parser.add_argument("--no-check", action="store_true", help="leave out the comparison with the reference ops")
     args = parser.parse_args()
     if not args.no_check:
@@ -201,23 +209,30 @@ def main() -> int:
     model = read_workspace_config(args.model / "config.ini").model_config()
     marks = MARKS.get(model.model_name, {})
     run(engine, scaled([(300, 8), (9, 8), (64, 4)] * 8, min(args.scale * 4, 1.0)), model.vocab_size, 0)
-    results: dict[str, object] = {"model": model.model_name, "options": options, "load_s": round(load_s, 2)}
+    results: dict[str, object] = {"model": model.model_name, "options": options, "load_s": round(load_s, 2), "scale": args.scale}
     print(f"{model.model_name}: loaded in {load_s:.1f} s; {engine.info(0).num_blocks} KV blocks", flush=True)
     print(f"{'work':8s} {'tok/s':>9s} {'min':>9s} {'max':>9s} {'of goal':>8s} {'of limit':>9s}")
     for work in args.work.split(","):
         try:
-            measure(engine, work, model.vocab_size, min(args.scale, 0.25), args.seed)  # warm-up
-            found = [measure(engine, work, model.vocab_size, args.scale, args.seed + repeat) for repeat in range(args.repeats)]
+            run(engine, scaled(lengths_of(work), min(args.scale, 0.25)), model.vocab_size, args.seed)  # warm-up
+            trace = None if args.trace is None else args.trace / f"{work}.csv"
+            found = [
+                measure(engine, work, model.vocab_size, args.scale, args.seed + repeat, trace) for repeat in range(args.repeats)
+            ]
         except RuntimeError as error:
             print(f"{work:8s} {error}", flush=True)
             results[work] = str(error)
             continue
         rates = [entry["tok_s"] for entry in found]
         median = statistics.median(rates)
-        shares = [f"{median / mark:8.2f}" for mark in reversed(marks[work])] if work in marks and args.scale == 1.0 else []
+        shares = [round(median / mark, 3) for mark in reversed(marks[work])] if work in marks and args.scale == 1.0 else []
         others = {name: round(statistics.median(entry[name] for entry in found), 2) for name in found[0] if name != "tok_s"}
-        print(f"{work:8s} {median:9.0f} {min(rates):9.0f} {max(rates):9.0f} {' '.join(shares)} {others}", flush=True)
+        print(
+            f"{work:8s} {median:9.0f} {min(rates):9.0f} {max(rates):9.0f} {' '.join(f'{share:8.2f}' for share in shares)} {others}",
+            flush=True,
+        )
         results[work] = {"tok_s": round(median, 1), "all": [round(rate, 1) for rate in rates], **others}
+        results[work] |= dict(zip(("of_goal", "of_limit"), shares, strict=False))
     if torch.cuda.is_available():
         results["device"] = torch.cuda.get_device_name()
         results["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)

@@ -77,6 +77,8 @@ def main() -> int:
     parser.add_argument("--top", type=int, default=14, help="kernels to show (default: %(default)s)")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="engine option, as in config.ini")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("no CUDA device is visible; it reads the device's own clock")
     options = {"max_batch_size": "256", "session_len": "8192", "enable_prefix_caching": "0"}
     options |= dict(option.split("=", 1) for option in args.option)
     engine = make_engine(args.model, options)

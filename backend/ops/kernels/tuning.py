@@ -1,7 +1,7 @@
 """Tile choice for every kernel: pure functions of shapes and the device's size and kind. No measurement at run time, no state.
 
-A tile never depends on num_tokens or on context lengths, so a kernel compiles once a model and dtype (twice for attention: one
-split, several splits) and never on the request path. Only the number of splits follows the batch, as an ordinary argument.
+A tile never depends on the tokens of a prefill or on context lengths, so a kernel compiles once a model and dtype, attention of decodes for
+three sizes of batches (many programs, some, few): all when a model is loaded, none on the request path.
 """
 
 from dataclasses import dataclass
@@ -48,8 +48,6 @@ PREFILL_NUM_STAGES_LARGE_SHARED = 5
 # Even one tile is worth a program of its own where a batch has few: 640 keys of one sequence took 7.2 us against 13.2 with 256.
 MIN_SPLIT_TOKENS = 64
 MAX_SPLITS = 256
-# Rows that fill the device twice are not split: the second kernel would cost more than the last wave's idle programs.
-PROGRAMS_PER_SM = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,15 +154,16 @@ def silu_and_mul_config(inter: int) -> SiluAndMulConfig:
 def skinny_linear_config(
     num_rows: int, k: int, element_bytes: int, *, whole_rows: bool, gated: bool = False
 ) -> SkinnyLinearConfig:
-    """Products are held in fp32 registers, block_m * block_n * block_k of them: 128 a thread at most, 32 where weights are fp32 too."""
+    """Products are held in fp32 registers, block_m * block_n * block_k of them (twice that if gated): 64 a thread, or 32 where weights
+    are fp32 and take registers of their own."""
     block_m = next_power_of_2(num_rows)
     if not whole_rows:
         block_n, block_k = (2, 2048) if k <= 2048 else (4, 512) if k <= 4096 else (2, 1024)
         return SkinnyLinearConfig(block_m, block_n, _clamp(next_power_of_2(k), 16, block_k // block_m), num_warps=4)
     block_k = next_power_of_2(k)
     num_warps = _clamp(block_m * block_k // 1024, 4, 16)
-    products = num_warps * 32 * (32 if element_bytes == 4 else 128)
-    block_n = _clamp(products // (block_m * block_k), 1, 2 if gated else 4)
+    products = num_warps * 32 * (32 if element_bytes == 4 else 64) // (2 if gated else 1)
+    block_n = _clamp(products // (block_m * block_k), 1, 4)
     return SkinnyLinearConfig(block_m, block_n, block_k, num_warps, programs_per_sm=16 // num_warps)
 
 
@@ -189,10 +188,21 @@ def decode_attention_config(
     block_g = max(MIN_DOT_ROWS, next_power_of_2(group_size))
     is_fp32 = element_bytes == 4
     block_n = FP32_BLOCK_N if is_fp32 else _clamp(KV_TILE_BYTES // (block_d * element_bytes), 16, 128)
-    wanted = ceil_div(PROGRAMS_PER_SM * num_sms, max(batch * num_kv_heads, 1))
-    num_splits = _clamp(wanted, 1, min(MAX_SPLITS, max(ceil_div(max_context, MIN_SPLIT_TOKENS), 1)))
     num_stages = FP32_NUM_STAGES if is_fp32 else NUM_STAGES
     num_warps = 4 if is_fp32 or block_d > 128 else 2
+    # Measured on an H200 with 1 to 256 rows of 8 kv heads. Many programs: not split, for the second kernel would cost more than the
+    # last wave's idle places, and small ones hide each other's waits. Some: large tiles, split as far as fills the device. Few: in
+    # as many splits as it has places for.
+    num_programs = max(batch * num_kv_heads, 1)
+    if num_programs > 2 * num_sms:
+        wanted = 1
+    elif 3 * num_programs > num_sms:
+        wanted = ceil_div((1 if 4 * num_programs > 3 * num_sms else 2) * num_sms, num_programs)
+        if not is_fp32 and block_d <= 128:
+            block_n, num_warps = min(2 * block_n, 128), 4
+    else:
+        wanted = ceil_div(4 * num_sms, num_programs)
+    num_splits = _clamp(wanted, 1, min(MAX_SPLITS, max(ceil_div(max_context, MIN_SPLIT_TOKENS), 1)))
     min_split_tokens = max(MIN_SPLIT_TOKENS, block_n)
     return DecodeAttentionConfig(block_g, block_n, block_d, num_splits, min_split_tokens, num_warps, num_stages)
 

@@ -1,4 +1,4 @@
-"""Tile choices of the kernels that a decode step lives on, timed against each other: python tests/bench/sweep_decode.py [linear|attention]
+"""Tile choices of the kernels that a step lives on, timed against each other: sweep_tiles.py [linear|attention|prefill]
 
 Method as in bench_ops.py: calls over weights or caches that together exceed the L2 cache, captured in one CUDA graph; the median of
 its replays. The choices stand in backend/ops/kernels/tuning.py.
@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 
 from turbotriton.backend.ops.kernels import paged_decode_attention as attention_module
+from turbotriton.backend.ops.kernels import paged_prefill_attention as prefill_module
 from turbotriton.backend.ops.kernels import skinny_linear as linear_module
 from turbotriton.backend.ops.kernels import tuning
 
@@ -142,13 +143,48 @@ def attentions() -> None:
         )
 
 
+def prefills() -> None:
+    choices = [
+        (128, 64, 5, 8),
+        (128, 64, 7, 8),
+        (64, 64, 5, 4),
+        (64, 64, 7, 4),
+        (128, 128, 3, 8),
+        (128, 128, 5, 8),
+        (64, 128, 5, 4),
+    ]
+    original = tuning.prefill_attention_config
+    for heads, lengths in [(16, [4096, 4096]), (32, [4096, 4096]), (32, [64 + 61 * i for i in range(16)])]:
+        blocks = [-(-length // 64) for length in lengths]
+        k, v = randn(sum(blocks), 8, 64, 128), randn(sum(blocks), 8, 64, 128)
+        table = torch.zeros((len(lengths), max(blocks)), dtype=torch.int32, device="cuda")
+        for row, count in enumerate(blocks):
+            table[row, :count] = torch.arange(count, device="cuda") + sum(blocks[:row])
+        lens = torch.tensor(lengths, dtype=torch.int32, device="cuda")
+        bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cuda")
+        q = randn(sum(lengths), heads, 128)
+        teraflop = sum(4 * heads * 128 * length * (length + 1) / 2 for length in lengths) / 1e12
+        found = []
+        for block_m, block_n, stages, warps in choices:
+            config = tuning.PrefillAttentionConfig(block_m, block_n, 128, warps, stages)
+            prefill_module.prefill_attention_config = lambda *args, config=config: config
+            calls = [lambda: prefill_module.paged_prefill_attention(q, k, v, table, lens, bounds, 0.1)] * 4
+            found.append((median_us(calls), block_m, block_n, stages, warps))
+        prefill_module.prefill_attention_config = original
+        found.sort()
+        best = "  ".join(f"{teraflop / us * 1e6:.0f} ({m} x {n}, stages {s}, warps {w})" for us, m, n, s, w in found)
+        print(f"prefill attention {heads} heads, {len(lengths)} rows to {max(lengths)}, TFLOP/s: {best}", flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", default=["attention", "linear"], help="(default: both)")
+    parser.add_argument("what", nargs="*", default=["attention", "linear", "prefill"], help="(default: all)")
     parser.add_argument("--rows", default="1", help="rows of x, comma-separated (default: %(default)s)")
     args = parser.parse_args()
     if "attention" in args.what:
         attentions()
+    if "prefill" in args.what:
+        prefills()
     if "linear" in args.what:
         for rows in map(int, args.rows.split(",")):
             linears(rows)

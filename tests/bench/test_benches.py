@@ -1,0 +1,48 @@
+"""The benchmark programs run and say what they measured: on the CPU, on a tiny model, at a small scale."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+
+
+def program(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(HERE / f"{name}.py"), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bench") / "tiny"
+    made = program("make_checkpoint", "--shape", "tiny", "--out", str(folder), "--dtype", "fp32")
+    assert made.returncode == 0, made.stderr
+    return folder
+
+
+def test_every_work_is_measured_after_the_comparison_with_the_reference(checkpoint: Path, tmp_path: Path) -> None:
+    options = [f"--option={o}" for o in ("device=cpu", "cache_max_entry_count=400", "session_len=1024", "max_batch_size=32")]
+    run = program(
+        "bench_engine", "--model", str(checkpoint), "--scale", "0.03", "--trace", str(tmp_path), "--repeats", "1", *options
+    )
+    assert run.returncode == 0, run.stderr
+    assert "greedy tokens equal the reference ops'" in run.stdout
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert found["scale"] == 0.03
+    for work in ("b1", "d64", "d256", "thr", "prefill"):
+        assert found[work]["tok_s"] > 0, run.stdout
+        assert "of_goal" not in found[work]  # a scaled work is not the work
+        assert len((tmp_path / f"{work}.csv").read_text().splitlines()) > 1
+
+
+@pytest.mark.parametrize("name", ["bench_engine", "make_checkpoint", "profile_step", "sweep_tiles", "bench_ops"])
+def test_help_names_the_command_line(name: str) -> None:
+    shown = program(name, "--help")
+    assert shown.returncode == 0, shown.stderr
+    assert "usage" in shown.stdout
