@@ -20,6 +20,7 @@ class TerminalProgram:
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TERM": "xterm", **(environment or {})}
         self.pid, self._fd = pty.fork()
         if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell ignores it for what it runs in the background, and so for us
             os.execve(sys.executable, [sys.executable, "-m", "turbotriton", *arguments], env)
         self._screen = ""  # what was printed and not yet expected
 

@@ -32,6 +32,7 @@ JSON_NAMES: dict[str, str] = next(
 )
 PROMPT = "<|im_start|>user\nTell me a story.<|im_end|>\n<|im_start|>assistant\n"
 GREEDY = {"temperature": 0.0, "max_tokens": 24}
+LONG: dict[str, Any] = {"max_tokens": 120, "ignore_eos": True}
 
 
 class Door:
@@ -76,7 +77,7 @@ def _sampled(**options: Any) -> Callable[[Door], None]:
     """The option makes a hot draw greedy: only the likeliest token survives it."""
 
     def check(door: Door) -> None:
-        hot = {"temperature": 3.0, "seed": 5, "max_tokens": 12}
+        hot = {"temperature": 30.0, "seed": 5, "max_tokens": 12}
         assert door.ids(**hot) != door.ids(temperature=0.0, max_tokens=12)
         assert door.ids(**hot | options) == door.ids(temperature=0.0, max_tokens=12)
 
@@ -175,6 +176,17 @@ def _json(door: Door) -> None:
     door.refused("best_of", sampling_parameters='{"best_of": 2}')
 
 
+def _chat_template_kwargs(door: Door) -> None:
+    messages = '[{"role": "user", "content": "Hello!"}]'
+    lengths = [
+        door.ask(**GREEDY, messages=messages, return_num_input_tokens=True, chat_template_kwargs=text)["num_input_tokens"]
+        for text in ("{}", '{"add_generation_prompt": false}')
+    ]
+    assert lengths[0] > lengths[1]
+    door.refused("is set by the server", messages=messages, chat_template_kwargs='{"messages": []}')
+    door.refused("chat_template_kwargs is for messages", text_input=PROMPT, chat_template_kwargs="{}")
+
+
 #: input tensor -> the proof that it is honoured.
 INPUTS: dict[str, Callable[[Door], None]] = {
     "text_input": lambda door: _different(door, {"text_input": PROMPT}, {"text_input": "count"}),
@@ -183,6 +195,7 @@ INPUTS: dict[str, Callable[[Door], None]] = {
         {"messages": '[{"role": "user", "content": "Hello!"}]'},
         {"messages": '[{"role": "user", "content": "Sort 3 1 2."}]'},
     ),
+    "chat_template_kwargs": _chat_template_kwargs,
     "input_ids": lambda door: _different(door, {"input_ids": [40, 41, 42]}, {"input_ids": [60, 61, 62]}),
     "stream": _stream,
     "sampling_parameters": _json,
@@ -193,7 +206,7 @@ INPUTS: dict[str, Callable[[Door], None]] = {
     "min_p": _sampled(min_p=1.0),
     "top_k": _sampled(top_k=1),
     "repetition_penalty": _changes(repetition_penalty=50.0),
-    "presence_penalty": lambda door: _repeats_less(door, presence_penalty=2.0),
+    "presence_penalty": lambda door: _different(door, LONG, LONG | {"presence_penalty": 2.0}),
     "frequency_penalty": lambda door: _repeats_less(door, frequency_penalty=2.0),
     "seed": _seed,
     "stop_words": _stop_words,
@@ -259,13 +272,14 @@ JSON_VALUES: dict[str, Any] = {
 
 
 def test_json_keys_mean_what_the_flat_tensors_mean(door: Door) -> None:
-    without_tensor = {"include_stop_str_in_output", "guided"}  # the second: test_guided.py
+    without_tensor = {"include_stop_str_in_output", "logit_bias", "guided"}  # the last: test_guided.py
     assert set(JSON_VALUES) | without_tensor == set(JSON_NAMES)
     base = {"max_tokens": 20, "seed": 4}
     for key, value in JSON_VALUES.items():
         flat = door.ask(**base | {JSON_NAMES[key]: value})
         rest = {name: number for name, number in base.items() if name != JSON_NAMES[key]}
         assert door.ask(**rest, sampling_parameters=json.dumps({key: value})) == flat, key
+    assert door.ids(temperature=0.0, max_tokens=3, sampling_parameters='{"logit_bias": {"40": 100}}') == [40, 40, 40]
     shown = door.text(**GREEDY, sampling_parameters='{"stop": ["e"], "include_stop_str_in_output": true}')
     assert shown == door.text(**GREEDY, stop_words=["e"]) + "e"
 
