@@ -1,10 +1,12 @@
-"""What fits on a GPU and how fast it can be at best: arithmetic on shapes, before anything is loaded.
+"""What fits on a GPU and how fast it will be: arithmetic on shapes, before anything is loaded.
 
-    memory:  weights + reserve + KV blocks = the GPU's memory
-    speed:   a step takes the sum over its operations of max(bytes / bandwidth, operations / rate); the embedding table is not read
+    memory:    weights + reserve + KV blocks = the GPU's memory
+    limit:     a step takes the sum over its operations of max(bytes / bandwidth, operations / rate); the embedding table is not read
+    expected:  the same with the shares of bandwidth and rate that our engine reached, and what a layer costs besides
 
-That is the roofline: nothing can be faster, and a real engine is slower. `GPUS` holds the rates that operations really reach where they
-were measured (H200), and the data sheet's times the H200's share of its own data sheet elsewhere.
+The limit is the roofline: nothing can be faster. `GPUS` holds the rates that operations really reach where they were measured (H200),
+and the data sheet's times the H200's share of its own data sheet elsewhere. The shares of `expected` are those of 16 bit on an H200
+(docs/perf-log.md, 2026-11-23).
 """
 
 import math
@@ -13,7 +15,20 @@ from dataclasses import dataclass
 
 from turbotriton.contract.errors import InvalidInputError
 
-__all__ = ["GPUS", "KV_BITS", "WEIGHT_BITS", "Gpu", "ModelShape", "Plan", "decode_step_s", "mean_context", "plan", "prefill_s"]
+__all__ = [
+    "GPUS",
+    "KV_BITS",
+    "WEIGHT_BITS",
+    "Gpu",
+    "ModelShape",
+    "Plan",
+    "decode_step_s",
+    "expected_decode_step_s",
+    "expected_prefill_s",
+    "mean_context",
+    "plan",
+    "prefill_s",
+]
 
 GIB = 2**30
 #: Bits a weight of a linear takes with its scales: groups of 128 with an fp16 scale and zero for awq.
@@ -24,6 +39,10 @@ KV_BITS: Mapping[int, int] = {0: 16, 8: 8, 4: 4}
 RESERVE_BYTES = 2 * GIB
 #: Products of at most so many rows reach this share of the rate of large ones (596 of 670 TFLOP/s at 256 rows on an H200).
 LARGE_ROWS, SMALL_SHARE = 512, 596 / 670
+#: What the engine reached in decode steps: of bandwidth and of the rate of small products, and seconds a layer took besides.
+DECODE_SHARE, DECODE_LAYER_S = 0.9, 19e-6
+#: And in prefill: attention's share of the rate; norms, rotary and activation move bytes at DECODE_SHARE of the bandwidth.
+PREFILL_ATTENTION_SHARE = 0.6
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +169,23 @@ def prefill_s(model: ModelShape, gpu: Gpu, prompt_len: int, *, tp: int, quant: s
     attention_ops = 2.0 * prompt_len * prompt_len * model.num_heads * model.head_dim  # half of the square is masked
     layer = sum(_product_s(gpu, prompt_len, *sizes, quant) for sizes in model.linears) + attention_ops / gpu.rate_16
     return (model.num_layers * layer + _product_s(gpu, 1, model.hidden_size, model.vocab_size, "none")) / tp
+
+
+def expected_decode_step_s(
+    model: ModelShape, gpu: Gpu, batch: int, context_len: float, *, tp: int, quant: str, quant_policy: int
+) -> float:
+    """Seconds that our engine takes for such a step."""
+    limit = decode_step_s(model, gpu, batch, context_len, tp=tp, quant=quant, quant_policy=quant_policy)
+    return limit / DECODE_SHARE + model.num_layers * DECODE_LAYER_S
+
+
+def expected_prefill_s(model: ModelShape, gpu: Gpu, prompt_len: int, *, tp: int, quant: str) -> float:
+    """Seconds that our engine takes for such a prompt."""
+    attention_s = 2.0 * prompt_len * prompt_len * model.num_heads * model.head_dim / gpu.rate_16
+    qkv_columns = model.linears[0][1]
+    moved = 2.0 * prompt_len * (8 * model.hidden_size + 3 * model.inter_size + 2 * qkv_columns)
+    besides = attention_s * (1 / PREFILL_ATTENTION_SHARE - 1) + moved / (DECODE_SHARE * gpu.bandwidth)
+    return prefill_s(model, gpu, prompt_len, tp=tp, quant=quant) + model.num_layers * besides / tp
 
 
 def _product_s(gpu: Gpu, rows: int, inputs: int, outputs: int, quant: str) -> float:

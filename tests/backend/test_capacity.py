@@ -2,7 +2,18 @@
 
 import pytest
 
-from turbotriton.backend.capacity import GIB, GPUS, KV_BITS, ModelShape, decode_step_s, mean_context, plan, prefill_s
+from turbotriton.backend.capacity import (
+    GIB,
+    GPUS,
+    KV_BITS,
+    ModelShape,
+    decode_step_s,
+    expected_decode_step_s,
+    expected_prefill_s,
+    mean_context,
+    plan,
+    prefill_s,
+)
 from turbotriton.contract.errors import InvalidInputError
 
 SMALL = ModelShape(24, 2048, 16, 8, 128, 8192, 92544, False, 4096)  # InternLM2-1.8B
@@ -29,6 +40,31 @@ def test_decode_limit_in_tokens_a_second(model: ModelShape, batch: int, prompt_l
 @pytest.mark.parametrize(("model", "limit"), [(SMALL, 196_000), (LARGE, 44_600)])
 def test_prefill_limit_in_tokens_a_second(model: ModelShape, limit: float) -> None:
     assert 4096 / prefill_s(model, H200, 4096, tp=1, quant="none") == pytest.approx(limit, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "prompt_len", "output_len", "measured"),
+    [
+        (SMALL, 1, 128, 512, 780),
+        (SMALL, 64, 896, 256, 20_553),
+        (SMALL, 256, 896, 256, 31_029),
+        (LARGE, 1, 128, 512, 239),
+        (LARGE, 64, 896, 256, 9_207),
+        (LARGE, 256, 896, 256, 16_271),
+    ],
+)
+def test_expected_decode_is_near_what_was_measured(
+    model: ModelShape, batch: int, prompt_len: int, output_len: int, measured: float
+) -> None:
+    """docs/perf-log.md, 2026-11-23."""
+    context = mean_context(prompt_len, output_len)
+    step_s = expected_decode_step_s(model, H200, batch, context, tp=1, quant="none", quant_policy=0)
+    assert batch / step_s == pytest.approx(measured, rel=0.12)
+
+
+@pytest.mark.parametrize(("model", "measured"), [(SMALL, 161_640), (LARGE, 40_649)])
+def test_expected_prefill_is_near_what_was_measured(model: ModelShape, measured: float) -> None:
+    assert 4096 / expected_prefill_s(model, H200, 4096, tp=1, quant="none") == pytest.approx(measured, rel=0.05)
 
 
 def test_int4_weights_bring_one_sequence_near_their_bytes() -> None:
