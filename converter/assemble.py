@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from turbotriton.backend.ops.packing import interleave_w13, pack_scales_zeros, unpack_awq
 from turbotriton.contract.errors import CheckpointError
 from turbotriton.contract.layout import padded_vocab_size
 
 from .archs import Architecture
-from .int4 import interleave_w13, pack_scales_zeros, unpack_awq
 from .raw_config import CheckpointConfig
 from .shard import interleave_rotary, split_grouped, split_stacked
 from .sources import Source

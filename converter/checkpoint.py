@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
+from turbotriton.backend.ops.packing import TILE
 from turbotriton.contract.errors import CheckpointError, ConfigError
 
 from .archs import META_LLAMA, Architecture, find_architecture
 from .assemble import SourceShape, check_source
-from .int4 import TILE
 from .options import ConvertOptions
 from .raw_config import CheckpointConfig, ConfigFile
 from .sources import MetaSource, Source, open_source

@@ -19,13 +19,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from turbotriton.backend.ops.packing import pack_tiles
 from turbotriton.contract.errors import CheckpointError, ConfigError
 from turbotriton.contract.ini import ModelConfig, write_workspace_config
 from turbotriton.contract.layout import Storage, TensorSpec, tensor_specs
 
 from .assemble import Assembler
 from .checkpoint import Checkpoint, check_tp, open_checkpoint
-from .int4 import pack_tiles
 from .options import ConvertOptions
 from .repository import Layout, door_templates, is_workspace, write_doors
 from .shard import split_ranks

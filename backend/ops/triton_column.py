@@ -26,4 +26,7 @@ TRITON = dataclasses.replace(
 )
 
 #: Parts of units above that run on plain torch where a kernel is missing, for the log and `check_env`. GEMMs are cuBLAS's by choice.
-UNITS_WITH_REFERENCE_PARTS: tuple[str, ...] = ()
+UNITS_WITH_REFERENCE_PARTS: tuple[str, ...] = (
+    "linear over w4a16, w8a8 and fp8 weights",
+    "store and attention over quantised KV",
+)

@@ -12,7 +12,7 @@ from turbotriton.contract.errors import TurbotritonError
 __all__ = ["main"]
 
 #: Modules of this package in the order that `--help` lists them; each has add_parser(subparsers), which sets `run`.
-COMMANDS: tuple[str, ...] = ("convert", "serve", "demo")
+COMMANDS: tuple[str, ...] = ("convert", "lite", "serve", "demo")
 
 
 def build_parser() -> argparse.ArgumentParser:

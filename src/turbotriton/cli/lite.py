@@ -1,0 +1,147 @@
+"""`turbotriton lite ...`: calibration and quantisation. Option names are LMDeploy's."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from turbotriton.contract.errors import ConfigError
+
+if TYPE_CHECKING:
+    from turbotriton.quant.commands import CalibrationOptions
+
+__all__ = ["add_parser"]
+
+Subparsers = argparse._SubParsersAction  # the type that add_subparsers returns has no public name
+
+
+def add_parser(subparsers: "Subparsers[argparse.ArgumentParser]") -> None:
+    parser = subparsers.add_parser("lite", help="make smaller weights: calibrate, auto_awq, smooth_quant, kv_qparams, report")
+    children = parser.add_subparsers(title="lite commands", metavar="COMMAND", required=True)
+    _add_calibrate(children)
+    _add_auto_awq(children)
+    _add_report(children)
+
+
+def _new(children: "Subparsers[argparse.ArgumentParser]", name: str, text: str) -> argparse.ArgumentParser:
+    return children.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+
+
+def _add_calibration_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", metavar="MODEL", type=Path, help="folder of the unquantised Hugging Face checkpoint")
+    add(
+        "--calib-dataset",
+        default="default",
+        help="what to calibrate on: default (a text that comes with turbotriton; LMDeploy's default is ptb), a .txt or .jsonl file or "
+        "a folder of them, or ptb, c4, wikitext2, pileval through the datasets library (default: %(default)s)",
+    )
+    add("--calib-samples", type=int, default=128, help="windows of the text (default: %(default)s)")
+    add("--calib-seqlen", type=int, default=0, help="tokens a window (default: 2048, or what the model can take if less)")
+    add("--work-dir", type=Path, default=Path("work_dir"), help="folder to write, new or empty (default: %(default)s)")
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="where the model runs (default: %(default)s)")
+
+
+def _calibration_options(args: argparse.Namespace) -> "CalibrationOptions":
+    from turbotriton.quant.commands import CalibrationOptions
+
+    return CalibrationOptions(
+        model=args.model,
+        work_dir=args.work_dir,
+        dataset=args.calib_dataset,
+        num_samples=args.calib_samples,
+        seqlen=args.calib_seqlen,
+        device=args.device,
+    )
+
+
+def _add_calibrate(children: "Subparsers[argparse.ArgumentParser]") -> None:
+    parser = _new(children, "calibrate", "statistics of activations, keys and values, layer by layer")
+    _add_calibration_options(parser)
+    parser.set_defaults(run=_run_calibrate)
+
+
+def _run_calibrate(args: argparse.Namespace) -> int:
+    from turbotriton.quant.commands import calibrate
+
+    calibrate(_calibration_options(args))
+    print(f"statistics: {args.work_dir}")
+    return 0
+
+
+def _add_auto_awq(children: "Subparsers[argparse.ArgumentParser]") -> None:
+    parser = _new(children, "auto_awq", "4 bit weights that mind the activations (AWQ), as an AutoAWQ checkpoint")
+    _add_calibration_options(parser)
+    add = parser.add_argument
+    add("--w-bits", type=int, choices=(4,), default=4, help="bits of a weight")
+    add("--w-sym", action="store_true", help="symmetric weights (all zeros are 8)")
+    add("--w-group-size", type=int, default=128, help="inputs that share a scale (default: %(default)s)")
+    rule = parser.add_mutually_exclusive_group()
+    rule.add_argument(
+        "--search-scale",
+        action="store_true",
+        help="search the input scales, as the paper does (default: LMDeploy's fixed 0.5 rule)",
+    )
+    rule.add_argument("--round-to-nearest", action="store_true", help="no input scales at all: for comparison")
+    add("--clip", action="store_true", help="search each group's range too")
+    parser.set_defaults(run=_run_auto_awq)
+
+
+def _run_auto_awq(args: argparse.Namespace) -> int:
+    from turbotriton.quant.awq import AwqOptions
+    from turbotriton.quant.commands import auto_awq
+
+    rule = "search" if args.search_scale else "none" if args.round_to_nearest else "fixed"
+    options = AwqOptions(group_size=args.w_group_size, symmetric=args.w_sym, scale_rule=rule, clip=args.clip)
+    for line in auto_awq(_calibration_options(args), options):
+        print(line)
+    print(f"checkpoint: {args.work_dir}")
+    print(f"convert it: turbotriton convert NAME {args.work_dir} --model-format awq --group-size {args.w_group_size}")
+    return 0
+
+
+def _add_report(children: "Subparsers[argparse.ArgumentParser]") -> None:
+    parser = _new(
+        children, "report", "perplexity, KL divergence and top-1 agreement of a quantised workspace against the original"
+    )
+    add = parser.add_argument
+    add("original", metavar="ORIGINAL", type=Path, help="workspace of the 16 or 32 bit model")
+    add("quantized", metavar="QUANTIZED", type=Path, help="workspace of the quantised one; may be ORIGINAL, for --quant-policy")
+    add("--text", required=True, help="what --calib-dataset takes: a file, a folder, or a name")
+    add("--seqlen", type=int, default=512, help="tokens a window (default: %(default)s)")
+    add("--num-tokens", type=int, default=32768, help="tokens at most, from the text's beginning (default: %(default)s)")
+    add("--quant-policy", type=int, choices=(0, 4, 8), help="KV format of QUANTIZED (default: its config.ini's)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    add("--plot", type=Path, help="write the spread of the divergence as SVG")
+    add("--json", type=Path, help="write the numbers")
+    parser.set_defaults(run=_run_report)
+
+
+def _run_report(args: argparse.Namespace) -> int:
+    from turbotriton.backend.runner.scoring import Scorer
+    from turbotriton.quant.datasets import consecutive_windows, load_documents, load_tokenizer
+    from turbotriton.quant.report import compare, plot_svg, write_json
+
+    original = Scorer(args.original, args.seqlen, quant_policy=0, device=args.device)
+    quantized = Scorer(args.quantized, args.seqlen, quant_policy=args.quant_policy, device=args.device)
+    tokenizer = load_tokenizer(_tokenizer_folder(args.original))
+    windows = consecutive_windows(tokenizer, load_documents(args.text), args.seqlen, args.num_tokens)
+    name = f"{args.quantized}" + ("" if args.quant_policy is None else f", quant_policy {args.quant_policy}")
+    comparison = compare(name, ((original.logits(ids), quantized.logits(ids), ids) for ids in windows))
+    report = comparison.report
+    print("\n".join(report.lines()))
+    if args.plot:
+        args.plot.write_text(plot_svg(comparison), encoding="utf-8")
+    if args.json:
+        write_json(args.json, report)
+    return 0
+
+
+def _tokenizer_folder(workspace: Path) -> Path:
+    from turbotriton.converter.repository import find_weights
+
+    weights = find_weights(workspace) if workspace.is_dir() else None
+    places = [workspace / "triton_models" / "tokenizer", *([weights.parent / "tokenizer"] if weights else [])]
+    for place in places:
+        if (place / "tokenizer.json").is_file():
+            return place
+    raise ConfigError(f"{workspace}: holds no tokenizer.json; give the folder that 'turbotriton convert' wrote")
