@@ -15,9 +15,11 @@ from .awq import AwqOptions, Int4Matrix, quantize_layer
 from .calibration import SITES, Calibration, ChannelStats, LayerRun
 from .datasets import calibration_windows, load_text, load_tokenizer
 from .export import CheckpointWriter, new_folder
+from .kv_scales import write_kv_scales
 from .model import SourceModel, open_model
+from .smoothquant import quantize_rows, smooth_layer
 
-__all__ = ["CalibrationOptions", "auto_awq", "calibrate"]
+__all__ = ["CalibrationOptions", "auto_awq", "calibrate", "smooth_quant", "write_kv_scales"]
 
 logger = logging.getLogger(__name__)
 
@@ -141,6 +143,48 @@ def auto_awq(options: CalibrationOptions, awq: AwqOptions) -> list[str]:
             {"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": awq.group_size, "zero_point": True},
         )
     return findings
+
+
+@torch.inference_mode()
+def smooth_quant(options: CalibrationOptions, *, alpha: float, quant_dtype: str) -> None:
+    """int8: LMDeploy's tensors (weight, scale); fp8: compressed-tensors' (weight, weight_scale). Statistics as with auto_awq."""
+    if not 0 <= alpha <= 1:
+        raise ConfigError(f"--alpha is {alpha:g}; it must be from 0 (all in the activations) to 1 (all in the weights)")
+    with new_folder(options.work_dir) as folder:
+        model, calibration = start_calibration(options, with_grams=False)
+        writer, stats = CheckpointWriter(folder, _float_dtype(model)), StatsFiles(model)
+        smooth_values = model.config.num_heads == model.config.num_kv_heads
+        scale_name = "scale" if quant_dtype == "int8" else "weight_scale"
+        for run in calibration.layers():
+            stats.add(run)
+            smooth_layer(run, alpha, smooth_values=smooth_values)
+            matrices = {part: quantize_rows(weight, quant_dtype) for part, weight in run.layer.weights.items()}
+            weights = {part: matrix.weight.view(torch.int8).t() for part, matrix in matrices.items()}
+            for prefix, tensor in model.source_linears(run.index, weights):
+                writer.add(f"{prefix}.weight", tensor.t().contiguous().view(matrices["q"].weight.dtype), keep_dtype=True)
+            scales = {part: matrix.scale.t() for part, matrix in matrices.items()}
+            for prefix, tensor in model.source_linears(run.index, scales):
+                writer.add(f"{prefix}.{scale_name}", tensor.t(), keep_dtype=True)
+            _add_rest_of_layer(writer, model, run)
+        _add_shared(writer, model)
+        stats.write(folder, calibration.final_norm)
+        writer.finish(model, {"quant_method": "smooth_quant", "quant_dtype": "int8"} if quant_dtype == "int8" else _FP8_CONFIG)
+
+
+#: What vLLM and transformers read: e4m3 weights with a scale an output, activations quantised a token on the fly.
+_FP8_CONFIG = {
+    "quant_method": "compressed-tensors",
+    "format": "float-quantized",
+    "quantization_status": "compressed",
+    "ignore": ["lm_head"],
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False},
+            "input_activations": {"num_bits": 8, "type": "float", "strategy": "token", "symmetric": True, "dynamic": True},
+        }
+    },
+}
 
 
 def _check_awq_sizes(model: SourceModel, group_size: int) -> None:

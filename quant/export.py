@@ -36,7 +36,7 @@ class CheckpointWriter:
         """Floats are cast to the checkpoint's type unless `keep_dtype`. Raises CheckpointError for values that it cannot hold."""
         if tensor.is_floating_point() and not keep_dtype:
             tensor = cast(name, tensor, self._float_dtype)
-        tensor = tensor.detach().cpu().contiguous().clone()
+        tensor = tensor.detach().cpu().contiguous().clone()  # safetensors refuses memory that tensors share
         size = tensor.numel() * tensor.element_size()
         if self._pending and self._pending_bytes + size > SHARD_BYTES:
             self._write_shard()

@@ -16,6 +16,7 @@ from turbotriton.contract.errors import CheckpointError
 from turbotriton.contract.ini import RopeConfig
 from turbotriton.converter.archs import Architecture, find_architecture
 from turbotriton.converter.assemble import check_source
+from turbotriton.converter.linear_format import DENSE
 from turbotriton.converter.raw_config import CheckpointConfig, ConfigFile
 from turbotriton.converter.shard import split_grouped, split_stacked
 from turbotriton.converter.sources import Source, open_source
@@ -167,5 +168,5 @@ def open_model(folder: Path) -> SourceModel:
     if arch.refuse(config):
         raise CheckpointError(f"{file.path}: {arch.name}: {arch.refuse(config)}")
     source = open_source(folder)
-    shape = check_source(source, arch, config, 0)
+    shape = check_source(source, arch, config, DENSE)
     return SourceModel(folder, file, arch, shape.config, source, shape.tied_head)

@@ -39,7 +39,7 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 STORED_DTYPES = {
     Storage.SCALES_ZEROS: torch.int32,
     Storage.INT8: torch.int8,
-    Storage.FP8: torch.float8_e4m3fn,
+    Storage.FP8: torch.uint8,  # joined and un-permuted as bytes
     Storage.SCALE: torch.float32,
 }
 WEIGHTS_PLACES = ("", "model_repository/turbomind/1/weights", "triton_models/weights", "weights", "1/weights")
@@ -114,8 +114,10 @@ class _Loader:
                 nibbles, scales, zeros = (deinterleave_w13(part) for part in (nibbles, scales, zeros))
             return W4A16Weight(pack_rows(nibbles), scales, zeros, bias)
         if self._config.weight_type in ("int8", "fp8"):
-            variant = W8A8Weight if self._config.weight_type == "int8" else Fp8Weight
-            return variant(columns("weight").clone(), columns("scale").clone(), bias)
+            weight, scale = columns("weight").clone(), columns("scale").clone()
+            if self._config.weight_type == "int8":
+                return W8A8Weight(weight, scale, bias)
+            return Fp8Weight(weight.view(torch.float8_e4m3fn), scale, bias)
         return DenseWeight(columns("weight").to(dtype=self._dtype, copy=True), bias)
 
     def _half_split(self, tensor: torch.Tensor, num_heads: int) -> torch.Tensor:

@@ -19,6 +19,8 @@ def add_parser(subparsers: "Subparsers[argparse.ArgumentParser]") -> None:
     children = parser.add_subparsers(title="lite commands", metavar="COMMAND", required=True)
     _add_calibrate(children)
     _add_auto_awq(children)
+    _add_smooth_quant(children)
+    _add_kv_qparams(children)
     _add_report(children)
 
 
@@ -96,6 +98,52 @@ def _run_auto_awq(args: argparse.Namespace) -> int:
         print(line)
     print(f"checkpoint: {args.work_dir}")
     print(f"convert it: turbotriton convert NAME {args.work_dir} --model-format awq --group-size {args.w_group_size}")
+    return 0
+
+
+def _add_smooth_quant(children: "Subparsers[argparse.ArgumentParser]") -> None:
+    parser = _new(children, "smooth_quant", "8 bit weights for activations quantised on the fly (SmoothQuant W8A8, or FP8)")
+    _add_calibration_options(parser)
+    add = parser.add_argument
+    add(
+        "--alpha",
+        type=float,
+        default=0.5,
+        help="how much of the activations' range moves into the weights, 0 to 1 (default: 0.5)",
+    )
+    add("--quant-dtype", choices=("int8", "fp8"), default="int8", help="type of weights and activations (default: %(default)s)")
+    parser.set_defaults(run=_run_smooth_quant)
+
+
+def _run_smooth_quant(args: argparse.Namespace) -> int:
+    from turbotriton.quant.commands import smooth_quant
+
+    smooth_quant(_calibration_options(args), alpha=args.alpha, quant_dtype=args.quant_dtype)
+    model_format = "smooth_quant" if args.quant_dtype == "int8" else "fp8"
+    print(f"checkpoint: {args.work_dir}")
+    print(f"convert it: turbotriton convert NAME {args.work_dir} --model-format {model_format}")
+    return 0
+
+
+def _add_kv_qparams(children: "Subparsers[argparse.ArgumentParser]") -> None:
+    parser = _new(children, "kv_qparams", "static scales of keys and values into a workspace, from calibrate's statistics")
+    add = parser.add_argument
+    add("work_dir", metavar="WORK_DIR", type=Path, help="folder that calibrate, auto_awq or smooth_quant wrote")
+    add("turbomind_dir", metavar="TURBOMIND_DIR", type=Path, help="workspace, or its weights folder")
+    add("--kv-bits", type=int, choices=(8,), default=8, help="bits of a stored value")
+    add("--kv-sym", action="store_true", help="symmetric scales (8 bytes a file, which LMDeploy's own engine cannot load)")
+    add("--num-tp", type=int, default=1, help="ranks of the workspace (default: %(default)s)")
+    parser.set_defaults(run=_run_kv_qparams)
+
+
+def _run_kv_qparams(args: argparse.Namespace) -> int:
+    from turbotriton.backend.runner.weights import find_weights_dir
+    from turbotriton.quant.commands import write_kv_scales
+
+    weights = find_weights_dir(args.turbomind_dir)
+    count = write_kv_scales(args.work_dir, weights, symmetric=args.kv_sym, num_tp=args.num_tp)
+    print(f"scales: {count} files in {weights}")
+    print("used with quant_policy = 4 in its config.ini (8 bit KV with these scales; without the files 4 means 4 bit)")
     return 0
 
 
