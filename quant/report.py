@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from .datasets import Window
+
 __all__ = ["Comparison", "Report", "compare", "plot_svg", "write_json"]
 
 BINS = 40
@@ -76,11 +78,12 @@ class Report:
         ]
 
 
-def compare(name: str, windows: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> Comparison:
-    """windows: (original logits, quantised logits, token ids [n]) of n tokens each; the last token has no successor."""
+def compare(name: str, windows: Iterable[tuple[torch.Tensor, torch.Tensor, Window]]) -> Comparison:
+    """windows: (original logits, quantised logits, the window) of n tokens each; the last token has no successor."""
     comparison = Comparison(name)
-    for original, quantized, token_ids in windows:
-        comparison.add(original[:-1], quantized[:-1], token_ids[1:])
+    for original, quantized, window in windows:
+        scored = slice(max(window.num_unscored - 1, 0), -1)
+        comparison.add(original[scored], quantized[scored], window.token_ids[1:][max(window.num_unscored - 1, 0) :])
     return comparison
 
 

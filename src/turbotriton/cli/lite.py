@@ -174,7 +174,7 @@ def _run_report(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(_tokenizer_folder(args.original))
     windows = consecutive_windows(tokenizer, load_documents(args.text), args.seqlen, args.num_tokens)
     name = f"{args.quantized}" + ("" if args.quant_policy is None else f", quant_policy {args.quant_policy}")
-    comparison = compare(name, ((original.logits(ids), quantized.logits(ids), ids) for ids in windows))
+    comparison = compare(name, ((original.logits(w.token_ids), quantized.logits(w.token_ids), w) for w in windows))
     report = comparison.report
     print("\n".join(report.lines()))
     if args.plot:
