@@ -18,7 +18,17 @@ from tritonclient.grpc import service_pb2
 
 from turbotriton.contract.errors import ServerError, TurbotritonError
 
-from .kserve import channel_options, check_url, drain, drain_async, error_from_rpc, make_stub
+from .kserve import (
+    Tensor,
+    build_request,
+    channel_options,
+    check_url,
+    drain,
+    drain_async,
+    error_from_rpc,
+    make_stub,
+    read_outputs,
+)
 from .text_door import LMDEPLOY_MODELS, Delta, Result, build_generate_request, join_deltas, pick_model, read_delta
 
 __all__ = ["AsyncClient", "AsyncStream", "Client", "Delta", "Result", "Stream"]
@@ -238,14 +248,22 @@ class AsyncClient:
     async def model(self) -> str:
         """The text door's name; asked from the server on first use."""
         if self._model is None:
-            index = await self._lookup(self._stub.RepositoryIndex, service_pb2.RepositoryIndexRequest(ready=True))
-            configs = [
-                (await self._lookup(self._stub.ModelConfig, service_pb2.ModelConfigRequest(name=entry.name))).config
-                for entry in index.models
-                if entry.name not in LMDEPLOY_MODELS
-            ]
-            self._model = pick_model([config.name for config in configs if _is_text_door(config)], self.url)
+            self._model = pick_model(await self.text_doors(), self.url)
         return self._model
+
+    async def text_doors(self) -> tuple[str, ...]:
+        """Names of the ready text doors that the server has."""
+        index = await self._lookup(self._stub.RepositoryIndex, service_pb2.RepositoryIndexRequest(ready=True))
+        names = [entry.name for entry in index.models if entry.name not in LMDEPLOY_MODELS]
+        return tuple([name for name in names if _is_text_door(await self.model_config(name))])
+
+    async def model_config(self, name: str) -> Any:
+        """A model's configuration as tritonserver's protobuf message."""
+        return (await self._lookup(self._stub.ModelConfig, service_pb2.ModelConfigRequest(name=name))).config
+
+    async def infer(self, model: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """One request to a model that answers once, such as `preprocessing`: input and output tensors by name."""
+        return read_outputs(await self._lookup(self._stub.ModelInfer, build_request(model, tensors)))
 
     async def _lookup(self, method: Any, request: Any) -> Any:
         try:

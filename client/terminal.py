@@ -12,21 +12,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import TextIO
+from typing import Protocol, TextIO
 
 from turbotriton.contract.errors import InvalidInputError, TurbotritonError
 
 from .session import ChatSession, Message, TurnStats
 from .turbomind_door import ChatSampling, ServedModel, TurbomindDoor
 
-__all__ = ["TerminalOptions", "run_terminal"]
+__all__ = ["Conversation", "Terminal", "TerminalOptions", "run_terminal"]
 
 HELP = """\
   Enter            sends the line; end a line with \\ to continue it on the next
   /multi           switches: a blank line sends instead (as LMDeploy's client does), lines before it are one question
   Ctrl-C           stops the answer and keeps the conversation; at the prompt it clears the line
   /help            this text
-  end              ends the conversation: the server forgets it, the next question starts a new one
+  end              ends the conversation: it is forgotten, the next question starts a new one
   exit, Ctrl-D     ends the conversation and leaves
 """
 
@@ -54,7 +54,14 @@ def run_terminal(url: str, options: TerminalOptions, *, stdin: TextIO = sys.stdi
         session = ChatSession(
             door, model, session_id, render=_make_render(model, options.cap), system=options.system, sampling=options.sampling
         )
-        terminal = _Terminal(session, options, stdin, out)
+        terminal = Terminal(
+            session,
+            lambda: None if session.last_turn is None else _describe(session.last_turn),
+            stream=options.stream,
+            multiline=options.multiline,
+            stdin=stdin,
+            out=out,
+        )
         if options.once is not None:
             terminal.answer(options.once)
             session.end()
@@ -77,16 +84,42 @@ def _make_render(model: ServedModel, cap: str) -> Callable[[Sequence[Message]], 
     return lambda messages: template.render(list(messages), add_generation_prompt=True)
 
 
-class _Terminal:
-    def __init__(self, session: ChatSession, options: TerminalOptions, stdin: TextIO, out: TextIO) -> None:
+class Conversation(Protocol):
+    """What the terminal needs of a conversation, wherever it is kept."""
+
+    def ask(self, question: str) -> Iterator[str]:
+        """The answer in pieces."""
+
+    def cancel(self) -> None:
+        """Ends the running answer, which stays as far as it came. Called from another thread."""
+
+    def end(self) -> None:
+        """Forgets the conversation; the next question starts a new one."""
+
+
+class Terminal:
+    """`describe`: a line about the last answer, None for nothing."""
+
+    def __init__(
+        self,
+        session: Conversation,
+        describe: Callable[[], str | None],
+        *,
+        stream: bool = True,
+        multiline: bool = False,
+        stdin: TextIO = sys.stdin,
+        out: TextIO = sys.stdout,
+    ) -> None:
         self._session = session
-        self._stream = options.stream
-        self._multiline = options.multiline
+        self._describe = describe
+        self._stream = stream
+        self._multiline = multiline
         self._stdin = stdin
         self._out = out
         self._is_terminal = stdin.isatty() and out.isatty()
 
     def chat(self, title: str) -> int:
+        """Until `exit` or the end of input. Returns the exit code; raises our errors when input is no terminal."""
         self._note(f"{title}. /help lists the commands, exit leaves.")
         if self._is_terminal:
             _enable_line_editing()
@@ -130,9 +163,9 @@ class _Terminal:
         if not self._stream:
             self._write("".join(pieces))
         self._write("\n")
-        turn = self._session.last_turn
-        if turn is not None:
-            self._note(_describe(turn))
+        about = self._describe()
+        if about is not None:
+            self._note(about)
 
     def _cancel(self) -> None:
         try:

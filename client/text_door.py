@@ -37,6 +37,8 @@ _SCALARS: dict[str, type[np.generic]] = {
     "deadline_ms": np.int32,
     "num_logprobs": np.int32,
 }
+#: JSON objects: the options that have no tensor of their own, and what the chat template gets beside the messages.
+_OBJECTS = ("sampling_parameters", "chat_template_kwargs")
 _LISTS = {"stop_words": str, "bad_words": str, "stop_token_ids": int}
 
 
@@ -110,8 +112,12 @@ def _sampling_tensor(name: str, value: Any) -> Tensor:
         if isinstance(value, (list, tuple)):
             raise InvalidInputError(f"{name} is {value!r}; give one number")
         return _array(name, [value], _SCALARS[name])
+    if name in _OBJECTS:
+        if not isinstance(value, Mapping):
+            raise InvalidInputError(f"{name} is {value!r}; give a dict")
+        return strings([json.dumps(value, ensure_ascii=False)])
     if name not in _LISTS:
-        raise InvalidInputError(f"{name!r} is no sampling option; known: {', '.join(sorted([*_SCALARS, *_LISTS]))}")
+        raise InvalidInputError(f"{name!r} is no sampling option; known: {', '.join(sorted([*_SCALARS, *_LISTS, *_OBJECTS]))}")
     items = [value] if isinstance(value, (str, int)) else list(value)
     wrong = [item for item in items if not isinstance(item, _LISTS[name])]
     if wrong:

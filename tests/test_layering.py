@@ -23,9 +23,11 @@ ALLOWED = {
     "backend.runner": ("contract", "backend.ops", "backend.model", "backend.scheduling"),
     "backend.engine": ("contract", "backend.scheduling", "backend.runner"),
     "backend.tritonserver": ("contract", "text", "backend.engine"),
+    "backend.pipeline": ("contract", "text", "backend.scheduling", "backend.runner", "backend.engine", "converter"),
     "backend": ("contract",),
     "client": ("contract", "text"),
     "cli": ("contract", "text", "demo", "backend", "converter", "client", "quant"),
+    "api": ("contract", "backend", "converter", "client", "cli"),
 }
 
 #: third-party package -> the only units that may import it.
@@ -41,6 +43,7 @@ ONLY_IN = {
     "gradio": ("client",),
     "fastapi": ("client",),
     "msgpack": ("backend.engine",),
+    "huggingface_hub": ("converter",),
     "socket": ("backend.engine", "client", "cli"),
 }
 
@@ -49,7 +52,7 @@ ENVIRONMENT_READER = "turbotriton.contract.env"
 
 
 def modules() -> list[tuple[str, Path]]:
-    found = []
+    found = [("turbotriton.api", PACKAGE / "api.py")]
     folders = ["contract", "text", "demo", "cli", "backend", "converter", "client", "quant"]
     for folder in folders:
         for path in sorted((PACKAGE / folder).rglob("*.py")):

@@ -70,6 +70,7 @@ class EngineLoop:
         self._inbox: queue.SimpleQueue[_Submit | _Cancel | _CancelNamed | _Drop | None] = queue.SimpleQueue()
         self._step_began: float | None = None  # written by the engine thread, read by the watchdog
         self._is_stopping = threading.Event()
+        self._may_fail = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._watchdog = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -112,7 +113,7 @@ class EngineLoop:
                     last_stats = time.monotonic()
         except Exception:  # the border of the engine: whatever happened, its requests must end
             logger.exception("the engine stopped at an error")
-            self._fail("the engine stopped at an internal error; its log has the traceback")
+            self._fail_once("the engine stopped at an internal error; its log has the traceback")
 
     def _take_messages(self) -> None:
         """Everything in the inbox; waits a little for it when there is nothing else to do."""
@@ -154,5 +155,10 @@ class EngineLoop:
             if began is not None and time.monotonic() - began > self._watchdog_s:
                 logger.critical("one step has taken over %.0f s; stacks of all threads follow", self._watchdog_s)
                 faulthandler.dump_traceback(sys.stderr)
-                self._fail(f"the engine was stuck in one step for {self._watchdog_s:.0f} s")
+                self._fail_once(f"the engine was stuck in one step for {self._watchdog_s:.0f} s")
                 return
+
+    def _fail_once(self, reason: str) -> None:
+        """A step that raises after the watchdog has spoken, or the other way round, is one failure."""
+        if self._may_fail.acquire(blocking=False):  # never released
+            self._fail(reason)

@@ -79,6 +79,7 @@ class SamplerState:
     _is_random: npt.NDArray[np.bool_] = field(init=False)
     _has_filter: npt.NDArray[np.bool_] = field(init=False)
     _has_bans: npt.NDArray[np.bool_] = field(init=False)
+    _has_bias: npt.NDArray[np.bool_] = field(init=False)
     _output_counts: torch.Tensor | None = None  # [max_batch_size, vocab_size], int32
     _seen: torch.Tensor | None = None  # [max_batch_size, vocab_size], bool
 
@@ -89,6 +90,7 @@ class SamplerState:
         self._top_k = np.zeros(size, np.int64)
         self._has_penalty, self._is_random = np.zeros(size, np.bool_), np.zeros(size, np.bool_)
         self._has_filter, self._has_bans = np.zeros(size, np.bool_), np.zeros(size, np.bool_)
+        self._has_bias = np.zeros(size, np.bool_)
 
     def join(
         self, slot: int, params: SamplingParams, token_ids: Sequence[int], num_prompt_tokens: int, seed: int, sample_index: int
@@ -107,6 +109,7 @@ class SamplerState:
         self._is_random[slot] = not params.is_greedy
         self._has_filter[slot] = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
         self._has_bans[slot] = bool(state.banned or state.banned_early or state.bad_sequences or state.bad_sequences_early)
+        self._has_bias[slot] = bool(params.logit_bias)
         self._has_penalty[slot] = params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
         if self._has_penalty[slot]:
             self._count_known_tokens(slot, state)
@@ -133,7 +136,7 @@ class SamplerState:
         floats = self._floats[slots]
         banned_rows, banned_ids = self._bans(slots)
         temperature = column(floats[:, 0]) if (floats[:, 0] != 1).any() else None
-        shaped = SamplingBatch(temperature, banned_rows, banned_ids)
+        shaped = SamplingBatch(temperature, banned_rows, banned_ids, *self._biases(slots))
         if self._has_penalty[slots].any() and self._output_counts is not None and self._seen is not None:
             rows = torch.from_numpy(slots).to(self.device)
             # A slot without penalties may hold a former request's counts: its factors 1, 0, 0 make them count for nothing.
@@ -171,6 +174,20 @@ class SamplerState:
             return None, None
         rows, ids = torch.tensor(pairs, dtype=torch.int64).to(self.device).unbind(1)
         return rows, ids
+
+    def _biases(self, slots: npt.NDArray[np.int64]) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Rows, ids and values of every logit bias in the batch."""
+        entries = [
+            (row, token_id, value)
+            for row in np.flatnonzero(self._has_bias[slots]).tolist()
+            for token_id, value in self.slots[int(slots[row])].params.logit_bias
+            if 0 <= token_id < self.vocab_size
+        ]
+        if not entries:
+            return None, None, None
+        rows, ids, values = zip(*entries, strict=True)
+        index = torch.tensor([rows, ids], dtype=torch.int64).to(self.device)
+        return index[0], index[1], torch.tensor(values, dtype=torch.float32).to(self.device)
 
     def append(self, slots: npt.NDArray[np.int64], token_ids: Sequence[int]) -> None:
         """Notes the drawn token of each row: token_ids[r] for slots[r]."""

@@ -197,6 +197,7 @@ class SamplingBatch:
     """Sampling parameters of the rows whose logits are drawn from; all tensors have one entry a row unless said.
 
     banned_rows, banned_ids: [num_banned], int64: token ids that row may not produce now; None when there are none
+    bias_rows, bias_ids: [num_biased], int64, bias: [num_biased], fp32: added to these logits first; None when there are none
     temperature: [num_rows, 1], fp32; 1 where the request says 0 (greedy)
     repetition_penalty, presence_penalty, frequency_penalty: [num_rows, 1], fp32
     output_counts: [num_rows, vocab_size], int32: times the row has produced each token; None when no row has a penalty
@@ -210,6 +211,9 @@ class SamplingBatch:
     temperature: torch.Tensor | None = None  # None: all 1
     banned_rows: torch.Tensor | None = None
     banned_ids: torch.Tensor | None = None
+    bias_rows: torch.Tensor | None = None
+    bias_ids: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
     repetition_penalty: torch.Tensor | None = None
     presence_penalty: torch.Tensor | None = None
     frequency_penalty: torch.Tensor | None = None

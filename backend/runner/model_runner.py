@@ -14,7 +14,7 @@ import torch
 
 from turbotriton.backend.model.decoder import Decoder
 from turbotriton.backend.model.sampler import SamplerState, raw_logprobs
-from turbotriton.backend.ops.table import ops_for
+from turbotriton.backend.ops.table import REFERENCE, ops_for
 from turbotriton.backend.scheduling.plan import StepPlan, StepResult
 from turbotriton.contract.errors import ConfigError
 from turbotriton.contract.ini import EngineConfig, ModelConfig
@@ -35,11 +35,12 @@ ONE_THREAD_ELEMENTS = 100_000_000
 class ModelRunner:
     """Loads the weights of `weights_dir` and holds the device's state until `close()`.
 
+    `reference_ops`: plain torch on any device, where a GPU would have the kernels.
     On a CPU a small model sets torch to one thread, in the whole process (ONE_THREAD_ELEMENTS).
     Raises WorkspaceError (files), ConfigError (device, KV cache size).
     """
 
-    def __init__(self, model: ModelConfig, engine: EngineConfig, weights_dir: Path) -> None:
+    def __init__(self, model: ModelConfig, engine: EngineConfig, weights_dir: Path, *, reference_ops: bool = False) -> None:
         device = resolve_device(engine.device)
         self.device = str(device)
         self.compute_dtype = resolve_compute_dtype(engine.compute_dtype, model.float_type, device)
@@ -49,7 +50,7 @@ class ModelRunner:
             torch.set_float32_matmul_precision("highest")  # fp32 means fp32: no TF32
         with torch.inference_mode():
             weights = load_weights(model, weights_dir, device, dtype)
-            self._decoder = Decoder(model, weights, ops_for(device))
+            self._decoder = Decoder(model, weights, REFERENCE if reference_ops else ops_for(device))
             self._slots = SlotState(model, engine, device)
             self._sampler = SamplerState(engine.max_batch_size, model.vocab_size, model.eos_token_ids, device)
             scales = read_kv_scales(model, weights_dir) if engine.quant_policy == 4 else None

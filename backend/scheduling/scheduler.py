@@ -114,6 +114,8 @@ class Scheduler:
         bad = next((i for i in source.prompt_ids if not 0 <= i < self._model.vocab_size), None)
         if bad is not None:
             raise InvalidInputError(f"prompt token id {bad} is outside the vocabulary of {self._model.vocab_size}")
+        if source.sample_index < 0:
+            raise InvalidInputError(f"sample_index is {source.sample_index}; it must be 0 or more")
         room = config.session_len - num_prompt
         asked = source.sampling.max_new_tokens
         if room < 0 or (room == 0 and asked != 0):

@@ -10,9 +10,11 @@ from turbotriton.contract.errors import InvalidInputError
 from turbotriton.text.detokenizer import TextTokenizer
 
 from .door import UnaryDoor
-from .inputs import check_parameters, read_array
+from .inputs import check_parameters, read_array, read_int
 
 __all__ = ["TritonPythonModel"]
+
+UINT32 = 2**32 - 1
 
 
 class TritonPythonModel(UnaryDoor):
@@ -22,12 +24,12 @@ class TritonPythonModel(UnaryDoor):
     def answer(self, request: Any) -> Any:
         check_parameters(request)
         ids = read_array(request, "TOKENS_BATCH")
-        offset, skip = read_array(request, "sequence_length"), read_array(request, "skip_special_tokens")
-        if ids is None or offset is None or offset.size != 1:
-            raise InvalidInputError("TOKENS_BATCH and one sequence_length are required")
-        if int(offset[0]) > ids.size:
-            raise InvalidInputError(f"sequence_length is {int(offset[0])} and TOKENS_BATCH has {ids.size} ids")
-        text = self._decode(ids.tolist(), int(offset[0]), skip is None or not skip.size or bool(skip[0]))
+        offset, skip = read_int(request, "sequence_length", 0, UINT32), read_int(request, "skip_special_tokens", 0, 1)
+        if ids is None or offset is None:
+            raise InvalidInputError("TOKENS_BATCH and sequence_length are required")
+        if offset > ids.size:
+            raise InvalidInputError(f"sequence_length is {offset} and TOKENS_BATCH has {ids.size} ids")
+        text = self._decode(ids.tolist(), offset, skip != 0)
         output = np.array([text.encode()], dtype=np.object_)  # [1] and not [1, 1]: what LMDeploy's client can read
         return pb_utils.InferenceResponse(output_tensors=[pb_utils.Tensor("OUTPUT", output)])
 

@@ -54,6 +54,7 @@ class Mailbox:
         self.deltas: list[TokenDelta] = []  # under the responder's lock
         self.is_queued = False  # under the responder's lock
         self.has_sent = False  # written by its sender thread
+        self.is_broken = False  # a send failed: deltas are still taken, nothing but FINAL is sent; written by its sender thread
         self.is_over = False  # written by its sender thread, under poll_lock
         self.poll_lock = threading.Lock()
         self.is_cancelled = False  # written by the poll thread
@@ -123,7 +124,8 @@ class Responder:
                 self._deliver(mailbox, deltas)
             except Exception:  # one client's trouble must not end the thread that serves the others
                 logger.exception("a response could not be sent")
-                self._end(mailbox)
+                mailbox.is_broken = True
+                mailbox.cancel()  # its last delta still comes, and ends it
             with self._lock:
                 mailbox.is_queued = bool(mailbox.deltas)
                 if mailbox.is_queued:
@@ -143,6 +145,8 @@ class Responder:
             responses, is_over = [error_response(TurbotritonError(f"the door failed: {error}"))], True
         if is_over:
             self._end(mailbox)
+        if mailbox.is_broken:
+            responses = []
         for index, response in enumerate(responses):
             is_last = is_over and index == len(responses) - 1
             mailbox.sender.send(response, flags=FINAL if is_last else 0)

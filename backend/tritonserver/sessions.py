@@ -34,11 +34,15 @@ class SessionError(InvalidInputError):
 
 @dataclass(slots=True)
 class Session:
-    """token_ids grows while a request runs; `running` names that request's interrupt, None when idle."""
+    """token_ids grows while a request runs; `running` names that request's interrupt, None when idle.
+
+    num_kept: how many of token_ids were there before the request under way (or the last one) was taken in.
+    """
 
     token_ids: list[int] = field(default_factory=list)
     seed: int | None = None
     running: object | None = None
+    num_kept: int = 0
     ends_when_done: bool = False
 
 
@@ -84,6 +88,7 @@ class SessionStore:
         if start or session is None:
             session = self._sessions[session_id] = Session(seed=seed)
         session.token_ids = [*kept, *input_ids]
+        session.num_kept = len(kept)
         session.running = request
         session.ends_when_done = end
         self._sessions.move_to_end(session_id)
@@ -110,6 +115,11 @@ class SessionStore:
         session.running = None
         if session.ends_when_done and self._sessions.get(session_id) is session:
             del self._sessions[session_id]
+
+    def failed(self, session_id: int, session: Session) -> None:
+        """The request under way was refused or broke: its tokens go, or they would break every later turn too."""
+        del session.token_ids[session.num_kept :]
+        self.done(session_id, session)
 
     def _evict(self) -> None:
         total = self.num_tokens

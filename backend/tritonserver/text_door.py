@@ -21,7 +21,7 @@ from turbotriton.text.stop_words import StopWords
 
 from .connection import EngineConnection
 from .door import DecoupledDoor, final_error
-from .inputs import read_bool
+from .inputs import check_parameters, read_bool
 from .metrics import MetricsPublisher
 from .responder import Mailbox, Responder
 from .text_request import TextRequest, read_text_request
@@ -161,6 +161,7 @@ class TritonPythonModel(DecoupledDoor):
     def start(self, request: Any, sender: Any) -> None:
         name = request.request_id()
         if read_bool(request, "stop"):
+            check_parameters(request)
             if not name:
                 raise InvalidInputError("stop needs the id of the request that it stops: send it as the request's id")
             self._connection.client().cancel_named(name)

@@ -13,6 +13,7 @@ from turbotriton.contract.errors import InvalidInputError
 from turbotriton.contract.wire import MAX_LOGPROBS, MAX_SEED, SamplingParams
 from turbotriton.text.chat_template import ChatTemplate
 from turbotriton.text.detokenizer import TextTokenizer
+from turbotriton.text.prompt_format import encode_messages
 
 from .inputs import check_parameters, read_array, read_bool, read_float, read_int, read_string, read_strings
 
@@ -38,12 +39,15 @@ JSON_NAMES = {
     "stop": "stop_words",
     "bad_words": "bad_words",
     "stop_token_ids": "stop_token_ids",
+    "logit_bias": "logit_bias",
     "ignore_eos": "ignore_eos",
     "skip_special_tokens": "skip_special_tokens",
     "include_stop_str_in_output": "include_stop_words",
     "n": "n",
     "logprobs": "num_logprobs",
 }
+#: What the server itself gives a chat template.
+TEMPLATE_NAMES = ("messages", "bos_token", "eos_token")
 _FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 _INTS = {
     "max_tokens": (0, INT32),
@@ -106,6 +110,7 @@ def read_text_request(request: Any, tokenizer: TextTokenizer, template: ChatTemp
             top_k=max(values.get("top_k", 0), 0),
             seed=values.get("seed"),
             stop_token_ids=tuple(values.get("stop_token_ids", ())),
+            logit_bias=values.get("logit_bias", ()),
             bad_sequences=_bad_sequences(values.get("bad_words", ()), tokenizer),
             ignore_eos=values.get("ignore_eos", False),
             num_logprobs=0 if num_logprobs is None and wants_logprobs else num_logprobs,
@@ -127,6 +132,8 @@ def _read_prompt(request: Any, tokenizer: TextTokenizer, template: ChatTemplate 
     messages = read_string(request, "messages")
     ids = read_array(request, "input_ids")
     given = [name for name, value in (("text_input", text), ("messages", messages), ("input_ids", ids)) if value is not None]
+    if messages is None and read_string(request, "chat_template_kwargs") is not None:
+        raise InvalidInputError("chat_template_kwargs is for messages; leave it out with text_input and input_ids")
     if len(given) != 1:
         raise InvalidInputError(f"send exactly one of text_input, messages and input_ids, not {' and '.join(given) or 'none'}")
     if text is not None:
@@ -137,12 +144,26 @@ def _read_prompt(request: Any, tokenizer: TextTokenizer, template: ChatTemplate 
     if messages is not None:
         if template is None:
             raise InvalidInputError("this model has no chat template; send text_input or input_ids instead of messages")
-        rendered = template.render(_parse_json("messages", messages))
-        return tokenizer.encode(rendered, add_special_tokens=False), ""
+        content = _parse_json("messages", messages)
+        return encode_messages(tokenizer, template, content, template_options=_read_template_options(request)), ""
     assert ids is not None
     if not ids.size:
         raise InvalidInputError("input_ids is empty; send at least one token id")
     return [int(token_id) for token_id in ids], ""
+
+
+def _read_template_options(request: Any) -> dict[str, Any]:
+    """What the chat template gets beside the messages, such as tools; raises InvalidInputError for the names it has already."""
+    text = read_string(request, "chat_template_kwargs")
+    if text is None:
+        return {}
+    options = _parse_json("chat_template_kwargs", text)
+    if not isinstance(options, dict):
+        raise InvalidInputError("chat_template_kwargs must be a JSON object")
+    taken = [name for name in options if name in TEMPLATE_NAMES]
+    if taken:
+        raise InvalidInputError(f"chat_template_kwargs: {taken[0]!r} is set by the server; leave it out")
+    return options
 
 
 def _read_flat_sampling(request: Any) -> dict[str, Any]:
@@ -179,21 +200,36 @@ def _read_json_sampling(request: Any) -> dict[str, Any]:
 
 def _parse_json(name: str, text: str) -> Any:
     try:
-        return json.loads(text)
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InvalidInputError(f"{name} is no JSON: {error}") from None
+    try:
+        json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:  # JSON may name half a character, which no text and no token has
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise InvalidInputError(f"{name} contains the lone surrogate {half}; send whole characters") from None
+    return content
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number of more than 308 digits
+        return False
 
 
 def _check_json(key: str, name: str, value: Any) -> Any:
     def wrong(rule: str) -> InvalidInputError:
-        return InvalidInputError(f"sampling_parameters: {key} is {value!r}; it must be {rule}")
+        shown = repr(value)
+        shown = shown if len(shown) <= 80 else f"{shown[:40]}... ({len(shown)} characters)"
+        return InvalidInputError(f"sampling_parameters: {key} is {shown}; it must be {rule}")
 
     if name in _BOOLS:
         if not isinstance(value, bool):
             raise wrong("true or false")
         return value
     if name in _FLOATS:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not _is_finite(value):
             raise wrong("a finite number")
         return float(value)
     if name in _INTS:
@@ -201,11 +237,22 @@ def _check_json(key: str, name: str, value: Any) -> Any:
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise wrong(f"a whole number from {low} to {high}")
         return value
+    if name == "logit_bias":
+        if not isinstance(value, dict) or not all(_is_bias(token_id, bias) for token_id, bias in value.items()):
+            raise wrong("an object from token ids to numbers from -100 to 100")
+        return tuple((int(token_id), float(bias)) for token_id, bias in value.items())
     items = [value] if isinstance(value, str) and name in _STRING_LISTS else value
     kind = str if name in _STRING_LISTS else int
     if not isinstance(items, list) or not all(isinstance(item, kind) and not isinstance(item, bool) for item in items):
         raise wrong("a list of strings" if kind is str else "a list of token ids")
     return items
+
+
+def _is_bias(token_id: str, bias: Any) -> bool:
+    return (
+        token_id.isascii() and token_id.isdigit() and len(token_id) < 10
+        and not isinstance(bias, bool) and isinstance(bias, (int, float)) and -100 <= bias <= 100
+    )  # fmt: skip
 
 
 def _check_lists(values: Mapping[str, Any]) -> None:

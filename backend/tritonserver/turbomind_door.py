@@ -8,7 +8,7 @@ Exactly request_output_len tokens are made; 0 prefills and answers with the leng
 import logging
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ class _Turn:
     end: bool
     stop: bool
     seed: int | None
-    sampling: dict[str, Any]
+    sampling: SamplingParams  # checked before the session changes; start adds the session's seed
 
 
 class _TurnAnswer:
@@ -61,14 +61,16 @@ class _TurnAnswer:
     def take(self, deltas: Sequence[TokenDelta]) -> tuple[list[Any], bool]:
         session = self._session
         is_over = False
+        failed = next((delta for delta in deltas if delta.error is not None), None)
         with self._door.lock:
             for delta in deltas:
                 session.token_ids.extend(delta.token_ids)
                 is_over |= delta.finish_reason is not None
-            if is_over:
+            if failed is not None:
+                self._door.sessions.failed(self._session_id, session)
+            elif is_over:
                 self._door.sessions.done(self._session_id, session)
             token_ids = np.array(session.token_ids, dtype=np.uint32)
-        failed = next((delta for delta in deltas if delta.error is not None), None)
         if failed is not None:
             error = final_error(failed)
             return [pb_utils.InferenceResponse(error=triton_error(error, execution_failure(error)))], True
@@ -124,18 +126,11 @@ class TritonPythonModel(DecoupledDoor):
                 request=lambda: client.cancel(request_id),
             )
             prompt_ids, seed = tuple(session.token_ids), session.seed
-        # the total stays below session_len, as LMDeploy clamps it
-        room = self._info.session_len - len(prompt_ids)
-        try:
-            sampling = SamplingParams(max_new_tokens=min(turn.num_new_tokens, max(room, 0)), seed=seed, **turn.sampling)
-            source = GenerateRequest(request_id, prompt_ids, sampling)
-        except TurbotritonError:
-            with self.lock:
-                self.sessions.done(turn.session_id, session)
-            raise
+        room = self._info.session_len - len(prompt_ids)  # begin has seen to it that there is some, or none
+        sampling = replace(turn.sampling, max_new_tokens=min(turn.num_new_tokens, room), seed=seed)
         mailbox = Mailbox(sender, _TurnAnswer(self, turn.session_id, session), client, [request_id])
         self._responder.open(mailbox)
-        self._responder.submit(mailbox, source)
+        self._responder.submit(mailbox, GenerateRequest(request_id, prompt_ids, sampling))
 
     def _stop(self, turn: _Turn, sender: Any) -> None:
         """Interrupts what runs for the session; that request gets its normal last response on its own stream."""
@@ -175,11 +170,14 @@ def _read_turn(request: Any) -> _Turn:
     length = read_int(request, "input_lengths", 0, UINT32)
     num_new_tokens = read_int(request, "request_output_len", 0, UINT32)
     if ids is None or length is None or num_new_tokens is None:
-        raise InvalidInputError("input_ids, input_lengths and request_output_len are required")
+        required = {"input_ids": ids, "input_lengths": length, "request_output_len": num_new_tokens}
+        missing = [name for name, value in required.items() if value is None]
+        raise InvalidInputError(f"{' and '.join(missing)} missing; every request needs {', '.join(required)}")
     if length > ids.size:
         raise InvalidInputError(f"input_lengths is {length} and input_ids has {ids.size} ids")
-    if (read_int(request, "beam_width", 0, UINT32) or 1) != 1:
-        raise InvalidInputError("beam_width must be 1: beam search is not implemented")
+    beam_width = read_int(request, "beam_width", 0, UINT32)
+    if beam_width not in (None, 1):
+        raise InvalidInputError(f"beam_width is {beam_width}; it must be 1: beam search is not implemented")
     for name in ("input_embeddings", "input_embedding_ranges"):
         array = read_array(request, name)
         if array is not None and array.size:
@@ -194,11 +192,11 @@ def _read_turn(request: Any) -> _Turn:
         end=flags["END"] != 0,  # default 1
         stop=flags["STOP"] == 1,  # default 0
         seed=read_int(request, "random_seed", 0, MAX_SEED),
-        sampling=_read_sampling(request),
+        sampling=_read_sampling(request, num_new_tokens),
     )
 
 
-def _read_sampling(request: Any) -> dict[str, Any]:
+def _read_sampling(request: Any, num_new_tokens: int) -> SamplingParams:
     """TurboMind's reading of its sampling tensors: k = 0 and p = 0 is greedy, k > 0 and p = 0 is p = 1, k is capped."""
     top_k = read_int(request, "runtime_top_k", 0, UINT32)
     top_p = read_float(request, "runtime_top_p")
@@ -208,15 +206,15 @@ def _read_sampling(request: Any) -> dict[str, Any]:
         top_k = 1
     temperature = read_float(request, "temperature")
     repetition_penalty = read_float(request, "repetition_penalty")
-    bans = _read_words(request, "bad_words_list")
-    return {
-        "top_k": min(top_k, MAX_TOP_K),
-        "top_p": top_p or 1.0,
-        "temperature": 1.0 if temperature is None else temperature,
-        "repetition_penalty": 1.0 if repetition_penalty is None else repetition_penalty,
-        "stop_sequences": _read_words(request, "stop_words_list"),
-        "bad_sequences": bans,
-    }
+    return SamplingParams(
+        max_new_tokens=num_new_tokens,
+        top_k=min(top_k, MAX_TOP_K),
+        top_p=top_p or 1.0,
+        temperature=1.0 if temperature is None else temperature,
+        repetition_penalty=1.0 if repetition_penalty is None else repetition_penalty,
+        stop_sequences=_read_words(request, "stop_words_list"),
+        bad_sequences=_read_words(request, "bad_words_list"),
+    )
 
 
 def _read_words(request: Any, name: str) -> tuple[tuple[int, ...], ...]:

@@ -20,8 +20,8 @@ import triton
 from torch.nn.attention.bias import causal_lower_right
 
 from turbotriton.backend.ops.kernels import paged_decode_attention as attention_module
-from turbotriton.backend.ops.kernels.paged_decode_attention import paged_decode_attention
 from turbotriton.backend.ops.kernels import paged_prefill_attention as prefill_module
+from turbotriton.backend.ops.kernels.paged_decode_attention import paged_decode_attention
 from turbotriton.backend.ops.kernels.paged_prefill_attention import paged_prefill_attention
 from turbotriton.backend.ops.kernels.rms_norm import rms_norm
 from turbotriton.backend.ops.kernels.rotary_store_kv import rotary_store_kv

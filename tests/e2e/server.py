@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -14,20 +13,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from turbotriton.cli.running_server import free_ports
 from turbotriton.cli.server_runtime import find_server
 
 READY_TIMEOUT_S = 120
 STOP_TIMEOUT_S = 40
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for sock in sockets:
-        sock.bind(("127.0.0.1", 0))
-    ports = [sock.getsockname()[1] for sock in sockets]
-    for sock in sockets:
-        sock.close()
-    return ports
 
 
 class TritonServer:

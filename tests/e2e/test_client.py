@@ -4,11 +4,12 @@ import asyncio
 
 import pytest
 
+from turbotriton.cli.running_server import free_ports
 from turbotriton.client import AsyncClient, Client
 from turbotriton.contract.errors import DeadlineExceededError, InvalidInputError, UnavailableError
 
 from .metrics import metric, wait_idle, wait_until
-from .server import TritonServer, free_ports
+from .server import TritonServer
 
 pytestmark = pytest.mark.e2e
 

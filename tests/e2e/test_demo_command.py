@@ -46,7 +46,7 @@ def test_answers_once_and_leaves_nothing_running(environment: dict[str, str]) ->
     done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     before, _, after = done.stdout.partition(">>> Spell cat.\n")
-    assert "starting tritonserver on gRPC port" in before
+    assert "tritonserver is ready: gRPC localhost:" in before
     answer, _, rest = after.partition("\ntritonserver is stopped\n")
     assert answer.strip(), done.stdout
     assert rest == ""

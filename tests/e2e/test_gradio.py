@@ -117,3 +117,27 @@ def test_a_stopped_server_is_named_and_answers_again_when_it_is_back(browser: An
 
         wait_until(is_answered, "an answer of the server that is back", 30)
         chat.context.close()
+
+
+def test_page_on_a_workspace_starts_and_stops_its_own_server(browser: Any, demo_workspace: Path) -> None:
+    others = _servers_of(demo_workspace)
+    with chat_page_server(str(demo_workspace)) as url:
+        chat = ChatPage(browser, url)
+        chat.ask(TALK[1])
+        chat.wait_status(r"^\s*\d+ tokens")
+        assert chat.answers.last.inner_text().strip()
+        chat.context.close()
+        (pid,) = _servers_of(demo_workspace) - others
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def _servers_of(workspace: Path) -> set[int]:
+    mark = f"--model-repository={workspace.resolve() / 'model_repository'}".encode()
+    return {int(entry.name) for entry in Path("/proc").glob("[0-9]*") if mark in _arguments(entry)}
+
+
+def _arguments(entry: Path) -> list[bytes]:
+    try:
+        return (entry / "cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return []

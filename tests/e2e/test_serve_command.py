@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from .server import free_ports
+from turbotriton.cli.running_server import free_ports
 
 pytestmark = pytest.mark.e2e
 

@@ -1,17 +1,14 @@
 """Text that grows token by token is the text of all tokens, and no part of it is ever a broken character."""
 
-import functools
-import shutil
-import tempfile
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.text.tokenizers import released_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from turbotriton.contract.errors import WorkspaceError
-from turbotriton.converter.tokenizer.folder import write_tokenizer
 from turbotriton.text.detokenizer import REPLACEMENT, IncrementalDetokenizer, TextTokenizer
 
 FOLDERS = ("mistral_v03", "internlm", "internlm2", "yi", "qwen2")
@@ -25,17 +22,9 @@ TEXTS = st.text(
 )
 
 
-@functools.cache
 def load(folder: Path) -> TextTokenizer:
-    """The released tokenizer as a workspace has it: what is no tokenizer.json yet is converted first."""
-
-    scratch = Path(tempfile.mkdtemp(prefix="tokenizer-"))
-    source = Path(shutil.copytree(folder, scratch / "source"))
-    if (source / "vocab.json").is_file():  # four releases share one vocabulary there
-        shutil.copyfile(source / "tokenizer_config.qwen2.json", source / "tokenizer_config.json")
-    target = scratch / "tokenizer"
-    write_tokenizer(source, None, target, copy_code=False)
-    return TextTokenizer.load(target)
+    """Four releases share one vocabulary in qwen2."""
+    return released_tokenizer(folder, "tokenizer_config.qwen2.json" if folder.name == "qwen2" else None)
 
 
 def pushed(tokenizer: TextTokenizer, ids: list[int], **options: object) -> list[str]:

@@ -16,6 +16,8 @@ def sample(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
 
 
 def _processed_logits(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
+    if batch.bias_rows is not None and batch.bias_ids is not None and batch.bias is not None:
+        logits = logits.index_put((batch.bias_rows, batch.bias_ids), batch.bias, accumulate=True)
     if batch.banned_rows is not None and batch.banned_ids is not None:
         logits = logits.index_put((batch.banned_rows, batch.banned_ids), logits.new_tensor(float("-inf")))
     if batch.temperature is not None:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from turbotriton.contract.errors import ConfigError
 
+from .hub import add_hub_options, resolve_model_path
+
 __all__ = ["add_parser"]
 
 
@@ -18,7 +20,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     add = parser.add_argument
     add("model_name", metavar="MODEL_NAME", nargs="?", help="name of the model; LMDeploy's names also set its session_len")
-    add("model_path", metavar="MODEL_PATH", nargs="?", type=Path, help="folder of the checkpoint")
+    add("model_path", metavar="MODEL_PATH", nargs="?", help="folder of the checkpoint, or its hub id")
     add(
         "--model-format",
         choices=("hf", "llama", "awq", "gptq", "smooth_quant", "fp8"),
@@ -40,6 +42,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     add("--trust-remote-code", action="store_true", help="copy the checkpoint's *.py files too (nothing of them is run here)")
     add("--overwrite", action="store_true", help="replace a workspace at --dst-path")
     add("--verify", action="store_true", help="hash the workspace's files against its manifest; alone: convert nothing")
+    add_hub_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -53,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     if args.model_name is not None:
         if args.model_path is None:
             raise ConfigError(f"MODEL_PATH is missing after MODEL_NAME {args.model_name!r}; give the checkpoint's folder")
+        args.model_path = resolve_model_path(args.model_path, args)
         names = ("model_name", "model_path", "dst_path", "model_format", "tp", "tokenizer_path", "quant_path", "group_size")
         more = ("dtype", "served_name", "doors", "trust_remote_code", "overwrite")
         layout = convert_checkpoint(ConvertOptions(**{name: getattr(args, name) for name in (*names, *more)}))

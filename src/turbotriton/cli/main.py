@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -12,7 +13,7 @@ from turbotriton.contract.errors import TurbotritonError
 __all__ = ["main"]
 
 #: Modules of this package in the order that `--help` lists them; each has add_parser(subparsers), which sets `run`.
-COMMANDS: tuple[str, ...] = ("convert", "lite", "serve", "demo")
+COMMANDS: tuple[str, ...] = ("chat", "convert", "lite", "serve", "demo", "bench", "plan", "list_models", "check_env")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -35,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         build_parser().error(f"unrecognized arguments: {' '.join(unknown)}")
     args.unknown = unknown
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    for name in ("httpx", "httpx2"):  # a line a request
+        logging.getLogger(name).setLevel(logging.WARNING)
     try:
         return int(args.run(args) or 0)
     except TurbotritonError as error:
@@ -42,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # who read our output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 1
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import importlib
 __all__ = ["add_parser"]
 
 #: Modules of this package, each with add_parser(subparsers).
-SERVE_COMMANDS: tuple[str, ...] = ("tritonserver", "triton_client", "gradio_app")
+SERVE_COMMANDS: tuple[str, ...] = ("tritonserver", "api_server", "api_client", "triton_client", "gradio_app")
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -27,11 +27,12 @@ import turbotriton
 from turbotriton.contract import env
 from turbotriton.contract.errors import ServerError
 
-__all__ = ["RUNTIME_VERSION", "ServerRuntime", "fetch_server_runtime", "find_server"]
+__all__ = ["RUNTIME_VERSION", "ServerRuntime", "fetch_server_runtime", "find_server", "installed_server"]
 
 logger = logging.getLogger(__name__)
 
-RUNTIME_VERSION = "0.7.0"  # of nvidia-pytriton: tritonserver 2.51.0 (24.10)
+RUNTIME_VERSION = "0.7.0"  # of nvidia-pytriton
+SERVER_VERSION = "2.51.0 (24.10)"  # of tritonserver in it
 STUB_NUMPY = "numpy==1.26.4"
 _PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 _SERVER = Path("pytriton/tritonserver")
@@ -59,9 +60,26 @@ def find_server() -> ServerRuntime:
     return ServerRuntime(binary, (f"--backend-directory={root / 'backends'}",), environment)
 
 
+def installed_server() -> str:
+    """For people: which server `find_server` would give, without downloading it. Raises ServerError as `find_server`."""
+    on_path = shutil.which("tritonserver")
+    if on_path is not None:
+        version = Path(on_path).resolve().parents[1] / "TRITON_VERSION"  # in the NGC images
+        return f"{on_path}, version {version.read_text().strip() if version.is_file() else 'unknown'}"
+    _check_libpython()
+    root = _runtime_root()
+    if root.is_dir():
+        return f"{root / _SERVER / 'bin/tritonserver'}, version {SERVER_VERSION}"
+    return f"none installed; version {SERVER_VERSION} is downloaded from PyPI when it is first needed"
+
+
+def _runtime_root() -> Path:
+    return env.cache_dir() / f"server-runtime-{RUNTIME_VERSION}-py{_PYTHON}"
+
+
 def fetch_server_runtime() -> Path:
     """The unpacked server runtime for this Python's stub; downloaded once (55 MB) with pip, then taken from the cache."""
-    root = env.cache_dir() / f"server-runtime-{RUNTIME_VERSION}-py{_PYTHON}"
+    root = _runtime_root()
     if root.is_dir():
         return root
     root.parent.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,18 @@
 import os
 from pathlib import Path
 
-__all__ = ["cache_dir", "engine_option", "environment", "python_executable", "runtime_dir", "site_dirs", "test_assets_dir"]
+__all__ = [
+    "cache_dir",
+    "engine_option",
+    "environment",
+    "openai_api_key",
+    "python_executable",
+    "runtime_dir",
+    "site_dirs",
+    "ssl_certfile",
+    "ssl_keyfile",
+    "test_assets_dir",
+]
 
 ENGINE_OPTION_PREFIX = "TURBOTRITON_"
 
@@ -55,3 +66,20 @@ def environment() -> dict[str, str]:
 def metric_aliases() -> bool:
     """TURBOTRITON_METRIC_ALIASES: 0 leaves out the `vllm:*` and `nv_trt_llm_*` names (another backend may own them); default 1."""
     return os.environ.get("TURBOTRITON_METRIC_ALIASES", "1") != "0"
+
+
+def openai_api_key() -> str | None:
+    """OPENAI_API_KEY: what clients of an OpenAI server send when no key is given; never logged."""
+    return os.environ.get("OPENAI_API_KEY") or None
+
+
+def ssl_keyfile() -> Path | None:
+    """SSL_KEYFILE: the OpenAI server's private key with `--ssl`, as in LMDeploy."""
+    value = os.environ.get("SSL_KEYFILE")
+    return Path(value) if value else None
+
+
+def ssl_certfile() -> Path | None:
+    """SSL_CERTFILE: its certificate."""
+    value = os.environ.get("SSL_CERTFILE")
+    return Path(value) if value else None

@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 MAX_LOGPROBS = 1024
+MAX_LOGIT_BIAS = 1024
 MAX_SEED = 2**64 - 1
 
 
@@ -67,6 +68,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     stop_sequences: tuple[tuple[int, ...], ...] = ()  # token sequences; strings are matched in the door
     bad_sequences: tuple[tuple[int, ...], ...] = ()  # never completed: the last id is banned after the others
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit before all else)
     ignore_eos: bool = False
     num_logprobs: int | None = None  # None: none; 0: the drawn token's; n: also the n most likely
 
@@ -110,6 +112,12 @@ class SamplingParams:
             check(all(len(seq) > 0 for seq in getattr(self, name)), name, "sequences of at least one token id")
             check(all(_is_int(token_id) for seq in getattr(self, name) for token_id in seq), name, "sequences of whole numbers")
         check(all(_is_int(token_id) for token_id in self.stop_token_ids), "stop_token_ids", "whole numbers")
+        check(len(self.logit_bias) <= MAX_LOGIT_BIAS, "logit_bias", f"at most {MAX_LOGIT_BIAS} entries")
+        check(
+            all(_is_int(token_id) and finite(bias) and abs(bias) <= 100 for token_id, bias in self.logit_bias),
+            "logit_bias",
+            "pairs of a token id and a number from -100 to 100",
+        )
 
     @property
     def is_greedy(self) -> bool:

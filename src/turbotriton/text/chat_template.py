@@ -55,6 +55,8 @@ def check_messages(messages: Any) -> None:
             raise InvalidInputError(f"messages[{index}] is no object with role and content")
         if message.get("role") not in ROLES:
             raise InvalidInputError(f"messages[{index}].role is {message.get('role')!r}; it must be one of {', '.join(ROLES)}")
+        if message.get("content") is None and message.get("role") == "assistant" and message.get("tool_calls"):
+            continue
         if not isinstance(message.get("content"), str):
             raise InvalidInputError(f"messages[{index}].content must be a string")
 

@@ -9,6 +9,8 @@ from tokenizers import Tokenizer
 
 from turbotriton.contract.errors import WorkspaceError
 
+from .literal_tokens import LiteralEncoder
+
 __all__ = ["IncrementalDetokenizer", "TextTokenizer"]
 
 REPLACEMENT = "\ufffd"
@@ -20,6 +22,7 @@ class TextTokenizer:
 
     def __init__(self, tokenizer: Tokenizer, config: dict[str, Any], generation: dict[str, Any]) -> None:
         self._tokenizer = tokenizer
+        self._literal = LiteralEncoder(tokenizer)
         self.vocab_size = int(tokenizer.get_vocab_size(with_added_tokens=True))
         self.bos_token = _token_text(config.get("bos_token"))
         self.eos_token = _token_text(config.get("eos_token"))
@@ -34,6 +37,7 @@ class TextTokenizer:
             template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
         self.chat_template: str | None = template
         self._adds_bos = config.get("add_bos_token")
+        self._added = {token.content: index for index, token in tokenizer.get_added_tokens_decoder().items()}
 
     @classmethod
     def load(cls, folder: Path) -> "TextTokenizer":
@@ -57,11 +61,19 @@ class TextTokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """With special tokens: what the model was trained to see in front (BOS where its tokenizer adds one)."""
-        ids = list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        ids = self._literal.encode(text, add_special_tokens=add_special_tokens)
         bos = self.bos_token_id
         if add_special_tokens and self._adds_bos and bos is not None and ids[:1] != [bos]:
             ids.insert(0, bos)
         return ids
+
+    def protect(self, content: str) -> str:
+        """`content` with placeholders for the special tokens that it spells: `encode` then takes those as text."""
+        return self._literal.protect(content)
+
+    def single_id(self, text: str) -> int | None:
+        """The id of the token that is spelled `text` and stands for itself in any text: an added one, else None."""
+        return self._added.get(text)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Ids outside the vocabulary (padding rows of the embedding) give nothing."""

@@ -201,10 +201,11 @@ def test_long_prompts_and_contexts(rows, num_heads, num_kv_heads, sliding_window
     out = paged_prefill_attention(q, k_cache, v_cache, *tables, 128**-0.5, sliding_window)
     # the first kv head's query heads: a float64 score matrix of all of them would not fit
     group = num_heads // num_kv_heads
-    expected = oracle(q[:, :group], k_cache[:, :1], v_cache[:, :1], *tables, 128**-0.5, sliding_window)
-    assert_close(out[:, :group], expected, **tolerance(dtype))
-    last = oracle(q[:, -group:], k_cache[:, -1:], v_cache[:, -1:], *tables, 128**-0.5, sliding_window)
-    assert_close(out[:, -group:], last, **tolerance(dtype))
+    for heads, kv in ((slice(group), slice(1)), (slice(-group, None), slice(-1, None))):
+        expected = oracle(q[:, heads], k_cache[:, kv], v_cache[:, kv], *tables, 128**-0.5, sliding_window)
+        # an average over thousands of keys is far smaller than one over three: each query is measured by its own size
+        size = expected.square().mean(dim=(1, 2), keepdim=True).sqrt()
+        assert_close(out[:, heads].double() / size, expected / size, **tolerance(dtype))
 
 
 @pytest.mark.gpu

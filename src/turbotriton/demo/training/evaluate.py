@@ -15,7 +15,7 @@ from .tokenizer import SPECIAL_TOKENS, render
 
 __all__ = ["Report", "answer_greedily", "evaluate"]
 
-_ROWS_AT_ONCE = 1024
+_ROWS_AT_ONCE = 128  # keeps the cache of a chunk small enough for a CPU
 
 
 @dataclass(slots=True)

@@ -1,0 +1,6 @@
+"""The OpenAI-compatible server: FastAPI in front of one or several tritonservers' text doors.
+
+app.py      routes            schema.py     requests, field by field      errors.py    failures -> OpenAI's error objects
+fleet.py    which server      answers.py    one choice after another      tools.py     tool calls in a model's text
+qos.py      who goes first    interactive.py  LMDeploy's sessions         access.py    keys, metrics
+"""

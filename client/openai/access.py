@@ -1,0 +1,72 @@
+"""Who may call, and what was called: API keys and Prometheus metrics, as plain ASGI middleware (streams pass untouched)."""
+
+import hmac
+import time
+from collections.abc import Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .errors import ApiError, error_response
+
+__all__ = ["KeyCheck", "Meter", "Metrics"]
+
+#: Paths that need no key: probes and scrapers have none.
+OPEN_PATHS = ("/health", "/metrics")
+
+
+class KeyCheck:
+    """401 without one of the keys, compared in constant time. No key given: everyone may call."""
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+        self._app = app
+        self._keys = [key.encode() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self._keys and scope["path"] not in OPEN_PATHS and scope["method"] != "OPTIONS":
+            scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
+            found = [hmac.compare_digest(given.strip().encode(), key) for key in self._keys]
+            if scheme.lower() != "bearer" or not any(found):
+                refused = error_response(ApiError(401, "Please request with valid api key!", code="invalid_api_key"))
+                await refused(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+class Metrics:
+    """Requests by path and status, their seconds to the last byte, how many are under way."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.total = Counter("turbotriton_openai_requests", "Requests answered", ["path", "status"], registry=self.registry)
+        self.running = Gauge("turbotriton_openai_requests_running", "Requests under way", registry=self.registry)
+        self.seconds = Histogram("turbotriton_openai_request_seconds", "Seconds to the end", ["path"], registry=self.registry)
+
+
+class Meter:
+    """Counts into `metrics`."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began, status = time.monotonic(), 500
+
+        async def counted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            with self._metrics.running.track_inprogress():
+                await self._app(scope, receive, counted)
+        finally:
+            route = scope.get("route")
+            path = route.path if route is not None else "other"  # a bounded number of labels
+            self._metrics.total.labels(path, status).inc()
+            self._metrics.seconds.labels(path).observe(time.monotonic() - began)

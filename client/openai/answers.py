@@ -1,0 +1,341 @@
+"""Chat and completion answers: request -> options of the text door -> choices -> OpenAI's objects, whole or in chunks.
+
+Each choice is a stream of its own to a text door (the prefix cache computes a shared prompt once); choice i of a seeded request draws
+with seed + i, so that streamed and whole answers are the same.
+"""
+
+import asyncio
+import contextlib
+import json
+import time
+import uuid
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from turbotriton.client.text_door import Delta
+from turbotriton.contract.errors import TurbotritonError
+
+from .errors import ApiError, api_error
+from .fleet import Fleet
+from .schema import ChatRequest, CompletionRequest, SamplingFields
+from .tools import ToolCallParser, ToolFormat, forced_call_schema
+
+__all__ = ["Answer", "ChatAnswer", "CompletionAnswer", "sampling_options"]
+
+MAX_SEED = 2**64
+MAX_STREAMS = 128  # prompts times n of one request
+
+
+def sampling_options(request: SamplingFields) -> dict[str, Any]:
+    """Keyword arguments of `AsyncClient.stream`, without logprobs."""
+    options: dict[str, Any] = {
+        name: getattr(request, name)
+        for name in (
+            *(
+                "temperature",
+                "top_p",
+                "top_k",
+                "min_p",
+                "min_tokens",
+                "repetition_penalty",
+                "presence_penalty",
+                "frequency_penalty",
+            ),
+            *("ignore_eos", "skip_special_tokens", "stop_token_ids", "bad_words", "priority", "max_tokens"),
+        )
+    }
+    options["stop_words"] = [request.stop] if isinstance(request.stop, str) else request.stop
+    if request.logit_bias:
+        options["sampling_parameters"] = {"logit_bias": request.logit_bias}
+    return options
+
+
+@dataclass(slots=True)
+class _Choice:
+    """What one choice has said so far."""
+
+    index: int
+    prompt: Mapping[str, Any]  # of prompt, messages and input_ids the one that is given
+    options: dict[str, Any]
+    num_input_tokens: int = 0
+    num_output_tokens: int = 0
+    finish_reason: str | None = None
+    parts: list[str] = field(default_factory=list)
+    logprobs: list[dict[str, Any]] = field(default_factory=list)
+    tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    parser: ToolCallParser | None = None
+    num_chars: int = 0  # sent, for text_offset
+
+    def take(self, delta: Delta) -> None:
+        self.num_input_tokens = delta.num_input_tokens or self.num_input_tokens
+        self.num_output_tokens = delta.num_output_tokens or self.num_output_tokens
+        self.finish_reason = _FINISH.get(delta.finish_reason or "", delta.finish_reason)
+
+
+#: A deadline of the server ends an answer as if its length had been reached: what came is true, and it is cut.
+_FINISH = {"": None, "deadline": "length", "cancelled": "stop"}
+
+
+class Answer:
+    """Base of both kinds: runs the choices, yields (choice, delta) as they come, counts usage."""
+
+    kind = ""  # prefix of the id
+
+    def __init__(self, fleet: Fleet, request: SamplingFields, choices: list[_Choice]) -> None:
+        if len(choices) > MAX_STREAMS:
+            raise ApiError(400, f"{len(choices)} answers are asked for at once; at most {MAX_STREAMS} are given", param="n")
+        self._fleet, self._request, self._choices = fleet, request, choices
+        self.id = f"{self.kind}-{uuid.uuid4().hex}"
+        self.created = int(time.time())
+
+    async def deltas(self) -> AsyncGenerator[tuple[_Choice, Delta]]:
+        """Every choice's deltas as they come. Raises ApiError; closing the generator cancels what runs."""
+        came: asyncio.Queue[tuple[_Choice, Delta | Exception | None]] = asyncio.Queue()
+        tasks = [asyncio.create_task(self._run(choice, came)) for choice in self._choices]
+        num_open = len(tasks)
+        try:
+            while num_open:
+                choice, item = await came.get()
+                if isinstance(item, Exception):
+                    raise api_error(item) if isinstance(item, TurbotritonError) else item
+                if item is None:
+                    num_open -= 1
+                    continue
+                choice.take(item)
+                yield choice, item
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _run(self, choice: _Choice, came: "asyncio.Queue[tuple[_Choice, Delta | Exception | None]]") -> None:
+        try:
+            async with self._fleet.stream(self._request.model, choice.prompt, choice.options) as deltas:
+                async for delta in deltas:
+                    came.put_nowait((choice, delta))
+            came.put_nowait((choice, None))
+        except Exception as error:  # noqa: BLE001  handed to the task that waits for deltas
+            came.put_nowait((choice, error))
+
+    def usage(self) -> dict[str, int]:
+        """Prompts are counted once, whatever n is."""
+        num_prompt = sum(choice.num_input_tokens for choice in self._choices[:: self._request.n])
+        num_output = sum(choice.num_output_tokens for choice in self._choices)
+        return {"prompt_tokens": num_prompt, "completion_tokens": num_output, "total_tokens": num_prompt + num_output}
+
+    async def whole(self) -> dict[str, Any]:
+        async with contextlib.aclosing(self.deltas()) as deltas:
+            async for choice, delta in deltas:
+                self._keep(choice, delta)
+        choices = [self._whole_choice(choice) for choice in self._choices]
+        return self._envelope(self._object) | {"choices": choices, "usage": self.usage()}
+
+    async def chunks(self) -> AsyncGenerator[dict[str, Any]]:
+        """Objects of a streamed answer in their order, without the closing [DONE]."""
+        async with contextlib.aclosing(self.deltas()) as deltas:
+            async for choice, delta in deltas:
+                for chunk in self._choice_chunks(choice, delta):
+                    yield self._envelope(self._chunk_object) | {"choices": [chunk]} | self._null_usage()
+        if self._wants_usage:
+            yield self._envelope(self._chunk_object) | {"choices": [], "usage": self.usage()}
+
+    @property
+    def _wants_usage(self) -> bool:
+        return self._request.stream_options is not None and self._request.stream_options.include_usage
+
+    def _null_usage(self) -> dict[str, None]:
+        return {"usage": None} if self._wants_usage else {}
+
+    def _envelope(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self._request.model}
+
+    _object = _chunk_object = ""
+
+    def _keep(self, choice: _Choice, delta: Delta) -> None:
+        choice.parts.append(delta.text)
+        choice.logprobs += delta.logprobs or []
+
+    def _whole_choice(self, choice: _Choice) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _choice_chunks(self, choice: _Choice, delta: Delta) -> Sequence[dict[str, Any]]:
+        raise NotImplementedError
+
+
+def _seeded(options: dict[str, Any], seed: int | None, index: int) -> dict[str, Any]:
+    return options if seed is None else options | {"seed": (seed + index) % MAX_SEED}
+
+
+class CompletionAnswer(Answer):
+    """/v1/completions. Choices are numbered over all prompts: prompt p's are p * n ... p * n + n - 1."""
+
+    kind = "cmpl"
+    _object = _chunk_object = "text_completion"
+
+    def __init__(self, fleet: Fleet, request: CompletionRequest) -> None:
+        options = sampling_options(request) | {"num_logprobs": request.logprobs}
+        choices: list[_Choice] = []
+        for text_or_ids in request.prompts():
+            name = "prompt" if isinstance(text_or_ids, str) else "input_ids"
+            for number in range(request.n):
+                choices.append(_Choice(len(choices), {name: text_or_ids}, _seeded(options, request.seed, number)))
+                if request.echo:
+                    choices[-1].parts.append(str(text_or_ids))
+        super().__init__(fleet, request, choices)
+
+    def _whole_choice(self, choice: _Choice) -> dict[str, Any]:
+        return self._choice(choice, "".join(choice.parts), choice.logprobs)
+
+    def _choice_chunks(self, choice: _Choice, delta: Delta) -> Sequence[dict[str, Any]]:
+        echoed = "".join(choice.parts)
+        choice.parts.clear()
+        return [self._choice(choice, echoed + delta.text, delta.logprobs or [])]
+
+    def _choice(self, choice: _Choice, text: str, entries: list[dict[str, Any]]) -> dict[str, Any]:
+        assert isinstance(self._request, CompletionRequest)
+        logprobs = None if self._request.logprobs is None else _completion_logprobs(choice, entries)
+        return {"index": choice.index, "text": text, "logprobs": logprobs, "finish_reason": choice.finish_reason}
+
+
+def _completion_logprobs(choice: _Choice, entries: list[dict[str, Any]]) -> dict[str, Any]:
+    offsets = []
+    for entry in entries:
+        offsets.append(choice.num_chars)
+        choice.num_chars += len(entry["token"])
+    return {
+        "tokens": [entry["token"] for entry in entries],
+        "token_logprobs": [entry["logprob"] for entry in entries],
+        "top_logprobs": [{one["token"]: one["logprob"] for one in entry.get("top_logprobs", ())} for entry in entries],
+        "text_offset": offsets,
+    }
+
+
+class ChatAnswer(Answer):
+    """/v1/chat/completions. `tool_format`: how this model writes tool calls; None: the request has no tools."""
+
+    kind = "chatcmpl"
+    _object, _chunk_object = "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, fleet: Fleet, request: ChatRequest, tool_format: ToolFormat | None) -> None:
+        options = sampling_options(request) | _guided(request)
+        options["max_tokens"] = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
+        options["num_logprobs"] = (request.top_logprobs or 0) if request.logprobs else None
+        prompt: dict[str, Any]
+        if isinstance(request.messages, str):
+            prompt = {"prompt": request.messages}
+        else:
+            prompt = {"messages": [_plain_message(index, message) for index, message in enumerate(request.messages)]}
+        template_options: dict[str, Any] = dict(request.chat_template_kwargs or {})
+        if tool_format is not None:
+            template_options["tools"] = request.tools
+            options["skip_special_tokens"] = options["skip_special_tokens"] and not tool_format.is_special
+        if template_options:
+            options["chat_template_kwargs"] = template_options
+        choices = [_Choice(index, prompt, _seeded(options, request.seed, index)) for index in range(request.n)]
+        if tool_format is not None:
+            is_forced = request.tool_choice not in (None, "auto")
+            for choice in choices:
+                choice.parser = ToolCallParser(tool_format, is_forced=is_forced)
+        self._began: set[int] = set()
+        super().__init__(fleet, request, choices)
+
+    def _keep(self, choice: _Choice, delta: Delta) -> None:
+        content, calls = self._parsed(choice, delta)
+        choice.parts.append(content)
+        choice.tool_calls += calls
+        choice.logprobs += delta.logprobs or []
+
+    def _parsed(self, choice: _Choice, delta: Delta) -> tuple[str, list[dict[str, Any]]]:
+        if choice.parser is None:
+            return delta.text, []
+        content, calls = choice.parser.push(delta.text)
+        if delta.finish_reason is not None:
+            rest, more = choice.parser.flush()
+            content, calls = content + rest, calls + more
+            if choice.parser.num_calls and choice.finish_reason == "stop":
+                choice.finish_reason = "tool_calls"
+        return content, calls
+
+    def _whole_choice(self, choice: _Choice) -> dict[str, Any]:
+        content = "".join(choice.parts)
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if choice.tool_calls:
+            message |= {"content": content.strip() or None, "tool_calls": [_without_index(call) for call in choice.tool_calls]}
+        return {
+            "index": choice.index,
+            "message": message,
+            "logprobs": self._logprobs(choice.logprobs),
+            "finish_reason": choice.finish_reason,
+        }
+
+    def _choice_chunks(self, choice: _Choice, delta: Delta) -> Sequence[dict[str, Any]]:
+        def chunk(content: dict[str, Any], finish_reason: str | None, entries: list[dict[str, Any]]) -> dict[str, Any]:
+            return {"index": choice.index, "delta": content, "logprobs": self._logprobs(entries), "finish_reason": finish_reason}
+
+        content, calls = self._parsed(choice, delta)
+        chunks = []
+        if choice.index not in self._began:
+            self._began.add(choice.index)
+            chunks.append(chunk({"role": "assistant", "content": ""}, None, []))
+        if content or delta.logprobs:
+            chunks.append(chunk({"content": content}, None, delta.logprobs or []))
+        chunks += [chunk({"tool_calls": [call]}, None, []) for call in calls]
+        if choice.finish_reason is not None:
+            chunks.append(chunk({}, choice.finish_reason, []))
+        return chunks
+
+    def _logprobs(self, entries: list[dict[str, Any]]) -> dict[str, Any] | None:
+        assert isinstance(self._request, ChatRequest)
+        if not self._request.logprobs:
+            return None
+        content = [_token(entry) | {"top_logprobs": [_token(one) for one in entry.get("top_logprobs", ())]} for entry in entries]
+        return {"content": content, "refusal": None}
+
+
+def _token(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """bytes is null for a token that is a part of a character."""
+    text = entry["token"]
+    return {"token": text, "logprob": entry["logprob"], "bytes": None if "\ufffd" in text else list(text.encode())}
+
+
+def _without_index(call: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in call.items() if name != "index"}
+
+
+def _guided(request: ChatRequest) -> dict[str, Any]:
+    """sampling_parameters with what the answer's form is held to, by response_format or by a forced tool call."""
+    guided = None if request.response_format is None else request.response_format.guided()
+    if request.tools and request.tool_choice not in (None, "none", "auto"):
+        if guided is not None:
+            raise ApiError(400, "response_format and a required tool call exclude each other", param="response_format")
+        guided = {"json_schema": forced_call_schema(request.tools, request.tool_choice)}
+    parameters = {"logit_bias": request.logit_bias} if request.logit_bias else {}
+    if guided is not None:
+        parameters["guided"] = guided
+    return {"sampling_parameters": parameters} if parameters else {}
+
+
+def _plain_call(call: Any) -> Any:
+    """A call with its arguments as an object: chat templates write them themselves, OpenAI's clients send JSON text."""
+    try:
+        function = call["function"]
+        return {**call, "function": {**function, "arguments": json.loads(function["arguments"])}}
+    except (TypeError, KeyError, ValueError):
+        return call
+
+
+def _plain_message(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
+    """content as one text; parts that are no text are refused."""
+    content = message.get("content")
+    if message.get("tool_calls"):
+        message = {**message, "tool_calls": [_plain_call(call) for call in message["tool_calls"]]}
+    if not isinstance(content, list):
+        return dict(message)
+    texts = []
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, dict) else part
+            raise ApiError(400, f"messages[{index}].content has a part of type {kind!r}; only text is served", param="messages")
+        texts.append(part["text"])
+    return {**message, "content": "\n".join(texts)}

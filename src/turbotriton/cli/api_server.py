@@ -1,0 +1,127 @@
+"""`turbotriton serve api_server X`: the OpenAI-compatible server in front of tritonserver."""
+
+import argparse
+import contextlib
+import logging
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+from turbotriton.contract import env
+from turbotriton.contract.errors import InvalidInputError
+
+__all__ = ["add_parser"]
+
+logger = logging.getLogger(__name__)
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = subparsers.add_parser(
+        "api_server",
+        help="serve OpenAI's API",
+        description="Serve OpenAI's API (and LMDeploy's additions). X is the gRPC address of a running tritonserver, several with "
+        "commas between, or a workspace or model folder: then tritonserver is started first and stopped at the end. "
+        "Engine flags of `serve tritonserver` (--session-len ...) are passed on to it.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "target", metavar="X", help="HOST:PORT[,HOST:PORT...] of tritonserver's gRPC, a workspace, or a model folder"
+    )
+    parser.add_argument("--server-name", default="127.0.0.1", help="address to listen on; 0.0.0.0: every one")
+    parser.add_argument("--server-port", type=int, default=23333, help="port to listen on")
+    parser.add_argument("--api-keys", nargs="*", default=[], metavar="KEY", help="callers need one of these (Bearer)")
+    parser.add_argument("--ssl", action="store_true", help="serve https with the files that SSL_KEYFILE and SSL_CERTFILE name")
+    parser.add_argument("--ssl-keyfile", type=Path, help="private key, PEM")
+    parser.add_argument("--ssl-certfile", type=Path, help="certificate, PEM")
+    for name in ("origins", "methods", "headers"):
+        parser.add_argument(f"--allow-{name}", nargs="+", default=["*"], help=f"CORS: {name} that may call")
+    parser.add_argument("--allow-credentials", action="store_true", help="CORS: with credentials")
+    parser.add_argument(
+        "--tool-call-parser", choices=("auto", "qwen", "llama3", "internlm2", "mistral"), default="auto",
+        help="how the model writes tool calls; auto: by its chat template",
+    )  # fmt: skip
+    parser.add_argument("--qos-config-path", type=Path, help="JSON file of user groups and quotas, for the _qos endpoints")
+    parser.add_argument("--qos-max-running", type=int, default=64, help="answers at once on the _qos endpoints")
+    parser.add_argument(
+        "--log-level", choices=("debug", "info", "warning", "error", "critical"), default="info", help="of the server"
+    )
+    parser.set_defaults(run=run, accepts_unknown=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    import uvicorn
+
+    from turbotriton.client.openai.app import ServerOptions, make_app
+
+    if not 0 < args.server_port < 65536:
+        raise InvalidInputError(f"--server-port is {args.server_port}; it must be from 1 to 65535")
+    if args.qos_max_running < 1:
+        raise InvalidInputError(f"--qos-max-running is {args.qos_max_running}; it must be 1 or more")
+    keyfile, certfile = _ssl_files(args)
+    with _served(args.target, args.unknown) as urls:
+        app = make_app(
+            ServerOptions(
+                urls=urls,
+                api_keys=args.api_keys,
+                allow_origins=args.allow_origins,
+                allow_methods=args.allow_methods,
+                allow_headers=args.allow_headers,
+                allow_credentials=args.allow_credentials,
+                tool_call_parser=args.tool_call_parser,
+                qos_config_path=args.qos_config_path,
+                qos_max_running=args.qos_max_running,
+            )
+        )
+        scheme = "https" if certfile else "http"
+        print(
+            f"OpenAI's API at {scheme}://{args.server_name}:{args.server_port}/v1 for {', '.join(urls)}; Ctrl-C stops it.",
+            flush=True,
+        )
+        config = uvicorn.Config(
+            app, host=args.server_name, port=args.server_port, log_level=args.log_level, ssl_keyfile=keyfile, ssl_certfile=certfile,
+            access_log=args.log_level == "debug",
+        )  # fmt: skip
+        server = uvicorn.Server(config)
+        for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn stops cleanly, then raises what it caught once more
+            signal.signal(number, lambda *_: None)
+        try:
+            server.run()
+        except SystemExit:  # uvicorn's way to say that it could not listen; it has logged why
+            raise InvalidInputError(
+                f"{args.server_name}:{args.server_port} cannot be taken; choose another --server-port"
+            ) from None
+    return 0
+
+
+def _ssl_files(args: argparse.Namespace) -> tuple[Path | None, Path | None]:
+    keyfile, certfile = args.ssl_keyfile, args.ssl_certfile
+    if args.ssl:
+        keyfile, certfile = keyfile or env.ssl_keyfile(), certfile or env.ssl_certfile()
+    if args.ssl and (keyfile is None or certfile is None):
+        raise InvalidInputError("--ssl needs the variables SSL_KEYFILE and SSL_CERTFILE, or --ssl-keyfile and --ssl-certfile")
+    if (keyfile is None) != (certfile is None):
+        raise InvalidInputError("--ssl-keyfile and --ssl-certfile belong together; give both")
+    for path in (keyfile, certfile):
+        if path is not None and not path.is_file():
+            raise InvalidInputError(f"{path}: is no file; give the PEM file's path")
+    return keyfile, certfile
+
+
+@contextlib.contextmanager
+def _served(target: str, engine_flags: list[str]) -> Iterator[list[str]]:
+    """gRPC addresses behind the server."""
+    from .running_server import served_path
+
+    path = Path(target)
+    if path.is_dir():
+        with served_path(path, engine_flags) as server:
+            yield [server.grpc]
+        return
+    if engine_flags:
+        raise InvalidInputError(f"{engine_flags[0]} is for a tritonserver that is started here; {target} runs already")
+    urls = target.split(",")
+    if any("/" in url or ":" not in url for url in urls):
+        raise InvalidInputError(
+            f"{target}: is no folder here and no HOST:PORT; give a folder or addresses of tritonserver's gRPC"
+        )
+    yield urls

@@ -1,0 +1,113 @@
+"""A tritonserver of our own for as long as a command runs: `with running_server(workspace, log_path) as server: ...`."""
+
+import logging
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from turbotriton.contract.errors import ServerError
+
+from .leftovers import end_with_parent
+
+__all__ = ["RunningServer", "free_ports", "running_server", "served_path"]
+
+logger = logging.getLogger(__name__)
+
+READY_TIMEOUT_S = 600.0  # a large model is read from disk once
+STOP_TIMEOUT_S = 90.0
+
+
+@dataclass(frozen=True, slots=True)
+class RunningServer:
+    """Addresses as HOST:PORT; every model of the workspace is ready."""
+
+    grpc: str
+    http: str
+    metrics: str
+
+
+@contextmanager
+def running_server(workspace: Path, log_path: Path, options: Sequence[str] = ()) -> Iterator[RunningServer]:
+    """Starts `turbotriton serve tritonserver` on free ports, waits until all its models are ready, stops it at the end.
+
+    options: more flags of that command. The server's output goes to `log_path`. Raises ServerError with the log's last error
+    when it does not come up.
+    """
+    http, grpc, metrics = free_ports(3)
+    command = [sys.executable, "-m", "turbotriton", "serve", "tritonserver", str(workspace), *options]
+    command += [f"--http-port={http}", f"--grpc-port={grpc}", f"--metrics-port={metrics}"]
+    models = sorted(path.parent.name for path in (workspace / "model_repository").glob("*/config.pbtxt"))
+    with open(log_path, "wb") as log:
+        # its own group: Ctrl-C in a chat stops an answer, not the server
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=end_with_parent
+        )
+    try:
+        _wait_ready(process, http, models, log_path)
+        yield RunningServer(f"localhost:{grpc}", f"localhost:{http}", f"localhost:{metrics}")
+    finally:
+        process.terminate()
+        process.wait(STOP_TIMEOUT_S)
+
+
+@contextmanager
+def served_path(path: Path, options: Sequence[str] = ()) -> Iterator[RunningServer]:
+    """As `running_server`, for a workspace or for a model folder, which is converted into a temporary workspace first."""
+    from turbotriton.converter.repository import is_workspace
+
+    with tempfile.TemporaryDirectory(prefix="turbotriton-serve-") as folder:
+        workspace = path if is_workspace(path) else _converted(path, Path(folder) / "workspace")
+        log_path = Path(folder) / "tritonserver.log"
+        logger.info("starting tritonserver on %s (log: %s)", workspace, log_path)
+        with running_server(workspace, log_path, options) as server:
+            yield server
+
+
+def _converted(model_path: Path, workspace: Path) -> Path:
+    from turbotriton.converter.convert import ConvertOptions, convert_checkpoint
+
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", model_path.resolve().name).lstrip("._-") or "model"
+    logger.info("converting %s", model_path)
+    convert_checkpoint(ConvertOptions(model_name=name, model_path=model_path, dst_path=workspace))
+    return workspace
+
+
+def _wait_ready(process: "subprocess.Popen[bytes]", http_port: int, models: Sequence[str], log_path: Path) -> None:
+    end = time.monotonic() + READY_TIMEOUT_S
+    waiting = list(models)
+    while waiting:
+        if process.poll() is not None:
+            raise ServerError(f"tritonserver did not start: {_last_error(log_path)} (log: {log_path})")
+        if time.monotonic() > end:
+            raise ServerError(f"{', '.join(waiting)} not ready after {READY_TIMEOUT_S:.0f} s (log: {log_path})")
+        try:
+            with urllib.request.urlopen(f"http://localhost:{http_port}/v2/models/{waiting[0]}/ready", timeout=2):
+                waiting.pop(0)
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.1)
+
+
+def _last_error(log_path: Path) -> str:
+    lines = log_path.read_text(errors="replace").splitlines()
+    marked = [line for line in lines if "error:" in line.lower()]
+    return (marked or lines or ["it said nothing"])[-1].strip()
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on at this moment."""
+    sockets = [socket.socket() for _ in range(count)]
+    for sock in sockets:
+        sock.bind(("127.0.0.1", 0))
+    ports = [int(sock.getsockname()[1]) for sock in sockets]
+    for sock in sockets:
+        sock.close()
+    return ports
