@@ -55,7 +55,8 @@ def check_source(source: Source, arch: Architecture, config: CheckpointConfig, l
         vocab_size=config.vocab_size or found[f"{names.embedding}.weight"].shape[0],
         inter_size=config.inter_size or found[f"{names.w1.format(i=0)}.weight"].shape[0],
     )
-    attn_bias = arch.qkv_bias == "required" or f"{names.qkv[0].format(i=0)}.bias" in found
+    q_bias = f"{names.qkv[0].format(i=0)}.bias"
+    attn_bias = arch.qkv_bias == "required" or (q_bias in found and not _is_bias_of_zeros(source, q_bias, linears))
     tied = config.tie_word_embeddings and f"{names.head}.weight" not in found
     if linears.scale_name:
         linears = replace(linears, scale_name=_scale_name(arch, source, linears))
@@ -156,16 +157,16 @@ class Assembler:
             for name, source_name in (("q_norm", names.q_norm), ("k_norm", names.k_norm)):
                 weight = self._source.read(source_name.format(i=i) + ".weight")
                 yield f"{prefix}.attention.{name}.weight", interleave_rotary(weight, self._shape.config.head_dim)
-        w1, w3 = self._projection(names.w1.format(i=i)), self._projection(names.w3.format(i=i))
+        w1, w3 = (self._projection(name.format(i=i), may_have_bias=False) for name in (names.w1, names.w3))
         if self._shape.linears.is_int4:
             yield from self._files(f"{prefix}.feed_forward.w13", {kind: interleave_w13(w1[kind], w3[kind]) for kind in w1})
         else:
             yield from self._files(f"{prefix}.feed_forward.w1", w1)
             yield from self._files(f"{prefix}.feed_forward.w3", w3)
         del w1, w3
-        yield from self._files(f"{prefix}.feed_forward.w2", self._projection(names.w2.format(i=i)))
+        yield from self._files(f"{prefix}.feed_forward.w2", self._projection(names.w2.format(i=i), may_have_bias=False))
 
-    def _projection(self, prefix: str) -> Projection:
+    def _projection(self, prefix: str, *, may_have_bias: bool = True) -> Projection:
         """Every kind with output features on the last axis."""
         read, found, linears = self._source.read, self._source.tensors, self._shape.linears
         if linears.is_int4:
@@ -177,8 +178,7 @@ class Assembler:
                 columns["scale"] = _positive(f"{prefix}.{linears.scale_name}", read(f"{prefix}.{linears.scale_name}")).expand(
                     weight.shape[0]
                 )
-        has_bias = self._shape.attn_bias or linears.kind != "gptq"  # the others of a gptq checkpoint are zeros
-        if has_bias and f"{prefix}.bias" in found:
+        if may_have_bias and self._shape.attn_bias and f"{prefix}.bias" in found:  # others are gptq's zeros
             columns["bias"] = read(f"{prefix}.bias")
         return columns
 
