@@ -191,7 +191,10 @@ class Assembler:
             if f"{prefix}.g_idx" in self._source.tensors:
                 check_g_idx(f"{prefix}.g_idx", read(f"{prefix}.g_idx"), linears.group_size)
             nibbles, zeros = unpack_gptq_weight(qweight), unpack_gptq_zeros(qzeros, plus_one=linears.zeros_less_one)
-        return {"nibbles": nibbles, "zeros": zeros, "scales": read(f"{prefix}.scales")}
+        scales = read(f"{prefix}.scales")
+        if not bool(scales.half().isfinite().all()):
+            raise CheckpointError(f"tensor {prefix}.scales: holds NaN, or values that fp16 cannot; the checkpoint is broken")
+        return {"nibbles": nibbles, "zeros": zeros, "scales": scales}
 
     def _qkv(self, i: int) -> Projection:
         """[q | k | v] columns, q and k interleaved for rotary."""

@@ -150,7 +150,12 @@ class Calibration:
                 yield run
         weight = model.source.read(f"{model.arch.names.norm}.weight").to(dtype)
         for states in hidden:
-            self.final_norm.add(rms_norm(states, weight, model.config.norm_eps)[0])
+            normed = rms_norm(states, weight, model.config.norm_eps)[0]
+            if not bool(normed.isfinite().all()):
+                raise CheckpointError(
+                    f"{model.arch.names.norm}.weight: NaN or infinity after the final norm; the weights are broken"
+                )
+            self.final_norm.add(normed)
 
 
 def _whole_window_batch(model: SourceModel, seqlen: int, device: torch.device) -> tuple[AttentionBatch, int]:

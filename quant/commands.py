@@ -188,6 +188,8 @@ _FP8_CONFIG = {
 
 
 def _check_awq_sizes(model: SourceModel, group_size: int) -> None:
+    if group_size < 1:
+        raise ConfigError(f"--w-group-size is {group_size}; it must be positive: 128 for a workspace, others for other engines")
     config = model.config
     inputs = {
         "hidden_size": config.hidden_size,

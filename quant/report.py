@@ -11,13 +11,12 @@ import json
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import torch
 
 from .datasets import Window
 
-__all__ = ["Comparison", "Report", "compare", "plot_svg", "write_json"]
+__all__ = ["Comparison", "Report", "compare", "plot_svg"]
 
 BINS = 40
 
@@ -77,6 +76,9 @@ class Report:
             f"  top-1 agreement  {self.top1_agreement:.2%}",
         ]
 
+    def json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
 
 def compare(name: str, windows: Iterable[tuple[torch.Tensor, torch.Tensor, Window]]) -> Comparison:
     """windows: (original logits, quantised logits, the window) of n tokens each; the last token has no successor."""
@@ -85,10 +87,6 @@ def compare(name: str, windows: Iterable[tuple[torch.Tensor, torch.Tensor, Windo
         scored = slice(max(window.num_unscored - 1, 0), -1)
         comparison.add(original[scored], quantized[scored], window.token_ids[1:][max(window.num_unscored - 1, 0) :])
     return comparison
-
-
-def write_json(path: Path, report: Report) -> None:
-    path.write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
 
 
 def plot_svg(comparison: Comparison) -> str:

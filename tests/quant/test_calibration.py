@@ -105,7 +105,9 @@ def test_grams_are_inputs_times_inputs_and_other_architectures_run(tmp_path: Pat
     make_checkpoint({**LLAMA, **changes}, folder, seed=2, dtype=torch.float32)
     windows = torch.randint(0, 60, (2, 20), generator=torch.Generator().manual_seed(1))
     there = Seen(folder, windows)
-    calibration = Calibration(open_model(folder), windows, torch.device("cpu"), torch.float32, with_grams=True, show_progress=False)
+    calibration = Calibration(
+        open_model(folder), windows, torch.device("cpu"), torch.float32, with_grams=True, show_progress=False
+    )
     sites = {"qkv": "self_attn.q_proj", "o": "self_attn.o_proj", "gate_up": "mlp.up_proj", "down": "mlp.down_proj"}
     for run in calibration.layers():
         for site, name in sites.items():

@@ -58,7 +58,12 @@ def test_the_workspace_holds_the_checkpoints_values(checkpoints: Checkpoints, ki
     tensors = load_file(checkpoints(kind) / "model.safetensors")
     for i, layer in enumerate(weights.layers):
         q, k, v, o, gate, up, down = (f"model.layers.{i}.{name}" for name in LINEARS)
-        for found, names in ((layer.qkv.qkv, (q, k, v)), (layer.output, (o,)), (layer.gate_up, (gate, up)), (layer.down, (down,))):
+        for found, names in (
+            (layer.qkv.qkv, (q, k, v)),
+            (layer.output, (o,)),
+            (layer.gate_up, (gate, up)),
+            (layer.down, (down,)),
+        ):
             assert torch.equal(loaded_values(found), torch.cat([dense_values(tensors, name) for name in names], dim=1)), names
         assert torch.equal(layer.ffn_norm.weight, tensors[f"model.layers.{i}.post_attention_layernorm.weight"].float())
 
@@ -99,7 +104,10 @@ def test_int8_and_fp8_checkpoints_have_their_tensors(checkpoints: Checkpoints) -
             assert weight.dtype == dtype
             assert tensors[f"{name}.{scale}"].dtype == torch.float32
             assert tensors[f"{name}.{scale}"].shape == (weight.shape[0], 1)
-    assert json.loads((checkpoints("fp8") / "config.json").read_text())["quantization_config"]["quant_method"] == "compressed-tensors"
+    assert (
+        json.loads((checkpoints("fp8") / "config.json").read_text())["quantization_config"]["quant_method"]
+        == "compressed-tensors"
+    )
 
 
 def test_the_tiles_are_lmdeploys_bit_for_bit(checkpoints: Checkpoints, tmp_path: Path) -> None:

@@ -53,9 +53,7 @@ def test_scales_are_the_papers_up_to_a_factor(alpha: float) -> None:
     raw = np.zeros(12)
     for column in range(12):
         raw[column] = float(absmax[column]) ** alpha / max(abs(float(v)) for v in weight[:, column]) ** (1 - alpha)
-    np.testing.assert_allclose(
-        smooth_scales(weight, absmax, alpha).numpy(), raw / (raw.max() * raw.min()) ** 0.5, rtol=1e-5
-    )
+    np.testing.assert_allclose(smooth_scales(weight, absmax, alpha).numpy(), raw / (raw.max() * raw.min()) ** 0.5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from turbotriton.contract.errors import ConfigError
 
+from .hub import add_hub_options, resolve_model_path
+
 if TYPE_CHECKING:
     from turbotriton.quant.commands import CalibrationOptions
 
@@ -30,7 +32,7 @@ def _new(children: "Subparsers[argparse.ArgumentParser]", name: str, text: str) 
 
 def _add_calibration_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("model", metavar="MODEL", type=Path, help="folder of the unquantised Hugging Face checkpoint")
+    add("model", metavar="MODEL", help="folder of the unquantised Hugging Face checkpoint, or its hub id")
     add(
         "--calib-dataset",
         default="default",
@@ -41,13 +43,14 @@ def _add_calibration_options(parser: argparse.ArgumentParser) -> None:
     add("--calib-seqlen", type=int, default=0, help="tokens a window (default: 2048, or what the model can take if less)")
     add("--work-dir", type=Path, default=Path("work_dir"), help="folder to write, new or empty (default: %(default)s)")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="where the model runs (default: %(default)s)")
+    add_hub_options(parser)
 
 
 def _calibration_options(args: argparse.Namespace) -> "CalibrationOptions":
     from turbotriton.quant.commands import CalibrationOptions
 
     return CalibrationOptions(
-        model=args.model,
+        model=resolve_model_path(args.model, args),
         work_dir=args.work_dir,
         dataset=args.calib_dataset,
         num_samples=args.calib_samples,
@@ -167,10 +170,13 @@ def _add_report(children: "Subparsers[argparse.ArgumentParser]") -> None:
 def _run_report(args: argparse.Namespace) -> int:
     from turbotriton.backend.runner.scoring import Scorer
     from turbotriton.quant.datasets import consecutive_windows, load_documents, load_tokenizer
-    from turbotriton.quant.report import compare, plot_svg, write_json
+    from turbotriton.quant.report import compare, plot_svg
 
     original = Scorer(args.original, args.seqlen, quant_policy=0, device=args.device)
     quantized = Scorer(args.quantized, args.seqlen, quant_policy=args.quant_policy, device=args.device)
+    sizes = original.model.vocab_size, quantized.model.vocab_size
+    if sizes[0] != sizes[1]:
+        raise ConfigError(f"{args.original} has {sizes[0]} tokens and {args.quantized} {sizes[1]}; give two forms of one model")
     tokenizer = load_tokenizer(_tokenizer_folder(args.original))
     windows = consecutive_windows(tokenizer, load_documents(args.text), args.seqlen, args.num_tokens)
     name = f"{args.quantized}" + ("" if args.quant_policy is None else f", quant_policy {args.quant_policy}")
@@ -178,10 +184,17 @@ def _run_report(args: argparse.Namespace) -> int:
     report = comparison.report
     print("\n".join(report.lines()))
     if args.plot:
-        args.plot.write_text(plot_svg(comparison), encoding="utf-8")
+        _write("--plot", args.plot, plot_svg(comparison))
     if args.json:
-        write_json(args.json, report)
+        _write("--json", args.json, report.json())
     return 0
+
+
+def _write(option: str, path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{option} {path}: cannot be written ({error.strerror}); choose another file") from None
 
 
 def _tokenizer_folder(workspace: Path) -> Path:

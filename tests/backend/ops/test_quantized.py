@@ -122,7 +122,9 @@ def test_stored_tokens_come_back_as_their_class_defines(kind: str) -> None:
 def test_int4_bytes_hold_dim_j_low_and_dim_j_plus_half_high() -> None:
     pages = empty_pages("4")
     assert isinstance(pages, QuantizedPages)
-    store_pages(pages, torch.tensor([0]), torch.arange(16.0).view(1, HEADS, DIM)[:, :, :] * torch.tensor([1.0, 2.0])[None, :, None])
+    store_pages(
+        pages, torch.tensor([0]), torch.arange(16.0).view(1, HEADS, DIM)[:, :, :] * torch.tensor([1.0, 2.0])[None, :, None]
+    )
     # head 0 holds 0..7 in steps of 7 / 15
     q = [int(np.rint(np.float32(v) / np.float32(7 / 15))) for v in range(8)]
     assert pages.data[0, 0, 0].tolist() == [q[j] | q[j + 4] << 4 for j in range(4)]
