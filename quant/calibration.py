@@ -184,11 +184,12 @@ def _observed(run: LayerRun, eps: float, device: torch.device, *, with_grams: bo
     weights = LayerWeights(*layer_operands(run.layer, eps))
     sites = {id(weights.qkv.qkv): "qkv", id(weights.output): "o", id(weights.gate_up): "gate_up", id(weights.down): "down"}
     watched = _Observer(run, sites, with_grams=with_grams).linear
+    norm_linear = functools.partial(units.norm_linear, linear=watched)
     ops = dataclasses.replace(
         ops_for(device),
-        norm_qkv_rotary_store=functools.partial(units.norm_qkv_rotary_store, linear=watched),
-        output_projection_norm=functools.partial(units.output_projection_norm, linear=watched),
-        gate_up_silu=functools.partial(units.gate_up_silu, linear=watched),
+        norm_qkv_rotary_store=functools.partial(units.norm_qkv_rotary_store, norm_linear=norm_linear),
+        output_projection=functools.partial(units.output_projection, linear=watched),
+        norm_gate_up_silu=functools.partial(units.norm_gate_up_silu, norm_linear=norm_linear),
         down_projection=functools.partial(units.down_projection, linear=watched),
     )
     return ops, weights

@@ -1,6 +1,11 @@
 """One engine: scheduler and model runner, stepped from one thread. It knows owners of requests, not how they are reached.
 
-    add / cancel  ->  step: schedule -> execute -> update  ->  deltas by owner
+    add / cancel  ->  step: schedule -> launch -> collect -> update  ->  deltas by owner
+
+On a GPU a step is launched before the one before it is collected, so the host plans and hands on while the device computes:
+
+    host     | schedule n | launch n | collect, update n - 1 | schedule n + 1 | launch n + 1 | collect, update n | ...
+    device        ... step n - 1 ... | ........... step n ........... | ........... step n + 1 ...
 
 All methods must be called from the same thread (`loop.py` sees to that).
 """
@@ -37,15 +42,25 @@ class Runner(Protocol):
     device: str
     compute_dtype: str
 
-    def execute(self, plan: StepPlan) -> StepResult: ...
+    def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
+        """Starts a step; what it returns waits for its result. Launched steps are collected in order."""
 
     def close(self) -> None: ...
 
 
 class Engine:
+    """`overlap`: launch a step before the one before it is collected; None: where the runner has a GPU."""
+
     def __init__(
-        self, model: ModelConfig, config: EngineConfig, runner: Runner, clock: Callable[[], float] = time.monotonic
+        self,
+        model: ModelConfig,
+        config: EngineConfig,
+        runner: Runner,
+        clock: Callable[[], float] = time.monotonic,
+        overlap: bool | None = None,
     ) -> None:
+        self._overlap = runner.device.startswith("cuda") if overlap is None else overlap
+        self._in_flight: tuple[StepPlan, Callable[[], StepResult]] | None = None
         self._model = model
         self._config = config
         self._runner = runner
@@ -67,7 +82,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self._scheduler.has_work
+        return self._scheduler.has_work or self._in_flight is not None
 
     def info(self, pid: int) -> EngineInfo:
         model, config, runner = self._model, self._config, self._runner
@@ -103,11 +118,28 @@ class Engine:
         return self._account(self._scheduler.cancel_named(name))
 
     def step(self) -> DeltasByOwner:
-        """One step of the model, if anything can run. Exceptions of the runner pass through: the engine cannot go on."""
-        ended = self._scheduler.expire()
+        """One step of the model, if anything can run; with overlap, the deltas are those of the step before it.
+
+        Exceptions of the runner pass through: the engine cannot go on.
+        """
+        deltas = self._scheduler.expire()
+        if self._scheduler.needs_every_token:
+            deltas += self._take_in()
         plan = self._scheduler.schedule()
-        result = self._runner.execute(plan)
-        return self._account(ended + self._scheduler.update(plan, result))
+        launched = plan, self._runner.launch(plan)
+        deltas += self._take_in()
+        self._in_flight = launched
+        if not (self._overlap and plan.rows):
+            deltas += self._take_in()
+        return self._account(deltas)
+
+    def _take_in(self) -> list[OwnedDelta]:
+        """Waits for the step in flight, if there is one, and updates the requests by it."""
+        if self._in_flight is None:
+            return []
+        plan, collect = self._in_flight
+        self._in_flight = None
+        return self._scheduler.update(plan, collect())
 
     def _account(self, owned_deltas: list[OwnedDelta]) -> DeltasByOwner:
         by_owner: DeltasByOwner = {}

@@ -34,5 +34,6 @@ def run_layer(
     """
     q, residual = ops.norm_qkv_rotary_store(x, residual, weights.qkv, batch, *kv)
     attended = ops.attention(q, *kv, batch, *attention_rule)
-    y, residual = ops.output_projection_norm(attended, weights.output, residual, weights.ffn_norm)
-    return ops.down_projection(ops.gate_up_silu(y, weights.gate_up), weights.down), residual
+    projected = ops.output_projection(attended, weights.output)
+    activated, residual = ops.norm_gate_up_silu(projected, residual, weights.ffn_norm, weights.gate_up)
+    return ops.down_projection(activated, weights.down), residual

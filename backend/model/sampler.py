@@ -7,7 +7,7 @@ batching, preemption and the device change nothing.
 `position` is the index in its sequence of the token being drawn.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -15,9 +15,11 @@ import numpy.typing as npt
 import torch
 
 from turbotriton.backend.ops.operands import SamplingBatch
-from turbotriton.contract.wire import SamplingParams, TokenLogprobs
+from turbotriton.contract.wire import SamplingParams
 
-__all__ = ["SamplerState", "raw_logprobs", "uniform_numbers"]
+from .transfer import to_device
+
+__all__ = ["SamplerState", "uniform_numbers"]
 
 U64 = npt.NDArray[np.uint64]
 
@@ -38,7 +40,7 @@ def uniform_numbers(seeds: U64, positions: U64, sample_indices: U64) -> npt.NDAr
 
 @dataclass(slots=True)
 class _SlotSampling:
-    """One slot's request. Written at join; `tokens` grows by each drawn token."""
+    """One slot's request. Written at join; `tokens` grows by each drawn token once the host knows it, and only sequences look there."""
 
     params: SamplingParams
     tokens: list[int]
@@ -48,17 +50,15 @@ class _SlotSampling:
     bad_sequences: tuple[tuple[int, ...], ...]  # two ids or more
     bad_sequences_early: tuple[tuple[int, ...], ...]
 
-    def banned_now(self) -> list[int]:
-        ids = list(self.banned)
-        sequences = self.bad_sequences
-        if len(self.tokens) - self.num_prompt_tokens < self.params.min_new_tokens:
-            ids += self.banned_early
-            sequences += self.bad_sequences_early
-        for sequence in sequences:
-            head = len(sequence) - 1
-            if self.tokens[-head:] == list(sequence[:-1]):
-                ids.append(sequence[-1])
-        return ids
+    def banned_at(self, position: int) -> Sequence[int]:
+        """Ids that the token at `position` may not be."""
+        is_early = position - self.num_prompt_tokens < self.params.min_new_tokens
+        sequences = self.bad_sequences + self.bad_sequences_early if is_early else self.bad_sequences
+        if not sequences:
+            return self.banned + self.banned_early if is_early else self.banned
+        assert len(self.tokens) == position, "the host must know every token before"
+        ids = [*self.banned, *(self.banned_early if is_early else ())]
+        return ids + [s[-1] for s in sequences if self.tokens[1 - len(s) :] == list(s[:-1])]
 
 
 @dataclass(slots=True)
@@ -131,14 +131,14 @@ class SamplerState:
         """slots, positions: [num_rows]; positions[r] is the index of the token that row r draws now."""
 
         def column(values: npt.NDArray[np.generic]) -> torch.Tensor:
-            return torch.from_numpy(np.ascontiguousarray(values)).to(self.device)[:, None]
+            return to_device(values, self.device)[:, None]
 
         floats = self._floats[slots]
-        banned_rows, banned_ids = self._bans(slots)
+        banned_rows, banned_ids = self._bans(slots, positions)
         temperature = column(floats[:, 0]) if (floats[:, 0] != 1).any() else None
         shaped = SamplingBatch(temperature, banned_rows, banned_ids, *self._biases(slots))
         if self._has_penalty[slots].any() and self._output_counts is not None and self._seen is not None:
-            rows = torch.from_numpy(slots).to(self.device)
+            rows = to_device(slots, self.device)
             # A slot without penalties may hold a former request's counts: its factors 1, 0, 0 make them count for nothing.
             shaped = replace(
                 shaped,
@@ -155,7 +155,7 @@ class SamplerState:
         uniform = uniform_numbers(self._seeds[drawn], positions[random_rows].astype(np.uint64), self._sample_indices[drawn])
         return replace(
             shaped,
-            random_rows=torch.from_numpy(random_rows).to(self.device),
+            random_rows=to_device(random_rows, self.device),
             top_k=column(self._top_k[drawn]),
             top_p=column(floats[random_rows, 1]),
             min_p=column(floats[random_rows, 2]),
@@ -164,15 +164,17 @@ class SamplerState:
             filters=bool(self._has_filter[drawn].any()),
         )
 
-    def _bans(self, slots: npt.NDArray[np.int64]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def _bans(
+        self, slots: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         pairs = [
             (row, token)
             for row in np.flatnonzero(self._has_bans[slots]).tolist()
-            for token in self.slots[int(slots[row])].banned_now()
+            for token in self.slots[int(slots[row])].banned_at(int(positions[row]))
         ]
         if not pairs:
             return None, None
-        rows, ids = torch.tensor(pairs, dtype=torch.int64).to(self.device).unbind(1)
+        rows, ids = to_device(np.array(pairs, np.int64), self.device).unbind(1)
         return rows, ids
 
     def _biases(self, slots: npt.NDArray[np.int64]) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
@@ -186,19 +188,31 @@ class SamplerState:
         if not entries:
             return None, None, None
         rows, ids, values = zip(*entries, strict=True)
-        index = torch.tensor([rows, ids], dtype=torch.int64).to(self.device)
-        return index[0], index[1], torch.tensor(values, dtype=torch.float32).to(self.device)
+        index = to_device(np.array([rows, ids], np.int64), self.device)
+        return index[0], index[1], to_device(np.array(values, np.float32), self.device)
 
-    def append(self, slots: npt.NDArray[np.int64], token_ids: Sequence[int]) -> None:
-        """Notes the drawn token of each row: token_ids[r] for slots[r]."""
-        for slot, token in zip(slots.tolist(), token_ids, strict=True):
-            self.slots[slot].tokens.append(token)
-        counted = self._has_penalty[slots]
-        if counted.any() and self._output_counts is not None and self._seen is not None:
-            rows = torch.from_numpy(slots[counted]).to(self.device)
-            ids = torch.tensor(token_ids, dtype=torch.int64)[torch.from_numpy(counted)].to(self.device)
+    def append(self, slots: npt.NDArray[np.int64], drawn: torch.Tensor) -> Callable[[Sequence[int]], None]:
+        """Counts the drawn token of each row on the device. drawn: [num_rows], int64, for slots[r].
+
+        Returns what notes the same ids on the host, to be called when they are known there.
+        """
+        counted = np.flatnonzero(self._has_penalty[slots])
+        if counted.size and self._output_counts is not None and self._seen is not None:
+            rows, at = to_device(np.stack((slots[counted], counted)), self.device).unbind()
+            ids = drawn[at]
             self._output_counts[rows, ids] += 1
             self._seen[rows, ids] = True
+        states = [self.slots[slot] for slot in slots.tolist()]  # a slot may have another request by then
+
+        def note(token_ids: Sequence[int]) -> None:
+            for state, token in zip(states, token_ids, strict=True):
+                state.tokens.append(token)
+
+        return note
+
+    def num_logprobs(self, slots: npt.NDArray[np.int64]) -> list[int | None]:
+        """How many of the most likely tokens each row's request wants to see; None: no log-probabilities."""
+        return [self.slots[slot].params.num_logprobs for slot in slots.tolist()]
 
 
 def _slot_sampling(
@@ -218,26 +232,3 @@ def _slot_sampling(
     early = (*eos_token_ids, *params.stop_token_ids, *stop_ids) if params.min_new_tokens else ()
     banned = (*bad_ids, *eos_token_ids) if params.ignore_eos else bad_ids
     return _SlotSampling(params, list(token_ids), num_prompt_tokens, known(banned), known(early), bad_sequences, stop_sequences)
-
-
-def raw_logprobs(
-    logits: torch.Tensor, token_ids: Sequence[int], counts: Sequence[int | None]
-) -> tuple[TokenLogprobs | None, ...]:
-    """Natural-log probabilities of the model's own distribution: before bans, temperature, penalties and filters.
-
-    logits: [num_rows, vocab_size], fp32; token_ids: the drawn ids; counts: how many of the most likely each row wants (None: no
-    logprobs at all).
-    """
-    wanted = [row for row, count in enumerate(counts) if count is not None]
-    if not wanted:
-        return (None,) * len(counts)
-    logprobs = torch.log_softmax(logits[wanted], dim=-1)
-    num_top = min(max(counts[row] or 0 for row in wanted), logits.shape[1])
-    ids = torch.tensor([token_ids[row] for row in wanted], device=logits.device)
-    drawn = logprobs.gather(1, ids[:, None]).squeeze(1).tolist()
-    values, indices = logprobs.topk(num_top, dim=-1)
-    found: dict[int, TokenLogprobs] = {}
-    for row, own, top_ids, top_values in zip(wanted, drawn, indices.tolist(), values.tolist(), strict=True):
-        count = counts[row] or 0
-        found[row] = TokenLogprobs(own, tuple(zip(top_ids[:count], top_values[:count], strict=True)))
-    return tuple(found.get(row) for row in range(len(counts)))

@@ -17,7 +17,7 @@ import torch
 from .operands import AttentionBatch, KvPages, LinearWeight, NormWeight, QkvWeights, SamplingBatch
 from .reference.attention import attention
 from .reference.sample import sample
-from .reference.units import down_projection, embed, gate_up_silu, lm_head, norm_qkv_rotary_store, output_projection_norm
+from .reference.units import down_projection, embed, lm_head, norm_gate_up_silu, norm_qkv_rotary_store, output_projection
 
 __all__ = ["REFERENCE", "OpTable", "ops_for", "reference_ops"]
 
@@ -83,30 +83,26 @@ class Attention(Protocol):
     ) -> torch.Tensor: ...
 
 
-class OutputProjectionNorm(Protocol):
-    """Attention's output projection, the residual sum and the norm before the feed-forward network.
+class OutputProjection(Protocol):
+    """attended: [num_tokens, num_heads, head_dim] -> attended W_o + b: [num_tokens, hidden]. The next op adds it to the residual."""
 
-    attended: [num_tokens, num_heads, head_dim]      residual: [num_tokens, hidden]
+    def __call__(self, attended: torch.Tensor, weight: LinearWeight) -> torch.Tensor: ...
 
-        r = attended W_o + b + residual;   y = rms_norm(r)
 
-    Returns (y, r), both [num_tokens, hidden].
+class NormGateUpSilu(Protocol):
+    """Residual sum, norm, and first half of the gated feed-forward network (Shazeer 2020, arXiv:2002.05202).
+
+    x: [num_tokens, hidden], attention's output projection      residual: [num_tokens, hidden]
+    weight: hidden -> 2 inter_size, columns [gate | up]
+
+        r = x + residual;   y = rms_norm(r);   out = silu(y W_gate) * (y W_up)
+
+    Rounds to the compute dtype after each line. Returns (out: [num_tokens, inter_size], r: [num_tokens, hidden]).
     """
 
     def __call__(
-        self, attended: torch.Tensor, weight: LinearWeight, residual: torch.Tensor, norm: NormWeight
+        self, x: torch.Tensor, residual: torch.Tensor, norm: NormWeight, weight: LinearWeight
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
-
-
-class GateUpSilu(Protocol):
-    """First half of the gated feed-forward network (Shazeer 2020, arXiv:2002.05202).
-
-    x: [num_tokens, hidden]      weight: hidden -> 2 inter_size, columns [gate | up]
-
-    Returns silu(x W_gate) * (x W_up): [num_tokens, inter_size].
-    """
-
-    def __call__(self, x: torch.Tensor, weight: LinearWeight) -> torch.Tensor: ...
 
 
 class DownProjection(Protocol):
@@ -148,8 +144,8 @@ class OpTable:
     embed: Embed
     norm_qkv_rotary_store: NormQkvRotaryStore
     attention: Attention
-    output_projection_norm: OutputProjectionNorm
-    gate_up_silu: GateUpSilu
+    output_projection: OutputProjection
+    norm_gate_up_silu: NormGateUpSilu
     down_projection: DownProjection
     lm_head: LmHead
     sample: Sample
@@ -159,8 +155,8 @@ REFERENCE = OpTable(
     embed=embed,
     norm_qkv_rotary_store=norm_qkv_rotary_store,
     attention=attention,
-    output_projection_norm=output_projection_norm,
-    gate_up_silu=gate_up_silu,
+    output_projection=output_projection,
+    norm_gate_up_silu=norm_gate_up_silu,
     down_projection=down_projection,
     lm_head=lm_head,
     sample=sample,

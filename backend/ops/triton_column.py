@@ -1,28 +1,74 @@
-"""The CUDA column: REFERENCE with our kernels bound in. Importing this needs the triton package; a broken kernel raises here."""
+"""The CUDA column: REFERENCE with our kernels bound in. Importing this needs the triton package; a broken kernel raises here.
+
+Linear layers are cuBLAS's, but for a few rows: there the time is that of reading the weight once, and ours read it faster, with the
+norm before and the activation after in the same launch.
+"""
 
 import dataclasses
 import functools
+from typing import TypeGuard
 
+import torch
+
+from .kernels import skinny_linear
 from .kernels.paged_decode_attention import paged_decode_attention
 from .kernels.paged_prefill_attention import paged_prefill_attention
 from .kernels.rms_norm import rms_norm
 from .kernels.rotary_store_kv import rotary_store_kv
 from .kernels.silu_and_mul import silu_and_mul
+from .kernels.tuning import MAX_SKINNY_NORM_ELEMENTS, next_power_of_2
+from .operands import DenseWeight, LinearWeight, NormWeight
+from .reference import units
 from .reference.attention import attention
-from .reference.units import gate_up_silu, lm_head, norm_qkv_rotary_store, output_projection_norm
 from .table import REFERENCE
 
 __all__ = ["TRITON", "UNITS_WITH_REFERENCE_PARTS"]
 
+
+def _is_skinny(weight: LinearWeight, x: torch.Tensor) -> TypeGuard[DenseWeight]:
+    return isinstance(weight, DenseWeight) and x.shape[0] <= skinny_linear.MAX_SKINNY_ROWS and weight.weight.stride(0) == 1
+
+
+def _norm_fits(x: torch.Tensor) -> bool:
+    return next_power_of_2(x.shape[0]) * next_power_of_2(x.shape[1]) <= MAX_SKINNY_NORM_ELEMENTS
+
+
+def linear(x: torch.Tensor, weight: LinearWeight) -> torch.Tensor:
+    if _is_skinny(weight, x):
+        return skinny_linear.linear(x, weight.weight, weight.bias)
+    return units.linear(x, weight)
+
+
+def norm_linear(
+    x: torch.Tensor, residual: torch.Tensor | None, norm: NormWeight, weight: LinearWeight
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if _is_skinny(weight, x) and _norm_fits(x):
+        return skinny_linear.norm_linear(x, residual, norm.weight, norm.eps, weight.weight, weight.bias)
+    y, residual = rms_norm(x, norm.weight, norm.eps, residual)
+    return linear(y, weight), residual
+
+
+def norm_gate_up_silu(
+    x: torch.Tensor, residual: torch.Tensor, norm: NormWeight, weight: LinearWeight
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if _is_skinny(weight, x) and _norm_fits(x):
+        return skinny_linear.norm_gate_up(x, residual, norm.weight, norm.eps, weight.weight, weight.bias)
+    gate_up, residual = norm_linear(x, residual, norm, weight)
+    return silu_and_mul(gate_up), residual
+
+
 TRITON = dataclasses.replace(
     REFERENCE,
-    norm_qkv_rotary_store=functools.partial(norm_qkv_rotary_store, rms_norm=rms_norm, rotary_store_kv=rotary_store_kv),
+    norm_qkv_rotary_store=functools.partial(
+        units.norm_qkv_rotary_store, norm_linear=norm_linear, rms_norm=rms_norm, rotary_store_kv=rotary_store_kv
+    ),
     attention=functools.partial(
         attention, paged_decode_attention=paged_decode_attention, paged_prefill_attention=paged_prefill_attention
     ),
-    output_projection_norm=functools.partial(output_projection_norm, rms_norm=rms_norm),
-    gate_up_silu=functools.partial(gate_up_silu, silu_and_mul=silu_and_mul),
-    lm_head=functools.partial(lm_head, rms_norm=rms_norm),
+    output_projection=functools.partial(units.output_projection, linear=linear),
+    norm_gate_up_silu=norm_gate_up_silu,
+    down_projection=functools.partial(units.down_projection, linear=linear),
+    lm_head=functools.partial(units.lm_head, norm_linear=norm_linear),
 )
 
 #: Parts of units above that run on plain torch where a kernel is missing, for the log and `check_env`. GEMMs are cuBLAS's by choice.

@@ -17,6 +17,7 @@ import torch
 
 from turbotriton.backend.model.decoder import logn_scale
 from turbotriton.backend.model.rope import attention_factor, cos_sin, inverse_frequencies
+from turbotriton.backend.model.transfer import to_device
 from turbotriton.backend.ops.operands import AttentionBatch
 from turbotriton.backend.scheduling.plan import JoinedRequest, NewBlocks, ScheduledRow
 from turbotriton.contract.ini import EngineConfig, ModelConfig
@@ -51,14 +52,15 @@ class SlotState:
         self._block_tables = torch.zeros((size, max_blocks), dtype=torch.int32, device=device)
         self._inverse = torch.zeros((size, model.rope.dim // 2), dtype=torch.float32, device=device)
         self._num_blocks = [0] * size  # host: entries in use of each block table
-        self._inverse_for = functools.lru_cache(maxsize=256)(functools.partial(inverse_frequencies, model.rope))
+        self._inverse_for = functools.lru_cache(maxsize=256)(
+            lambda theta: inverse_frequencies(model.rope, theta).to(device)  # a theta is rare: most models have one
+        )
         self._rope_factor = attention_factor(model.rope)
 
     def join(self, request: JoinedRequest) -> None:
         slot = request.slot
-        ids = torch.tensor(request.token_ids, dtype=torch.int32)
-        self._token_ids[slot, : len(request.token_ids)] = ids.to(self._device)
-        self._inverse[slot] = self._inverse_for(request.rope_theta).to(self._device)
+        self._token_ids[slot, : len(request.token_ids)] = to_device(np.array(request.token_ids, np.int32), self._device)
+        self._inverse[slot] = self._inverse_for(request.rope_theta)
         self._num_blocks[slot] = 0
         self.add_blocks([NewBlocks(slot, request.block_ids)])
 
@@ -69,13 +71,36 @@ class SlotState:
             entries += [(addition.slot, first + i, block) for i, block in enumerate(addition.block_ids)]
             self._num_blocks[addition.slot] = first + len(addition.block_ids)
         if entries:
-            slots, columns, blocks = torch.tensor(entries, dtype=torch.int64).to(self._device).unbind(1)
+            slots, columns, blocks = to_device(np.array(entries, np.int64), self._device).unbind(1)
             self._block_tables[slots, columns] = blocks.int()
 
     def append(self, slots: I64, positions: I64, token_ids: torch.Tensor) -> None:
         """Writes the drawn token of each row at its position. token_ids: [num_sampled], int64, on the device."""
-        at = torch.from_numpy(np.stack((slots, positions))).to(self._device)
+        at = to_device(np.stack((slots, positions)), self._device)
         self._token_ids[at[0], at[1]] = token_ids.int()
+
+    def decode_inputs(self, slots: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, AttentionBatch]:
+        """One token a row, from device tensors alone, for any context up to session_len: a graph can capture it.
+
+        slots, positions: [num_rows], int64; position -1 is padding: it sees no key and stores none. Returns (token_ids, batch).
+        """
+        model, is_row = self._model, positions >= 0
+        cos, sin = cos_sin(self._inverse[slots], positions, self._rope_factor)
+        block_tables = self._block_tables[slots]
+        blocks = self._block_tables[slots, positions // self._block_size].long()
+        batch = AttentionBatch(
+            cos=cos,
+            sin=sin,
+            q_scale=logn_scale(positions, model.rope.max_position_embeddings) if model.use_logn_attn else None,
+            slot_mapping=torch.where(is_row, blocks * self._block_size + positions % self._block_size, -1),
+            block_tables=block_tables,
+            context_lens=(positions + 1).int(),
+            num_decodes=slots.shape[0],
+            max_decode_context=block_tables.shape[1] * self._block_size,
+            cu_seqlens_q=positions[:1].int(),  # of no prefill: not read
+            prefills=(),
+        )
+        return self._token_ids[slots, positions].long(), batch
 
     def step_inputs(self, rows: Sequence[ScheduledRow]) -> StepInputs:
         """Rows of one token first (attention's decodes), then the longer chunks, each kind in the plan's order."""
@@ -92,7 +117,7 @@ class SlotState:
         num_decodes = int((lens == 1).sum())
         cu_seqlens = np.concatenate(([0], ends[num_decodes:] - num_decodes))
         parts = (token_slots, positions, slots, contexts, cu_seqlens, sampled_tokens)
-        packed = torch.from_numpy(np.concatenate(parts)).to(self._device)
+        packed = to_device(np.concatenate(parts), self._device)
         split = torch.split(packed, [part.size for part in parts])
         device_slots, device_positions, row_slots, row_contexts, device_cu_seqlens, device_sampled = split
         device_rows = (row_slots, row_contexts, device_cu_seqlens)

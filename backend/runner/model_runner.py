@@ -1,6 +1,10 @@
 """Executes step plans: the device side of the engine. It knows slots and blocks, not requests, queues or time.
 
-    execute(plan):  leave -> join -> add blocks -> decoder over all rows' tokens -> logits of the sampled rows -> draw -> append
+    launch(plan):  leave -> join -> add blocks -> decoder over all rows' tokens -> logits of the sampled rows -> draw -> append
+    collect():     waits for the drawn ids of that step
+
+On CUDA nothing in `launch` waits for the device: the drawn ids stay there as the next step's input, and a step may be launched before
+the one before it is collected. Steps of decodes alone replay a graph (decode_graphs.py).
 
 Invariants
 - A slot's state advances only here: the plan never repeats what the runner can know (ids drawn, positions).
@@ -8,24 +12,33 @@ Invariants
 """
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from turbotriton.backend.model.decoder import Decoder
-from turbotriton.backend.model.sampler import SamplerState, raw_logprobs
+from turbotriton.backend.model.logprobs import raw_logprobs
+from turbotriton.backend.model.sampler import SamplerState
+from turbotriton.backend.model.transfer import to_host
 from turbotriton.backend.ops.table import REFERENCE, ops_for
 from turbotriton.backend.scheduling.plan import StepPlan, StepResult
 from turbotriton.contract.errors import ConfigError
 from turbotriton.contract.ini import EngineConfig, ModelConfig
 
 from .batch import SlotState
+from .decode_graphs import DecodeGraphs
 from .kv_cache import allocate_kv_cache, read_kv_scales
 from .weights import DTYPES, load_weights
 
 __all__ = ["ModelRunner", "resolve_compute_dtype", "resolve_device"]
 
 logger = logging.getLogger(__name__)
+
+I64 = npt.NDArray[np.int64]
+NO_ROWS: I64 = np.zeros(0, np.int64)
 
 #: Below this many weight elements a CPU step runs on one thread. Its ops take microseconds, and threads that wait for each other
 #: on cores shared with a server cost far more than they bring: 8 against 103 ms a step of a 5 M model on two busy cores.
@@ -55,13 +68,20 @@ class ModelRunner:
             self._sampler = SamplerState(engine.max_batch_size, model.vocab_size, model.eos_token_ids, device)
             scales = read_kv_scales(model, weights_dir) if engine.quant_policy == 4 else None
             self._kv = allocate_kv_cache(model, engine, device, dtype, scales)
+            self._graphs: DecodeGraphs | None = None
+            if device.type == "cuda" and engine.cuda_graphs and not reference_ops:
+                self._graphs = DecodeGraphs(self._decoder, self._slots, self._kv, engine.max_batch_size, device)
         self.num_blocks = self._kv.num_blocks
         if device.type == "cpu" and weights.num_elements < ONE_THREAD_ELEMENTS:
             torch.set_num_threads(1)  # of the whole process
         logger.info("%s: ready on %s in %s", model.model_name, self.device, self.compute_dtype)
 
-    @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
+        return self.launch(plan)()
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
+        """Starts a step; what it returns waits for its result."""
         for slot in plan.left:
             self._sampler.leave(slot)
         for request in plan.joined:
@@ -75,26 +95,43 @@ class ModelRunner:
                 request.sample_index,
             )
         self._slots.add_blocks(plan.new_blocks)
-        return self._run_rows(plan) if plan.rows else StepResult()
+        slots, positions, logits = self._forward(plan)
+        if logits is None:
+            return StepResult
+        drawn = self._decoder.ops.sample(logits, self._sampler.batch(slots, positions))
+        self._slots.append(slots, positions, drawn)
+        note = self._sampler.append(slots, drawn)
+        logprobs = raw_logprobs(logits, drawn, self._sampler.num_logprobs(slots))
+        wait = to_host(drawn)
 
-    def _run_rows(self, plan: StepPlan) -> StepResult:
-        inputs = self._slots.step_inputs(plan.rows)
+        def collect() -> StepResult:
+            token_ids = wait().tolist()
+            note(token_ids)
+            return StepResult(tuple(token_ids), logprobs())
+
+        return collect
+
+    def _forward(self, plan: StepPlan) -> tuple[I64, I64, torch.Tensor | None]:
+        """Slots of the sampled rows, where their drawn tokens will stand, and their logits (None: no row is sampled)."""
+        rows = plan.rows
+        if self._graphs is not None and rows and all(row.num_tokens == 1 and row.samples for row in rows):
+            slots, starts = np.array([(row.slot, row.start) for row in rows], np.int64).T
+            return slots, starts + 1, self._graphs.logits(slots, starts)
+        if not rows:
+            return NO_ROWS, NO_ROWS, None
+        inputs = self._slots.step_inputs(rows)
         x, residual = self._decoder.hidden_states(inputs.token_ids, inputs.batch, self._kv.k, self._kv.v)
         slots, positions = inputs.sampled_slots, inputs.sampled_positions
         if slots.size == 0:
-            return StepResult()
-        logits = self._decoder.logits(x[inputs.sampled_tokens], residual[inputs.sampled_tokens])
-        drawn = self._decoder.ops.sample(logits, self._sampler.batch(slots, positions))
-        self._slots.append(slots, positions, drawn)
-        token_ids = drawn.tolist()
-        self._sampler.append(slots, token_ids)
-        counts = [self._sampler.slots[slot].params.num_logprobs for slot in slots.tolist()]
-        return StepResult(tuple(token_ids), raw_logprobs(logits, token_ids, counts))
+            return slots, positions, None
+        return slots, positions, self._decoder.logits(x[inputs.sampled_tokens], residual[inputs.sampled_tokens])
 
     def close(self) -> None:
         """Drops the weights and the cache; the runner cannot be used after it."""
         on_cuda = self.device.startswith("cuda")
-        del self._decoder, self._slots, self._sampler, self._kv
+        if self._graphs is not None:
+            self._graphs.close()
+        del self._decoder, self._slots, self._sampler, self._kv, self._graphs
         if on_cuda:
             torch.cuda.empty_cache()
 

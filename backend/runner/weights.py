@@ -64,6 +64,11 @@ def load_weights(config: ModelConfig, folder: Path, device: torch.device, dtype:
     return ModelWeights(embeddings, layers, loader.norm("norm.weight"), DenseWeight(head[: config.vocab_size].t()))
 
 
+def _dense(weight: torch.Tensor, bias: torch.Tensor | None = None) -> DenseWeight:
+    """weight: [in_features, out_features]. On a GPU it is stored by outputs: the skinny kernels read rows, and cuBLAS likes it."""
+    return DenseWeight(weight.t().contiguous().t() if weight.is_cuda else weight, bias)
+
+
 class _Loader:
     """Tensors of the files as the ops take them. Nothing that it returns points into a file."""
 
@@ -118,7 +123,7 @@ class _Loader:
             if self._config.weight_type == "int8":
                 return W8A8Weight(weight, scale, bias)
             return Fp8Weight(weight.view(torch.float8_e4m3fn), scale, bias)
-        return DenseWeight(columns("weight").to(dtype=self._dtype, copy=True), bias)
+        return _dense(columns("weight").to(dtype=self._dtype, copy=True), bias)
 
     def _half_split(self, tensor: torch.Tensor, num_heads: int) -> torch.Tensor:
         return half_split_rotary(tensor, num_heads, self._config.head_dim, self._config.rope.dim)

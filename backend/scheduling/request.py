@@ -18,7 +18,10 @@ class RequestState(enum.Enum):
 class Request:
     """Every field is written by the scheduler alone, after construction.
 
-    token_ids: prompt, then output;   num_computed_tokens: tokens whose keys and values are in the blocks
+    token_ids: prompt, then output, as far as they are known here
+    num_computed_tokens: tokens whose keys and values are in the blocks, by the steps that were taken in
+    num_scheduled_tokens: the same when every step that was scheduled has run
+    num_in_flight: tokens that scheduled steps draw and nobody has seen yet
     digests: one for each published or matched full block, in order
     """
 
@@ -33,6 +36,9 @@ class Request:
     state: RequestState = RequestState.WAITING
     token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
+    num_scheduled_tokens: int = 0
+    num_in_flight: int = 0
+    num_joins: int = 0  # times it was given a slot
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at the first admission
     block_ids: list[int] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)
@@ -53,6 +59,25 @@ class Request:
     @property
     def num_new_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def length(self) -> int:
+        """Tokens of the sequence, those in flight included."""
+        return len(self.token_ids) + self.num_in_flight
+
+    @property
+    def num_missing(self) -> int:
+        """Tokens that steps can compute now: 1 for a decode, more for a prefill, 0 when its last token is in flight."""
+        is_last_drawn = self.num_in_flight and self.num_new_tokens + self.num_in_flight >= self.max_new_tokens
+        return 0 if is_last_drawn else self.length - self.num_scheduled_tokens
+
+    @property
+    def needs_every_token(self) -> bool:
+        """What it may draw depends on its last token, so that token must be known before the next is drawn."""
+        sampling = self.sampling
+        return any(len(ids) > 1 for ids in sampling.bad_sequences) or (
+            sampling.min_new_tokens > 0 and any(len(ids) > 1 for ids in sampling.stop_sequences)
+        )
 
     @property
     def order(self) -> tuple[int, int]:

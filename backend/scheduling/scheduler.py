@@ -14,13 +14,17 @@ One step, in `schedule`:
 
 Invariants
 - A running request holds blocks for at least its known tokens; a waiting or finished one holds none and has no slot.
-- Known tokens not yet computed: one for a decode, more for a prefill. A row that reaches the last known token is sampled,
-  unless the request asked for no new token.
+- Tokens not yet computed: one for a decode, more for a prefill. A row that reaches the last token is sampled, unless the request
+  asked for no new token.
+- `schedule` may be called again before the last plan's result is known: it then counts on that step's tokens, which the device has
+  and this side has not (`num_in_flight`). `update` takes results in the order of the plans. A row whose request ended or lost its
+  slot meanwhile is passed over: what it computed lies in blocks that their next holder writes before it reads.
 - Every added request ends in exactly one TokenDelta with a finish reason.
 """
 
 import dataclasses
 import heapq
+from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -63,6 +67,9 @@ class Scheduler:
         self._requests: dict[tuple[object, int], Request] = {}
         self._free_slots = list(range(config.max_batch_size - 1, -1, -1))
         self._left_slots: list[int] = []  # told to the runner with the next plan
+        self._in_flight: deque[list[tuple[Request, int]]] = (
+            deque()
+        )  # of each plan not taken in: request and num_joins of its rows
         self._num_arrived = 0
         self._num_steps = 0
         self._has_deadlines = False
@@ -79,6 +86,11 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         return bool(self._running) or self.num_waiting > 0 or bool(self._left_slots)
+
+    @property
+    def needs_every_token(self) -> bool:
+        """A running request's next draw depends on a token in flight: take that step in before the next is scheduled."""
+        return any(request.num_in_flight and request.needs_every_token for request in self._running)
 
     # -- joining and leaving ------------------------------------------------------------------------------------------
 
@@ -222,35 +234,43 @@ class Scheduler:
         rows: list[ScheduledRow] = []
         joined: list[JoinedRequest] = []
         new_blocks: list[NewBlocks] = []
-        decodes = [r for r in self._running if len(r.token_ids) - r.num_computed_tokens == 1]
-        chunks = [r for r in self._running if len(r.token_ids) - r.num_computed_tokens > 1]
+        decodes = [r for r in self._running if r.num_missing == 1]
+        chunks = [r for r in self._running if r.num_missing > 1]
+        picked: list[Request] = []
         for request in decodes:
             if budget and request.state is RequestState.RUNNING and self._ensure_blocks(request, new_blocks):
-                rows.append(self._row(request, 1))
+                picked.append(request)
                 budget -= 1
-        rows = [row for row in rows if row.slot not in self._left_slots]  # a later decode may have preempted an earlier pick
+        # a later decode may have preempted an earlier pick
+        picked = [request for request in picked if request.state is RequestState.RUNNING]
+        rows += [self._row(request, 1) for request in picked]
         for request in chunks:
             if budget and request.state is RequestState.RUNNING:
+                picked.append(request)
                 rows.append(self._row(request, budget))
                 budget -= rows[-1].num_tokens
         while budget and self._free_slots and (admitted := self._next_admissible()) is not None:
             joined.append(self._join(admitted))
+            picked.append(admitted)
             rows.append(self._row(admitted, budget))
             budget -= rows[-1].num_tokens
+        self._in_flight.append([(request, request.num_joins) for request in picked])
         left, self._left_slots = tuple(self._left_slots), []
         new_blocks = [added for added in new_blocks if added.slot not in left]
         self._num_steps += 1
         return StepPlan(self._num_steps, left, tuple(joined), tuple(new_blocks), tuple(rows))
 
     def _row(self, request: Request, budget: int) -> ScheduledRow:
-        start = request.num_computed_tokens
-        num_tokens = min(len(request.token_ids) - start, budget)
-        reaches_end = start + num_tokens == len(request.token_ids)
-        return ScheduledRow(request.slot, start, num_tokens, samples=reaches_end and request.max_new_tokens > 0)
+        start = request.num_scheduled_tokens
+        num_tokens = min(request.length - start, budget)
+        samples = start + num_tokens == request.length and request.max_new_tokens > 0
+        request.num_scheduled_tokens += num_tokens
+        request.num_in_flight += samples
+        return ScheduledRow(request.slot, start, num_tokens, samples)
 
     def _ensure_blocks(self, request: Request, new_blocks: list[NewBlocks]) -> bool:
         """Gives `request` the block its next token needs, preempting from the end of the order. False: it was preempted itself."""
-        if self.blocks.blocks_for(len(request.token_ids)) <= len(request.block_ids):
+        if self.blocks.blocks_for(request.length) <= len(request.block_ids):
             return True
         while not self.blocks.num_free_blocks:
             victim = self._running[-1]
@@ -265,7 +285,7 @@ class Scheduler:
     def _preempt(self, victim: Request) -> None:
         self._give_up_slot(victim)
         victim.state = RequestState.WAITING
-        victim.num_computed_tokens = 0
+        victim.num_computed_tokens = victim.num_scheduled_tokens = victim.num_in_flight = 0
         victim.digests = []
         self.num_preemptions += 1
         self._queue(victim)
@@ -286,12 +306,13 @@ class Scheduler:
         self.blocks.hold(cached)
         request.block_ids = cached + self.blocks.allocate(missing)
         request.digests = digests
-        request.num_computed_tokens = len(cached) * self.blocks.block_size
+        request.num_computed_tokens = request.num_scheduled_tokens = len(cached) * self.blocks.block_size
         return request
 
     def _join(self, request: Request) -> JoinedRequest:
         request.state = RequestState.RUNNING
         request.slot = self._free_slots.pop()
+        request.num_joins += 1
         at = len(self._running)
         while at and self._running[at - 1].order > request.order:
             at -= 1
@@ -312,19 +333,18 @@ class Scheduler:
         )
 
     def update(self, plan: StepPlan, result: StepResult) -> list[OwnedDelta]:
-        """Takes in what the runner drew for `plan`. Requests that ended while the step ran are passed over."""
-        slot_to_request = {request.slot: request for request in self._running}
+        """Takes in what the runner drew for `plan`, the oldest that was not taken in."""
         deltas: list[OwnedDelta] = []
         drawn = iter(range(len(result.token_ids)))
-        for row in plan.rows:
+        for row, (request, num_joins) in zip(plan.rows, self._in_flight.popleft(), strict=True):
             at = next(drawn) if row.samples else -1
-            request = slot_to_request.get(row.slot)
-            if request is None or request.num_computed_tokens != row.start:
+            if request.state is not RequestState.RUNNING or request.num_joins != num_joins:
                 continue
             request.num_computed_tokens += row.num_tokens
             self.num_computed_tokens += row.num_tokens
             self._publish_full_blocks(request)
             if row.samples:
+                request.num_in_flight -= 1
                 deltas.append(self._append(request, result, at))
             elif request.num_computed_tokens == len(request.token_ids):
                 deltas.append(self._finish(request, FinishReason.LENGTH))  # asked for no new token

@@ -333,6 +333,7 @@ ELSEWHERE = {
     "max_queued_tokens": "tests/backend/scheduling/test_scheduler.py",
     "quant_policy": "tests/quant",
     "deterministic": "refused unless 0",
+    "cuda_graphs": "tests/backend/runner/test_decode_graphs.py, on a GPU; without one there are none",
 }
 
 

@@ -14,6 +14,7 @@ __all__ = [
     "RmsNormConfig",
     "RotaryConfig",
     "SiluAndMulConfig",
+    "SkinnyLinearConfig",
     "ceil_div",
     "decode_attention_config",
     "next_power_of_2",
@@ -21,10 +22,13 @@ __all__ = [
     "rms_norm_config",
     "rotary_config",
     "silu_and_mul_config",
+    "skinny_linear_config",
 ]
 
 MAX_HIDDEN = 32768  # one row in the registers of 16 warps: 64 fp32 values a thread
 MAX_HEAD_DIM = 256
+# A linear layer after a norm holds all of x in fp32 registers: 64 a thread in 16 warps.
+MAX_SKINNY_NORM_ELEMENTS = 16384
 
 # tl.dot needs 16 rows; a GQA group is padded up to it.
 MIN_DOT_ROWS = 16
@@ -62,6 +66,14 @@ class RotaryConfig:
 class SiluAndMulConfig:
     block_m: int  # rows a program
     block_n: int  # columns of y a program
+    num_warps: int
+
+
+@dataclass(frozen=True, slots=True)
+class SkinnyLinearConfig:
+    block_m: int  # rows of x, padded
+    block_n: int  # outputs a program
+    block_k: int  # inputs at once; all of them after a norm
     num_warps: int
 
 
@@ -127,6 +139,18 @@ def silu_and_mul_config(inter: int) -> SiluAndMulConfig:
     """1024 elements, 8 a thread: one 16-byte load of 2-byte elements from each half. Common sizes of `inter` are multiples of it."""
     block_n = _clamp(next_power_of_2(inter), 1, 1024)
     return SiluAndMulConfig(1024 // block_n, block_n, num_warps=4)
+
+
+def skinny_linear_config(num_rows: int, n: int, k: int, *, whole_rows: bool, gated: bool = False) -> SkinnyLinearConfig:
+    """Products are held in fp32 registers, block_m * block_n * block_k of them: 64 a thread at most."""
+    block_m = next_power_of_2(num_rows)
+    if not whole_rows:
+        block_k = _clamp(next_power_of_2(k), 16, 1024 // block_m)
+        return SkinnyLinearConfig(block_m, 4, block_k, num_warps=4)
+    block_k = next_power_of_2(k)
+    num_warps = _clamp(block_m * block_k // 1024, 4, 16)
+    block_n = _clamp(num_warps * 32 * 64 // (block_m * block_k), 1, 2 if gated else 4)
+    return SkinnyLinearConfig(block_m, block_n, block_k, num_warps)
 
 
 def decode_attention_config(

@@ -3,8 +3,9 @@
 import torch
 
 from ..operands import KvPages, QuantizedPages, StaticInt8Pages
+from .primitives import rotary_store_kv
 
-__all__ = ["gathered_pages", "page_shape", "quantized_tokens", "store_pages"]
+__all__ = ["gathered_pages", "page_shape", "quantized_tokens", "rotary_store_quantized_kv", "store_pages"]
 
 
 def page_shape(pages: KvPages) -> tuple[int, int, int, int]:
@@ -12,6 +13,27 @@ def page_shape(pages: KvPages) -> tuple[int, int, int, int]:
     data = pages if isinstance(pages, torch.Tensor) else pages.data
     num_blocks, num_kv_heads, block_size, width = data.shape
     return num_blocks, num_kv_heads, block_size, width * 8 // pages.bits if isinstance(pages, QuantizedPages) else width
+
+
+def rotary_store_quantized_kv(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    q_scale: torch.Tensor | None,
+    k_cache: KvPages,
+    v_cache: KvPages,
+    slot_mapping: torch.Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+) -> torch.Tensor:
+    """As `rotary_store_kv`, with keys and values rounded to the compute dtype and then quantised."""
+    head_dim = page_shape(k_cache)[3]
+    k, v = (qkv.new_empty((qkv.shape[0], num_kv_heads, 1, head_dim)) for _ in range(2))  # blocks of one token
+    slots = torch.arange(qkv.shape[0], device=qkv.device)
+    q = rotary_store_kv(qkv, cos, sin, q_scale, k, v, slots, num_heads, num_kv_heads)
+    store_pages(k_cache, slot_mapping, k.squeeze(2))
+    store_pages(v_cache, slot_mapping, v.squeeze(2))
+    return q
 
 
 def store_pages(pages: KvPages, slot_mapping: torch.Tensor, values: torch.Tensor) -> None:

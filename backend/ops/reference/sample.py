@@ -19,7 +19,8 @@ def _processed_logits(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tenso
     if batch.bias_rows is not None and batch.bias_ids is not None and batch.bias is not None:
         logits = logits.index_put((batch.bias_rows, batch.bias_ids), batch.bias, accumulate=True)
     if batch.banned_rows is not None and batch.banned_ids is not None:
-        logits = logits.index_put((batch.banned_rows, batch.banned_ids), logits.new_tensor(float("-inf")))
+        never = torch.full((), float("-inf"), dtype=logits.dtype, device=logits.device)  # filled there: nothing is copied over
+        logits = logits.index_put((batch.banned_rows, batch.banned_ids), never)
     if batch.temperature is not None:
         logits = logits / batch.temperature
     if batch.output_counts is not None and batch.seen is not None:

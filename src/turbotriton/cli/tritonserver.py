@@ -35,6 +35,7 @@ ENGINE_FLAGS: dict[str, tuple[type, str]] = {
     "compute_dtype": (str, "auto, fp16, bf16 or fp32"),
     "device": (str, "auto, cpu, cuda or cuda:N"),
     "enable_prefix_caching": (int, "1 or 0"),
+    "cuda_graphs": (int, "1 or 0: decode steps on a GPU replay captured graphs"),
     "max_queued_requests": (int, "requests that may wait before new ones are refused"),
     "max_queued_tokens": (int, "prompt tokens that may wait"),
 }

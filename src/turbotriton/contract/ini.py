@@ -105,6 +105,7 @@ class TurbotritonSection:
     compute_dtype: str = "auto"  # auto: the weights' dtype (int4: fp16; int8, fp8: float_type) on a GPU, fp32 on a CPU
     device: str = "auto"  # auto: cuda if there is one, else cpu
     enable_prefix_caching: int = 1
+    cuda_graphs: int = 1  # decode steps on a GPU replay captured graphs
     max_queued_requests: int = 1024
     max_queued_tokens: int = 4_194_304
     deterministic: int = 0  # 1: outputs bitwise independent of the batch
@@ -201,6 +202,7 @@ class EngineConfig:
     compute_dtype: str = "auto"
     device: str = "auto"
     enable_prefix_caching: bool = True
+    cuda_graphs: bool = True  # without a GPU there are none
     max_queued_requests: int = 1024
     max_queued_tokens: int = 4_194_304
     deterministic: bool = False
@@ -300,7 +302,7 @@ class WorkspaceConfig:
                 values[field.name] = getattr(tt, field.name)
         if not values["session_len"]:
             values["session_len"] = lm.max_position_embeddings or 2048
-        for name in ("enable_prefix_caching", "deterministic"):
+        for name in ("enable_prefix_caching", "cuda_graphs", "deterministic"):
             values[name] = bool(values[name])
         return EngineConfig(**values)  # type: ignore[arg-type]
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from turbotriton.backend.model.sampler import SamplerState, raw_logprobs, uniform_numbers
+from turbotriton.backend.model.logprobs import raw_logprobs
+from turbotriton.backend.model.sampler import SamplerState, uniform_numbers
 from turbotriton.backend.ops.table import REFERENCE
 from turbotriton.contract.wire import SamplingParams
 
@@ -124,7 +125,7 @@ def test_counts_grow_with_each_drawn_token_and_start_anew_with_the_slot():
     drawn = []
     for _ in range(5):
         (token,) = draw(state)
-        state.append(np.array([1]), [token])
+        state.append(np.array([1]), torch.tensor([token]))([token])
         drawn.append(token)
     assert drawn == [11, 10, 11, 9, 10]
     state.leave(1)
@@ -137,9 +138,9 @@ def test_min_new_tokens_bans_eos_stop_ids_and_the_end_of_stop_sequences():
     params = greedy(min_new_tokens=2, stop_token_ids=(3,), stop_sequences=((4,), (6, 5)))
     state = state_with(params, tokens=(6,), num_prompt=1)
     assert draw(state, logits) == [0]  # 2 is EOS, 3 a stop id, 4 a stop sequence, 5 would complete (6, 5)
-    state.append(np.array([1]), [7])
+    state.append(np.array([1]), torch.tensor([7]))([7])
     assert draw(state, logits) == [5]
-    state.append(np.array([1]), [7])
+    state.append(np.array([1]), torch.tensor([7]))([7])
     assert draw(state, logits) == [2]
 
 
@@ -152,7 +153,7 @@ def test_ignore_eos_bans_eos_throughout():
 def test_bad_sequences_are_never_completed():
     state = state_with(greedy(bad_sequences=((11,), (6, 10), (5, 6, 9))), tokens=(5, 6))
     assert draw(state) == [8]
-    state.append(np.array([1]), [4])
+    state.append(np.array([1]), torch.tensor([4]))([4])
     assert draw(state) == [10]
 
 
@@ -169,7 +170,7 @@ def test_ids_outside_the_vocabulary_are_ignored_in_bans():
 def test_logprobs_are_the_models_own_distribution():
     logits = torch.stack((LOGITS[0], LOGITS[0].flip(0), LOGITS[0]))
     wanted = torch.log_softmax(logits, -1)
-    first, second, third = raw_logprobs(logits, [3, 0, 1], [2, None, 0])
+    first, second, third = raw_logprobs(logits, torch.tensor([3, 0, 1]), [2, None, 0])()
     assert second is None
     assert first.token_logprob == pytest.approx(float(wanted[0, 3]), abs=1e-6)
     assert [token for token, _ in first.top] == [11, 10]
@@ -179,7 +180,7 @@ def test_logprobs_are_the_models_own_distribution():
 
 
 def test_more_logprobs_than_the_vocabulary_gives_the_whole_vocabulary():
-    (found,) = raw_logprobs(LOGITS, [3], [1000])
+    (found,) = raw_logprobs(LOGITS, torch.tensor([3]), [1000])()
     assert len(found.top) == VOCAB
 
 

@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 
 SMALLEST_SHARED_LIMIT_BYTES = 101376  # sm_86 and sm_89: 99 KiB a program; sm_80 has 163 KiB, sm_90 and sm_100 227 KiB
 PACKAGE = "turbotriton.backend.ops.kernels"
-MODULES = ("rms_norm", "rotary_store_kv", "silu_and_mul", "paged_decode_attention", "paged_prefill_attention")
+MODULES = ("rms_norm", "rotary_store_kv", "silu_and_mul", "paged_decode_attention", "paged_prefill_attention", "skinny_linear")
 POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32"}
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 
@@ -71,7 +71,7 @@ def launch_all(monkeypatch, capability, dtype, head_dim, num_heads=32, num_kv_he
     def empty(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype)
 
-    rms_norm, rotary_store_kv, silu_and_mul, attention, prefill = (
+    rms_norm, rotary_store_kv, silu_and_mul, attention, prefill, skinny = (
         importlib.import_module(f"{PACKAGE}.{name}") for name in MODULES
     )
     rms_norm.rms_norm(empty(16, hidden), empty(hidden), 1e-5, empty(16, hidden))
@@ -87,6 +87,12 @@ def launch_all(monkeypatch, capability, dtype, head_dim, num_heads=32, num_kv_he
     q, bounds, small_blocks = empty(256, num_heads, head_dim), empty(17, dtype=torch.int32), empty(4, num_kv_heads, 16, head_dim)
     prefill.paged_prefill_attention(q, cache, cache, tables, lens, bounds, 0.1)
     prefill.paged_prefill_attention(q, small_blocks, small_blocks, tables, lens, bounds, 0.1, 4096)
+    monkeypatch.setattr(skinny, "_has_pdl", lambda device: capability >= 90)
+    for num_rows in (1, skinny.MAX_SKINNY_ROWS):
+        x, gain, gate_up = empty(num_rows, hidden), empty(hidden), empty(2 * 14336, hidden).t()
+        skinny.linear(empty(num_rows, 14336), empty(hidden, 14336).t())
+        skinny.norm_linear(x, x, gain, 1e-5, gate_up, empty(2 * 14336))
+        skinny.norm_gate_up(x, x, gain, 1e-5, gate_up)
 
 
 def resource_usage(cubin, folder):
@@ -110,6 +116,7 @@ def test_every_kernel_compiles_without_spills(capability, dtype, head_dim, launc
         "_reduce_kernel",
         "_prefill_kernel",
         "_prefill_kernel",
+        *["_linear_kernel", "_norm_linear_kernel", "_norm_linear_kernel"] * 2,
     ]
     for kernel, arguments in launches:
         options = {name: arguments[name] for name in ("num_warps", "num_stages") if name in arguments}

@@ -30,7 +30,8 @@ class Setting:
         return (torch.randn(*shape, generator=self.generator) * scale).to(self.dtype).to(self.device)
 
     def linear(self, rows: int, columns: int, *, bias: bool = False) -> DenseWeight:
-        return DenseWeight(self.randn(rows, columns, scale=rows**-0.5), self.randn(columns) if bias else None)
+        """Contiguous along its inputs, as weights lie on a GPU."""
+        return DenseWeight(self.randn(columns, rows, scale=rows**-0.5).t(), self.randn(columns) if bias else None)
 
     def close(self, found: torch.Tensor, wanted: torch.Tensor) -> None:
         """Maximum and RMS error relative to the wanted RMS."""
@@ -161,19 +162,21 @@ def case_attention(s: Setting) -> None:
         s.close(out, torch.stack(wanted).view(q.shape))
 
 
-def case_output_projection_norm(s: Setting) -> None:
+def case_output_projection(s: Setting) -> None:
     for num_tokens, bias in ((0, False), (1, True), (13, False)):
-        attended, residual = s.randn(num_tokens, NUM_HEADS, HEAD_DIM), s.randn(num_tokens, HIDDEN)
-        weight, norm = s.linear(NUM_HEADS * HEAD_DIM, HIDDEN, bias=bias), NormWeight(s.randn(HIDDEN), 1e-5)
-        y, r = s.ops.output_projection_norm(attended, weight, residual, norm)
-        s.close(r, f64(weight, attended.double().cpu().flatten(1)) + residual.double().cpu())
-        s.close(y, norm64(r.double().cpu(), norm))
+        attended = s.randn(num_tokens, NUM_HEADS, HEAD_DIM)
+        weight = s.linear(NUM_HEADS * HEAD_DIM, HIDDEN, bias=bias)
+        s.close(s.ops.output_projection(attended, weight), f64(weight, attended.double().cpu().flatten(1)))
 
 
-def case_gate_up_silu(s: Setting) -> None:
-    x, weight = s.randn(7, HIDDEN), s.linear(HIDDEN, 2 * 33)
-    gate, up = f64(weight, x.double().cpu()).chunk(2, dim=-1)
-    s.close(s.ops.gate_up_silu(x, weight), gate / (1 + torch.exp(-gate)) * up)
+def case_norm_gate_up_silu(s: Setting) -> None:
+    for num_tokens in (0, 1, 3, 7):
+        x, residual, weight = s.randn(num_tokens, HIDDEN), s.randn(num_tokens, HIDDEN), s.linear(HIDDEN, 2 * 33)
+        norm = NormWeight(s.randn(HIDDEN), 1e-5)
+        y, r = s.ops.norm_gate_up_silu(x, residual, norm, weight)
+        s.close(r, x.double().cpu() + residual.double().cpu())
+        gate, up = f64(weight, norm64(r.double().cpu(), norm)).chunk(2, dim=-1)
+        s.close(y, gate / (1 + torch.exp(-gate)) * up)
 
 
 def case_down_projection(s: Setting) -> None:

@@ -2,7 +2,7 @@
 
 import zlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from turbotriton.backend.scheduling.block_manager import BlockManager
@@ -75,6 +75,10 @@ class FakeRunner:
         assert len({row.slot for row in plan.rows}) == len(plan.rows)
         return StepResult(tuple(token for row in plan.rows for token in self._run(row)))
 
+    def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
+        result = self.execute(plan)
+        return lambda: result
+
     def _run(self, row: ScheduledRow) -> list[int]:
         known, table, end = self.slots[row.slot], self.tables[row.slot], row.start + row.num_tokens
         assert row.start == self.computed.setdefault(row.slot, row.start), "rows of a slot must follow each other"
@@ -103,6 +107,8 @@ class FakeRunner:
 
 
 class Bench:
+    """`overlap`: a step is scheduled and run before the one before it is taken in."""
+
     def __init__(
         self,
         num_blocks: int = 8,
@@ -110,6 +116,7 @@ class Bench:
         budget: int = 16,
         eos: tuple[int, ...] = (VOCAB_SIZE - 1,),
         rope: RopeConfig = PLAIN_ROPE,
+        overlap: bool = False,
         **config: Any,
     ) -> None:
         self.now = 0.0
@@ -119,6 +126,8 @@ class Bench:
         self.scheduler = Scheduler(model_config(eos, rope), self.config, blocks, budget, lambda: self.now, lambda: 7)
         self.deltas: list[OwnedDelta] = []
         self.plans: list[StepPlan] = []
+        self.overlap = overlap
+        self.in_flight: tuple[StepPlan, StepResult] | None = None
 
     def add(self, request_id: int, prompt: Sequence[int], max_new_tokens: int | None = 4, **fields: Any) -> None:
         request = {k: fields.pop(k) for k in ("priority", "deadline_ms") if k in fields}
@@ -129,14 +138,23 @@ class Bench:
         self.deltas += self.scheduler.expire()
         plan = self.scheduler.schedule()
         self.plans.append(plan)
-        self.deltas += self.scheduler.update(plan, self.runner.execute(plan))
+        launched = plan, self.runner.execute(plan)
+        self._take_in()
+        self.in_flight = launched
+        if not self.overlap:
+            self._take_in()
         return plan
+
+    def _take_in(self) -> None:
+        if self.in_flight is not None:
+            self.deltas += self.scheduler.update(*self.in_flight)
+            self.in_flight = None
 
     def run(self) -> None:
         for _ in range(10_000):
-            if not self.scheduler.has_work:
+            if not self.scheduler.has_work and self.in_flight is None:
                 return
-            self.step()
+            self.step() if self.scheduler.has_work else self._take_in()
         raise AssertionError("the scheduler never came to an end")
 
     def tokens(self, request_id: int) -> list[int]:

@@ -227,6 +227,39 @@ def test_refusals_name_the_limit() -> None:
         Bench(num_blocks=2).add(1, range(8), 2)
 
 
+def test_a_request_that_ends_while_its_next_step_runs_gives_up_that_row_alone() -> None:
+    """The stop is seen one step late: its extra token is dropped, its blocks go to the next request, the neighbour loses nothing."""
+    prompt = [1, 2, 3]
+    wanted = oracle(prompt, 3)
+    bench = Bench(num_blocks=4, max_batch_size=2, overlap=True)
+    bench.add(1, prompt, 8, stop_token_ids=(wanted[1],))
+    bench.add(2, [9, 9], 5)
+    bench.add(3, range(20, 28), 3)  # waits for a slot
+    bench.run()
+    assert (bench.tokens(1), bench.reasons(1)) == (wanted[:2], ["stop"])
+    assert bench.tokens(2) == oracle([9, 9], 5)
+    assert bench.tokens(3) == oracle(range(20, 28), 3)
+    rows = [row.start for plan in bench.plans for row in plan.rows if row.slot == bench.plans[0].rows[0].slot and row.samples]
+    assert rows[:3] == [0, 3, 4], "the third row was scheduled before the stop was seen"
+
+
+def test_no_row_is_scheduled_past_the_last_token_asked_for() -> None:
+    bench = Bench(overlap=True)
+    bench.add(1, [1, 2, 3], 4)
+    bench.run()
+    assert [row.start for plan in bench.plans for row in plan.rows] == [0, 3, 4, 5]
+
+
+def test_what_depends_on_the_last_token_waits_for_it() -> None:
+    bench = Bench(overlap=True)
+    bench.add(1, [1, 2, 3], 4)
+    bench.step()
+    assert not bench.scheduler.needs_every_token
+    bench.add(2, [4, 5], 4, bad_sequences=((6, 7),))
+    bench.step()
+    assert bench.scheduler.needs_every_token
+
+
 ACTIONS = st.lists(
     st.one_of(
         st.tuples(st.just("add"), st.integers(1, 14), st.integers(0, 10), st.integers(0, 2)),
@@ -237,11 +270,14 @@ ACTIONS = st.lists(
 )
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 @settings(max_examples=60, deadline=None)
 @given(actions=ACTIONS, budget=st.integers(1, 9))
-def test_random_traffic_leaks_no_block_and_ends_every_request_once(actions: list[tuple[str, int, int, int]], budget: int) -> None:
+def test_random_traffic_leaks_no_block_and_ends_every_request_once(
+    actions: list[tuple[str, int, int, int]], budget: int, overlap: bool
+) -> None:
     """Prompts begin alike often enough for prefix hits; the longer ones get another rotary base. FakeRunner checks each read."""
-    bench = Bench(num_blocks=6, budget=budget, max_batch_size=3, rope=DYNAMIC_ROPE)
+    bench = Bench(num_blocks=6, budget=budget, max_batch_size=3, rope=DYNAMIC_ROPE, overlap=overlap)
     asked: dict[int, tuple[range, int]] = {}
     for kind, a, b, c in actions:
         if kind == "add":

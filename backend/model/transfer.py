@@ -1,0 +1,37 @@
+"""Arrays between host and device without waiting: on CUDA through pinned memory, on the current stream.
+
+Torch's pinned allocator gives a buffer out again only when the copies that were recorded on it are done, so nothing is reused early.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+__all__ = ["to_device", "to_host"]
+
+
+def to_device(array: npt.NDArray[np.generic], device: torch.device) -> torch.Tensor:
+    """A copy of `array` on `device`; on CUDA the copy is queued behind what the stream has to do."""
+    if device.type != "cuda":
+        return torch.from_numpy(np.array(array))
+    staged = torch.empty(array.shape, dtype=torch.from_numpy(np.empty(0, array.dtype)).dtype, pin_memory=True)
+    staged.numpy()[...] = array
+    return staged.to(device, non_blocking=True)
+
+
+def to_host(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Queues a copy of `tensor`; the call that is returned waits for it and gives the host's tensor."""
+    if tensor.device.type != "cuda":
+        return lambda: tensor
+    staged = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    staged.copy_(tensor, non_blocking=True)
+    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    copied.record(torch.cuda.current_stream(tensor.device))
+
+    def wait() -> torch.Tensor:
+        copied.synchronize()
+        return staged
+
+    return wait

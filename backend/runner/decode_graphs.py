@@ -1,0 +1,78 @@
+"""Decode steps as CUDA graphs: one captured forward for each batch bucket, from slots and positions to logits.
+
+    slots, positions [n]  ──padded to the bucket──>  graph of that bucket  ──>  logits [n, vocab_size]
+
+Replaying costs the host one copy and one launch, where the layers would cost some two hundred launches. All graphs share one pool of
+memory, and one buffer takes their logits: it holds a step's until the next replay, which the stream runs after all that reads it.
+
+Padding has position -1: it sees no key, stores none, and its logits are not looked at.
+"""
+
+import logging
+import time
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from turbotriton.backend.model.decoder import Decoder
+from turbotriton.backend.model.transfer import to_device
+
+from .batch import SlotState
+from .kv_cache import KvCache
+
+__all__ = ["DecodeGraphs", "batch_buckets"]
+
+logger = logging.getLogger(__name__)
+
+I64 = npt.NDArray[np.int64]
+
+
+def batch_buckets(max_batch_size: int) -> tuple[int, ...]:
+    """1, 2, 4, 8, 16, then steps of 16 up to 64, of 32 up to 256, of 128 beyond; the last is max_batch_size itself."""
+    sizes = [1, 2, 4, 8, *range(16, 65, 16), *range(96, 257, 32), *range(384, max_batch_size + 1, 128)]
+    return (*(size for size in sizes if size < max_batch_size), max_batch_size)
+
+
+class DecodeGraphs:
+    """Captures at construction, largest bucket first; call it under `inference_mode` on the device's stream."""
+
+    def __init__(self, decoder: Decoder, slots: SlotState, kv: KvCache, max_batch_size: int, device: torch.device) -> None:
+        begun, free = time.monotonic(), torch.cuda.mem_get_info(device)[0]
+        self._decoder, self._slots, self._kv, self._device = decoder, slots, kv, device
+        self._buckets = batch_buckets(max_batch_size)
+        self._logits = torch.empty((max_batch_size, decoder.config.vocab_size), dtype=torch.float32, device=device)
+        self._inputs = {size: torch.tensor([[0], [-1]], device=device).repeat(1, size) for size in self._buckets}
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        pool = None
+        for size in reversed(self._buckets):
+            self._forward(size)  # compiles what this bucket needs
+            torch.cuda.synchronize(device)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                self._forward(size)
+            pool = graph.pool()
+            self._graphs[size] = graph
+        torch.cuda.synchronize(device)
+        taken = (free - torch.cuda.mem_get_info(device)[0]) / 2**20
+        logger.info("%d CUDA graphs of decode steps in %.1f s, %.0f MiB", len(self._graphs), time.monotonic() - begun, taken)
+
+    def _forward(self, size: int) -> None:
+        slots, positions = self._inputs[size].unbind()
+        token_ids, batch = self._slots.decode_inputs(slots, positions)
+        x, residual = self._decoder.hidden_states(token_ids, batch, self._kv.k, self._kv.v)
+        self._logits[:size] = self._decoder.logits(x, residual)
+
+    def logits(self, slots: I64, positions: I64) -> torch.Tensor:
+        """slots, positions of the rows' last tokens, at most max_batch_size -> [num_rows, vocab_size], fp32, valid until the next call."""
+        num_rows = slots.size
+        bucket = next(size for size in self._buckets if size >= num_rows)
+        padded = np.zeros((2, bucket), np.int64)
+        padded[1] = -1
+        padded[:, :num_rows] = slots, positions
+        self._inputs[bucket].copy_(to_device(padded, self._device))
+        self._graphs[bucket].replay()
+        return self._logits[:num_rows]
+
+    def close(self) -> None:
+        self._graphs.clear()

@@ -1,0 +1,98 @@
+"""Captured decode steps give what the same steps give one launch after the other, and leave everything else alone."""
+
+import pytest
+import torch
+from tests.backend.plans import generate, greedy
+from tests.backend.runner.test_weights import HF
+from tests.backend.workspace import hf_workspace_config, write_workspace
+from tests.checkpoints import make_tensors
+
+from turbotriton.backend.runner.decode_graphs import batch_buckets
+from turbotriton.backend.runner.model_runner import ModelRunner
+from turbotriton.backend.scheduling.plan import JoinedRequest, ScheduledRow, StepPlan
+from turbotriton.contract.wire import SamplingParams
+
+CONFIG = hf_workspace_config(HF, attn_bias=1, session_len=128)
+MODEL = CONFIG.model_config()
+OPTIONS = {"cache_block_seq_len": "8", "cache_max_entry_count": "60", "max_batch_size": "6", "compute_dtype": "fp32"}
+PROMPTS = [list(range(3, 3 + n)) for n in (10, 2, 5, 1, 17, 8)]
+
+
+@pytest.mark.parametrize("size", [1, 3, 16, 64, 200, 256, 1000])
+def test_buckets_reach_the_largest_batch_and_pad_little(size):
+    buckets = batch_buckets(size)
+    assert buckets[-1] == size
+    assert list(buckets) == sorted(set(buckets))
+    for rows in range(1, size + 1):
+        bucket = next(b for b in buckets if b >= rows)
+        assert bucket <= max(2 * rows, rows + 16, 1.5 * rows)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_workspace(tmp_path_factory.mktemp("weights"), CONFIG, make_tensors(HF.to_dict(), seed=5))
+
+
+def make_runner(folder, device, **options):
+    return ModelRunner(MODEL, CONFIG.engine_config({**OPTIONS, "device": device, **options}.get), folder)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_requests", [1, 3, 6])
+def test_graphs_give_the_tokens_of_single_launches_and_of_the_cpu(folder, num_requests):
+    params = [greedy(24)] * 4 + [SamplingParams(max_new_tokens=24, temperature=0.8, top_p=0.9), greedy(24)]
+    outputs = []
+    for device, graphs in (("cuda", "1"), ("cuda", "0"), ("cpu", "1")):
+        runner = make_runner(folder, device, cuda_graphs=graphs)
+        found = generate(runner, MODEL, PROMPTS[:num_requests], params[:num_requests], num_new=24, chunk=4, num_slots=6)
+        outputs.append(found.token_ids)
+        runner.close()
+    assert outputs[0] == outputs[1] == outputs[2]
+
+
+@pytest.mark.gpu
+def test_padding_writes_no_block_and_no_slot(folder):
+    """Three rows in the bucket of four: the other slots' tokens and the cache's other blocks keep what they held."""
+    runner = make_runner(folder, "cuda")
+    assert runner._graphs is not None
+    runner._kv.k.fill_(7.0)
+    runner._kv.v.fill_(7.0)
+    joined = tuple(
+        JoinedRequest(slot, tuple(PROMPTS[0]), 10, (10 + 2 * slot, 11 + 2 * slot), greedy(8), 0, 0, MODEL.rope.theta)
+        for slot in range(3)
+    )
+    runner.execute(StepPlan(0, joined=joined, rows=tuple(ScheduledRow(slot, 0, 10, True) for slot in range(3))))
+    tokens = runner._slots._token_ids.clone()
+    runner.execute(StepPlan(1, rows=tuple(ScheduledRow(slot, 10, 1, True) for slot in range(3))))
+    others = [block for block in range(60) if not 10 <= block < 16]
+    assert bool((runner._kv.k[:, others] == 7.0).all())
+    assert bool((runner._kv.v[:, others] == 7.0).all())
+    changed = (runner._slots._token_ids != tokens).nonzero().tolist()
+    assert all(slot < 3 and position == 11 for slot, position in changed)
+    runner.close()
+
+
+@pytest.mark.gpu
+def test_no_decode_step_waits_for_the_device(folder):
+    runner = make_runner(folder, "cuda")
+    joined = tuple(
+        JoinedRequest(slot, tuple(PROMPTS[0]), 10, (2 * slot, 2 * slot + 1, 20 + slot), params, 0, 0, MODEL.rope.theta)
+        for slot, params in enumerate(
+            [
+                greedy(8),
+                SamplingParams(temperature=0.9, top_p=0.8, top_k=20),
+                SamplingParams(temperature=0.0, repetition_penalty=1.2, ignore_eos=True),
+            ]
+        )
+    )
+    runner.execute(StepPlan(0, joined=joined, rows=tuple(ScheduledRow(slot, 0, 10, True) for slot in range(3))))
+    plans = [StepPlan(step, rows=tuple(ScheduledRow(slot, 9 + step, 1, True) for slot in range(3))) for step in (1, 2, 3)]
+    runner.execute(plans[0])
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        pending = [runner.launch(plan) for plan in plans[1:]]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(len(collect().token_ids) == 3 for collect in pending)
+    runner.close()

@@ -1,0 +1,101 @@
+"""Writes a workspace of random weights in the shape of a real model, for the benchmarks. One file a tensor, nothing is hashed.
+
+    PYTHONPATH=src python3 tests/bench/make_checkpoint.py --shape 1.8b --out /dev/shm/1.8b
+
+Norm gains are 1, matrices normal with a deviation that keeps activations and logits near 1. Values are made on the GPU if there is one.
+"""
+
+import argparse
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from turbotriton.contract.ini import LlamaSection, TurbotritonSection, WorkspaceConfig, write_workspace_config
+from turbotriton.contract.layout import dense_tensor_specs
+
+__all__ = ["SHAPES", "Shape", "make_checkpoint", "workspace_config"]
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Shape:
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    inter: int
+    vocab: int
+    rope_theta: float
+
+
+SHAPES = {
+    "1.8b": Shape(2048, 24, 16, 8, 128, 8192, 92544, 1e6),  # InternLM2-1.8B
+    "8b": Shape(4096, 32, 32, 8, 128, 14336, 128256, 5e5),  # Llama 3 8B
+    "tiny": Shape(128, 2, 4, 2, 32, 256, 320, 1e4),
+}
+
+
+def workspace_config(name: str, dtype: str, session_len: int) -> WorkspaceConfig:
+    shape = SHAPES[name]
+    llama = LlamaSection(
+        model_name=name,
+        tensor_para_size=1,
+        head_num=shape.heads,
+        kv_head_num=shape.kv_heads,
+        vocab_size=shape.vocab,
+        num_layer=shape.layers,
+        inter_size=shape.inter,
+        norm_eps=1e-5,
+        attn_bias=0,
+        start_id=1,
+        end_id=2,
+        session_len=session_len,
+        weight_type=dtype,
+        rotary_embedding=shape.head_dim,
+        rope_theta=shape.rope_theta,
+        size_per_head=shape.head_dim,
+        max_position_embeddings=session_len,
+    )
+    return WorkspaceConfig(llama, TurbotritonSection(hidden_size=shape.hidden))
+
+
+def make_checkpoint(name: str, folder: Path, dtype: str = "bf16", session_len: int = 8192, seed: int = 0) -> None:
+    """Writes config.ini and the weight files of `dense_tensor_specs` into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = workspace_config(name, dtype, session_len)
+    write_workspace_config(folder / "config.ini", config)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(seed)
+    for spec in dense_tensor_specs(config.model_config()):
+        if len(spec.shape) == 1:
+            values = torch.ones(spec.shape, device=device)
+        else:
+            fan_in = spec.shape[1] if spec.name in ("output.weight", "tok_embeddings.weight") else spec.shape[0]
+            values = torch.empty(spec.shape, device=device).normal_(generator=generator) / math.sqrt(fan_in)
+        stored = values.to(DTYPES[dtype]).cpu().view(torch.uint8).numpy()
+        for file in spec.file_names(1):
+            stored.tofile(folder / file)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=list(SHAPES), required=True)
+    parser.add_argument("--out", type=Path, required=True, help="folder, made if absent")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="(default: %(default)s)")
+    parser.add_argument("--session-len", type=int, default=8192, help="(default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    args = parser.parse_args()
+    begun = time.monotonic()
+    make_checkpoint(args.shape, args.out, args.dtype, args.session_len, args.seed)
+    size = sum(path.stat().st_size for path in args.out.iterdir())
+    print(f"{args.out}: {size / 1e9:.2f} GB in {time.monotonic() - begun:.1f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,147 @@
+"""Tile choices of the kernels that a decode step lives on, timed against each other: python tests/bench/sweep_decode.py [linear|attention]
+
+Method as in bench_ops.py: calls over weights or caches that together exceed the L2 cache, captured in one CUDA graph; the median of
+its replays. The choices stand in backend/ops/kernels/tuning.py.
+"""
+# ruff: noqa: B023 (every closure is called before the loop goes on)
+
+import argparse
+import dataclasses
+import itertools
+import statistics
+from collections.abc import Callable
+
+import torch
+
+from turbotriton.backend.ops.kernels import paged_decode_attention as attention_module
+from turbotriton.backend.ops.kernels import skinny_linear as linear_module
+from turbotriton.backend.ops.kernels import tuning
+
+SAMPLES = 15
+SHAPES = {
+    "1.8b": (2048, 8192, 4096, 16, 92544),
+    "8b": (4096, 14336, 6144, 32, 128256),
+}  # hidden, inter, qkv columns, heads, vocab
+
+
+def median_us(calls: list[Callable[[], object]]) -> float:
+    """Microseconds of one call."""
+    for call in calls[:2]:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(SAMPLES):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(1000 * begin.elapsed_time(end) / len(calls))
+    return statistics.median(times[2:])
+
+
+def randn(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_()
+
+
+def linears(rows: int) -> None:
+    for name, (hidden, inter, qkv, _, vocab) in SHAPES.items():
+        cases = [
+            ("norm_linear", hidden, qkv),
+            ("linear", hidden, hidden),
+            ("norm_gate_up", hidden, 2 * inter),
+            ("linear", inter, hidden),
+        ]
+        for op, k, n in [*cases, ("norm_linear", hidden, vocab)]:
+            copies = max(2, min(24, (400 << 20) // (k * n * 2)))
+            weights = [(randn(n, k) * k**-0.5).t() for _ in range(copies)]
+            x, residual, gain = randn(rows, k), randn(rows, k), randn(k)
+            gigabytes = k * n * 2 / 1e9
+            cublas = median_us([lambda w=w: x @ w for w in weights])
+            found = []
+            block_ks = [0] if op != "linear" else [512, 1024, 2048]
+            for block_n, warps, block_k in itertools.product((1, 2, 4, 8), (4, 8), block_ks):
+                base = tuning.skinny_linear_config(rows, n, k, whole_rows=op != "linear", gated=op == "norm_gate_up")
+                config = dataclasses.replace(base, block_n=block_n, num_warps=warps, block_k=block_k or base.block_k)
+                if config.block_m * block_n * config.block_k * (2 if op == "norm_gate_up" else 1) > warps * 32 * 160:
+                    continue
+                linear_module.skinny_linear_config = lambda *args, config=config, **kwargs: config
+                if op == "linear":
+                    calls = [lambda w=w: linear_module.linear(x, w) for w in weights]
+                else:
+                    function = getattr(linear_module, op)
+                    calls = [lambda w=w, function=function: function(x, residual, gain, 1e-5, w) for w in weights]
+                found.append((median_us(calls), block_n, warps, config.block_k))
+            linear_module.skinny_linear_config = tuning.skinny_linear_config
+            found.sort()
+            best = "  ".join(f"{us:.1f} us (n {n_}, w {w_}, k {k_})" for us, n_, w_, k_ in found[:4])
+            print(
+                f"{name} {op:12s} {rows}x{k}x{n}: cuBLAS {cublas:.1f} us; {gigabytes / found[0][0] * 1e6:.0f} GB/s  {best}",
+                flush=True,
+            )
+
+
+def attentions() -> None:
+    original = tuning.decode_attention_config
+    for batch, context, heads in [(1, 640, 16), (1, 640, 32), (64, 1024, 16), (64, 1024, 32), (256, 1024, 16), (256, 1024, 32)]:
+        blocks = batch * (context // 64)
+        copies = max(1, min(24, (400 << 20) // (blocks * 8 * 64 * 128 * 4)))
+        caches = [(randn(blocks, 8, 64, 128), randn(blocks, 8, 64, 128)) for _ in range(copies)]
+        q = randn(batch, heads, 128)
+        table = torch.zeros((batch, 8192 // 64), dtype=torch.int32, device="cuda")
+        table[:, : context // 64] = torch.randperm(blocks, device="cuda").view(batch, -1).int()
+        lens = torch.full((batch,), context, dtype=torch.int32, device="cuda")
+        gigabytes = blocks * 8 * 64 * 128 * 4 / 1e9
+        found = []
+        splits = [(64, 4), (128, 4), (256, 4)] if batch == 1 else [(256, 2), (256, 4), (256, 8)]
+        tiles = (
+            [(64, 2, 3), (64, 4, 3), (64, 2, 4), (32, 2, 5), (128, 4, 3)] if batch > 1 else [(64, 2, 3), (64, 4, 5), (64, 4, 3)]
+        )
+        for (block_n, warps, stages), (min_split, programs) in itertools.product(tiles, splits):
+
+            def config(*, num_sms: int, choice=(block_n, warps, stages, min_split, programs), **facts: int) -> object:
+                block_n, warps, stages, min_split, programs = choice
+                base = original(num_sms=num_sms, **facts)
+                wanted = tuning.ceil_div(programs * num_sms, facts["batch"] * facts["num_kv_heads"])
+                num_splits = max(1, min(wanted, 256, tuning.ceil_div(facts["max_context"], min_split)))
+                return dataclasses.replace(
+                    base,
+                    block_n=block_n,
+                    num_warps=warps,
+                    num_stages=stages,
+                    min_split_tokens=max(min_split, block_n),
+                    num_splits=num_splits,
+                )
+
+            attention_module.decode_attention_config = config
+            calls = [lambda k=k, v=v: attention_module.paged_decode_attention(q, k, v, table, lens, 0.1) for k, v in caches]
+            found.append((median_us(calls), block_n, warps, stages, min_split, programs))
+        attention_module.decode_attention_config = original
+        found.sort()
+        best = "  ".join(f"{us:.1f} us (n {n}, w {w}, s {s}, split {m}, p {p})" for us, n, w, s, m, p in found[:4])
+        now = median_us([lambda k=k, v=v: attention_module.paged_decode_attention(q, k, v, table, lens, 0.1) for k, v in caches])
+        print(
+            f"attention {batch} x {context}, {heads} heads: now {now:.1f} us; {gigabytes / found[0][0] * 1e6:.0f} GB/s  {best}",
+            flush=True,
+        )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", default=["attention", "linear"], help="(default: both)")
+    parser.add_argument("--rows", default="1", help="rows of x, comma-separated (default: %(default)s)")
+    args = parser.parse_args()
+    if "attention" in args.what:
+        attentions()
+    if "linear" in args.what:
+        for rows in map(int, args.rows.split(",")):
+            linears(rows)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
