@@ -13,8 +13,10 @@ import torch
 from .kernels import skinny_linear
 from .kernels.paged_decode_attention import paged_decode_attention
 from .kernels.paged_prefill_attention import paged_prefill_attention
+from .kernels.quantized_decode_attention import quantized_decode_attention
 from .kernels.rms_norm import rms_norm
 from .kernels.rotary_store_kv import rotary_store_kv
+from .kernels.rotary_store_quantized_kv import rotary_store_quantized_kv
 from .kernels.silu_and_mul import silu_and_mul
 from .kernels.tuning import MAX_SKINNY_NORM_ELEMENTS, next_power_of_2
 from .operands import DenseWeight, LinearWeight, NormWeight
@@ -60,10 +62,17 @@ def norm_gate_up_silu(
 TRITON = dataclasses.replace(
     REFERENCE,
     norm_qkv_rotary_store=functools.partial(
-        units.norm_qkv_rotary_store, norm_linear=norm_linear, rms_norm=rms_norm, rotary_store_kv=rotary_store_kv
+        units.norm_qkv_rotary_store,
+        norm_linear=norm_linear,
+        rms_norm=rms_norm,
+        rotary_store_kv=rotary_store_kv,
+        rotary_store_quantized_kv=rotary_store_quantized_kv,
     ),
     attention=functools.partial(
-        attention, paged_decode_attention=paged_decode_attention, paged_prefill_attention=paged_prefill_attention
+        attention,
+        paged_decode_attention=paged_decode_attention,
+        paged_prefill_attention=paged_prefill_attention,
+        quantized_decode_attention=quantized_decode_attention,
     ),
     output_projection=functools.partial(units.output_projection, linear=linear),
     norm_gate_up_silu=norm_gate_up_silu,
@@ -74,5 +83,5 @@ TRITON = dataclasses.replace(
 #: Parts of units above that run on plain torch where a kernel is missing, for the log and `check_env`. GEMMs are cuBLAS's by choice.
 UNITS_WITH_REFERENCE_PARTS: tuple[str, ...] = (
     "linear over w4a16, w8a8 and fp8 weights",
-    "store and attention over quantised KV",
+    "prefill over quantised KV (widened by torch, then the kernel)",
 )

@@ -4,7 +4,7 @@ A tile never depends on num_tokens or on context lengths, so a kernel compiles o
 split, several splits) and never on the request path. Only the number of splits follows the batch, as an ordinary argument.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from turbotriton.contract.errors import ConfigError
 
@@ -19,6 +19,7 @@ __all__ = [
     "decode_attention_config",
     "next_power_of_2",
     "prefill_attention_config",
+    "quantized_decode_attention_config",
     "rms_norm_config",
     "rotary_config",
     "silu_and_mul_config",
@@ -173,6 +174,28 @@ def decode_attention_config(
     num_splits = _clamp(wanted, 1, min(MAX_SPLITS, max(ceil_div(max_context, MIN_SPLIT_TOKENS), 1)))
     num_stages = FP32_NUM_STAGES if is_fp32 else NUM_STAGES
     return DecodeAttentionConfig(block_g, block_n, block_d, num_splits, MIN_SPLIT_TOKENS, num_warps=4, num_stages=num_stages)
+
+
+def quantized_decode_attention_config(
+    batch: int,
+    num_kv_heads: int,
+    group_size: int,
+    head_dim: int,
+    element_bytes: int,
+    max_context: int,
+    num_sms: int,
+    compute_capability: int,
+) -> DecodeAttentionConfig:
+    """As for dense pages; block_d is half a head, the two halves being tiles of their own. Widened tiles live in registers: 64 keys
+    spilled before sm_90, and where half a head is no power of two. No measurement of speed yet. element_bytes: of q.
+    """
+    dense = decode_attention_config(batch, num_kv_heads, group_size, head_dim, element_bytes, max_context, num_sms)
+    half = ceil_div(head_dim, 2)
+    block_half = max(16, next_power_of_2(half))
+    if element_bytes == 4:
+        return replace(dense, block_d=block_half, block_n=FP32_BLOCK_N, num_warps=8 if block_half > 64 else 4)
+    roomy = compute_capability >= 90 and block_half <= 64 and half == block_half
+    return replace(dense, block_d=block_half, block_n=64 if roomy else 32)
 
 
 def prefill_attention_config(

@@ -1,6 +1,5 @@
 """Attention of a mixed batch over the paged KV cache. The contract is the Protocol `Attention` of `ops/table.py`."""
 
-import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -10,26 +9,34 @@ from .kv_pages import gathered_pages, page_shape
 from .primitives import paged_decode_attention as reference_paged_decode_attention
 from .primitives import paged_prefill_attention as reference_paged_prefill_attention
 
-__all__ = ["attention", "quantized_attention"]
+__all__ = ["attention", "quantized_decode_attention"]
 
 PagedAttention = Callable[..., torch.Tensor]
-QuantizedAttention = Callable[..., torch.Tensor]
 
 
-def quantized_attention(
+def quantized_decode_attention(
     q: torch.Tensor,
-    k_cache: KvPages,
-    v_cache: KvPages,
-    batch: AttentionBatch,
+    k_pages: KvPages,
+    v_pages: KvPages,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
     scale: float,
-    sliding_window: int,
+    sliding_window: int = 0,
 ) -> torch.Tensor:
-    """Attention over quantised pages is attention over their values: the blocks in use are widened to fp32, then as ever."""
-    assert not isinstance(k_cache, torch.Tensor)
-    assert not isinstance(v_cache, torch.Tensor)
-    used, place = torch.unique(batch.block_tables, return_inverse=True)
-    dense = dataclasses.replace(batch, block_tables=place.int())
-    return attention(q, gathered_pages(k_cache, used.long()), gathered_pages(v_cache, used.long()), dense, scale, sliding_window)
+    """As `paged_decode_attention`, over the values that the pages stand for, in fp32."""
+    k, v, tables = dense_pages(k_pages, v_pages, block_tables, torch.float32)
+    return reference_paged_decode_attention(q, k, v, tables, context_lens, scale, sliding_window)
+
+
+def dense_pages(
+    k_pages: KvPages, v_pages: KvPages, block_tables: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The blocks that the tables name, as pages in `dtype`, and tables of their new places."""
+    assert not isinstance(k_pages, torch.Tensor)
+    assert not isinstance(v_pages, torch.Tensor)
+    used, place = torch.unique(block_tables, return_inverse=True)
+    k, v = (gathered_pages(pages, used.long()).to(dtype) for pages in (k_pages, v_pages))
+    return k, v, place.int()
 
 
 def attention(
@@ -42,17 +49,19 @@ def attention(
     *,
     paged_decode_attention: PagedAttention = reference_paged_decode_attention,
     paged_prefill_attention: PagedAttention = reference_paged_prefill_attention,
-    quantized_attention: QuantizedAttention = quantized_attention,
+    quantized_decode_attention: PagedAttention = quantized_decode_attention,
 ) -> torch.Tensor:
-    if not isinstance(k_cache, torch.Tensor):
-        return quantized_attention(q, k_cache, v_cache, batch, scale, sliding_window)
     n = batch.num_decodes
     tables, lens = batch.block_tables, batch.context_lens
     parts = []
     if n:
+        decode = paged_decode_attention if isinstance(k_cache, torch.Tensor) else quantized_decode_attention
         num_blocks = -(-batch.max_decode_context // page_shape(k_cache)[2])
-        parts.append(paged_decode_attention(q[:n], k_cache, v_cache, tables[:n, :num_blocks], lens[:n], scale, sliding_window))
+        parts.append(decode(q[:n], k_cache, v_cache, tables[:n, :num_blocks], lens[:n], scale, sliding_window))
     if batch.prefills:
-        starts = batch.cu_seqlens_q
-        parts.append(paged_prefill_attention(q[n:], k_cache, v_cache, tables[n:], lens[n:], starts, scale, sliding_window))
+        # quantised pages of the chunks' sequences are widened first: arithmetic, not memory, bounds a prefill
+        k, v, mine = k_cache, v_cache, tables[n:]
+        if not isinstance(k_cache, torch.Tensor):
+            k, v, mine = dense_pages(k_cache, v_cache, mine, q.dtype)
+        parts.append(paged_prefill_attention(q[n:], k, v, mine, lens[n:], batch.cu_seqlens_q, scale, sliding_window))
     return torch.cat(parts) if len(parts) != 1 else parts[0]

@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 SMALLEST_SHARED_LIMIT_BYTES = 101376  # sm_86 and sm_89: 99 KiB a program; sm_80 has 163 KiB, sm_90 and sm_100 227 KiB
 PACKAGE = "turbotriton.backend.ops.kernels"
 MODULES = ("rms_norm", "rotary_store_kv", "silu_and_mul", "paged_decode_attention", "paged_prefill_attention", "skinny_linear")
-POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32"}
+POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8"}
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 
 # the main shape on every architecture, the largest and oddest tiles once

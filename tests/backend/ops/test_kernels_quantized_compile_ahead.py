@@ -1,0 +1,66 @@
+"""The kernels over quantised pages, compiled for real devices without one: no spills, no more shared memory than any gives."""
+
+import pytest
+import torch
+import triton
+from tests.backend.ops.test_kernels_compile_ahead import (
+    BF16,
+    FP16,
+    FP32,
+    SMALLEST_SHARED_LIMIT_BYTES,
+    Recorder,
+    resource_usage,
+    source_of,
+)
+from triton.backends.compiler import GPUTarget
+
+from turbotriton.backend.ops.kernels import quantized_decode_attention as attention
+from turbotriton.backend.ops.kernels import rotary_store_quantized_kv as store
+from turbotriton.backend.ops.operands import QuantizedPages, StaticInt8Pages
+
+NUM_HEADS, NUM_KV_HEADS, BLOCK_SIZE = 32, 8, 64
+CASES = [
+    (90, BF16, 128, "8"), (90, BF16, 128, "4"),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        (90, BF16, 128, "static"), (80, BF16, 128, "8"), (80, BF16, 128, "4"), (80, BF16, 128, "static"), (100, BF16, 128, "4"),
+        (90, FP16, 256, "8"), (80, FP16, 256, "4"), (90, FP16, 80, "4"), (90, FP32, 128, "8"), (80, FP32, 256, "4"),
+    )),
+]  # fmt: skip
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    recorded = []
+    for module in (attention, store):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Recorder(getattr(module, name), recorded))
+    return recorded
+
+
+def pages(kind, dtype, head_dim):
+    width = head_dim // 2 if kind == "4" else head_dim
+    data = torch.empty((4, NUM_KV_HEADS, BLOCK_SIZE, width), dtype=torch.uint8)
+    if kind == "static":
+        return StaticInt8Pages(data, torch.empty(NUM_KV_HEADS), torch.empty(NUM_KV_HEADS))
+    return QuantizedPages(data, torch.empty((4, NUM_KV_HEADS, BLOCK_SIZE, 2), dtype=dtype), int(kind))
+
+
+@pytest.mark.parametrize(("capability", "dtype", "head_dim", "kind"), CASES, ids=lambda value: str(value).removeprefix("torch."))
+def test_every_kernel_compiles_without_spills(capability, dtype, head_dim, kind, launches, monkeypatch, tmp_path):
+    qkv, angle = torch.empty((16, (NUM_HEADS + 2 * NUM_KV_HEADS) * head_dim), dtype=dtype), torch.empty((16, head_dim // 2))
+    slots = torch.empty(16, dtype=torch.int64)
+    k, v = (pages(kind, dtype, head_dim) for _ in "kv")
+    store.rotary_store_quantized_kv(qkv, angle, angle, None, k, v, slots, NUM_HEADS, NUM_KV_HEADS)
+    tables, lens = torch.empty((16, 128), dtype=torch.int32), torch.empty(16, dtype=torch.int32)
+    monkeypatch.setattr(attention, "compute_capability", lambda device: capability)
+    for count in (1, 132):  # one split, then several
+        monkeypatch.setattr(attention, "num_sms", lambda device, count=count: count)
+        attention.quantized_decode_attention(torch.empty((16, NUM_HEADS, head_dim), dtype=dtype), k, v, tables, lens, 0.1)
+    names = [kernel.__name__ for kernel, _ in launches]
+    assert names == ["_rotary_store_quantized_kv_kernel", *["_quantized_split_kernel"] * 2, "_reduce_kernel"]
+    for kernel, arguments in launches:
+        options = {name: arguments[name] for name in ("num_warps", "num_stages") if name in arguments}
+        compiled = triton.compile(source_of(kernel, arguments), target=GPUTarget("cuda", capability, 32), options=options)
+        usage = resource_usage(compiled.asm["cubin"], tmp_path)
+        assert usage["STACK"] == usage["LOCAL"] == 0, f"{kernel.__name__} spills: {usage}"
+        assert compiled.metadata.shared <= SMALLEST_SHARED_LIMIT_BYTES, f"{kernel.__name__}: {compiled.metadata.shared} bytes shared"
