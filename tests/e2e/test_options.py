@@ -331,7 +331,7 @@ SERVED: dict[str, tuple[str, Callable[[TritonServer], None]]] = {
 ELSEWHERE = {
     "num_tokens_per_iter": "tests/backend/scheduling/test_scheduler.py",
     "max_queued_tokens": "tests/backend/scheduling/test_scheduler.py",
-    "quant_policy": "tests/quant",
+    "quant_policy": "tests/e2e/test_quantized.py",
     "deterministic": "refused unless 0",
     "cuda_graphs": "tests/backend/runner/test_decode_graphs.py, on a GPU; without one there are none",
 }
