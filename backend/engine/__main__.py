@@ -4,6 +4,7 @@ Options come from DIR/config.ini, then from TURBOTRITON_* variables. Doors start
 """
 
 import argparse
+import gc
 import logging
 import os
 import signal
@@ -34,6 +35,8 @@ def main() -> int:
     except TurbotritonError as error:
         print(f"turbotriton engine: error: {error}", file=sys.stderr)
         return error.exit_code
+    gc.collect()
+    gc.freeze()  # what is loaded stays: no collection has to walk through it while requests wait
     try:
         code = server.serve()
     except ProcessLookupError:

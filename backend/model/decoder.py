@@ -63,5 +63,5 @@ class Decoder:
         return x, residual
 
     def logits(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """x, residual: [num_rows, hidden] of the sampled rows -> [num_rows, vocab_size], fp32."""
+        """x, residual: [num_rows, hidden] of the sampled rows -> [num_rows, vocab_size], in the compute dtype."""
         return self.ops.lm_head(x, residual, self.weights.final_norm, self.weights.head)

@@ -134,9 +134,9 @@ class SamplerState:
             return to_device(values, self.device)[:, None]
 
         floats = self._floats[slots]
-        banned_rows, banned_ids = self._bans(slots, positions)
+        bans = self._bans(slots, positions)
         temperature = column(floats[:, 0]) if (floats[:, 0] != 1).any() else None
-        shaped = SamplingBatch(temperature, banned_rows, banned_ids, *self._biases(slots))
+        shaped = SamplingBatch(temperature, *bans, *self._biases(slots))
         if self._has_penalty[slots].any() and self._output_counts is not None and self._seen is not None:
             rows = to_device(slots, self.device)
             # A slot without penalties may hold a former request's counts: its factors 1, 0, 0 make them count for nothing.
@@ -166,16 +166,19 @@ class SamplerState:
 
     def _bans(
         self, slots: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Rows, ids, and where each row's ids begin."""
         pairs = [
             (row, token)
             for row in np.flatnonzero(self._has_bans[slots]).tolist()
             for token in self.slots[int(slots[row])].banned_at(int(positions[row]))
         ]
         if not pairs:
-            return None, None
-        rows, ids = to_device(np.array(pairs, np.int64), self.device).unbind(1)
-        return rows, ids
+            return None, None, None
+        rows, ids = np.array(pairs, np.int64).T
+        starts = np.searchsorted(rows, np.arange(slots.size + 1))
+        packed = to_device(np.concatenate((rows, ids, starts)), self.device)
+        return packed[: rows.size], packed[rows.size : 2 * rows.size], packed[2 * rows.size :]
 
     def _biases(self, slots: npt.NDArray[np.int64]) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """Rows, ids and values of every logit bias in the batch."""
@@ -201,7 +204,7 @@ class SamplerState:
             rows, at = to_device(np.stack((slots[counted], counted)), self.device).unbind()
             ids = drawn[at]
             self._output_counts[rows, ids] += 1
-            self._seen[rows, ids] = True
+            self._seen[rows, ids] = self._seen.new_ones(())  # a number of the host would be copied over, and waited for
         states = [self.slots[slot] for slot in slots.tolist()]  # a slot may have another request by then
 
         def note(token_ids: Sequence[int]) -> None:

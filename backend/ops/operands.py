@@ -196,7 +196,8 @@ class AttentionBatch:
 class SamplingBatch:
     """Sampling parameters of the rows whose logits are drawn from; all tensors have one entry a row unless said.
 
-    banned_rows, banned_ids: [num_banned], int64: token ids that row may not produce now; None when there are none
+    banned_rows, banned_ids: [num_banned], int64: token ids that row may not produce now, rows ascending; None when there are none
+    banned_starts: [num_rows + 1], int64: where the ids of each row begin in banned_ids; None together with them
     bias_rows, bias_ids: [num_biased], int64, bias: [num_biased], fp32: added to these logits first; None when there are none
     temperature: [num_rows, 1], fp32; 1 where the request says 0 (greedy)
     repetition_penalty, presence_penalty, frequency_penalty: [num_rows, 1], fp32
@@ -211,6 +212,7 @@ class SamplingBatch:
     temperature: torch.Tensor | None = None  # None: all 1
     banned_rows: torch.Tensor | None = None
     banned_ids: torch.Tensor | None = None
+    banned_starts: torch.Tensor | None = None
     bias_rows: torch.Tensor | None = None
     bias_ids: torch.Tensor | None = None
     bias: torch.Tensor | None = None
@@ -226,3 +228,8 @@ class SamplingBatch:
     uniform: torch.Tensor | None = None
     max_top_k: int = 0
     filters: bool = False
+
+    @property
+    def is_plain_greedy(self) -> bool:
+        """Every row takes its first largest logit that is not banned; temperatures do not change which that is."""
+        return self.random_rows is None and self.output_counts is None and self.bias_ids is None

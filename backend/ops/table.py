@@ -17,11 +17,35 @@ import torch
 from .operands import AttentionBatch, KvPages, LinearWeight, NormWeight, QkvWeights, SamplingBatch
 from .reference.attention import attention
 from .reference.sample import sample
+from .reference.stage_decode import stage_decode
 from .reference.units import down_projection, embed, lm_head, norm_gate_up_silu, norm_qkv_rotary_store, output_projection
 
 __all__ = ["REFERENCE", "OpTable", "ops_for", "reference_ops"]
 
 logger = logging.getLogger(__name__)
+
+
+class StageDecode(Protocol):
+    """Gathers what a step of decodes needs from the state that is kept by slot; one token a row.
+
+    slots, positions: [num_rows], int64, of each row's token; position -1 is padding, which sees no key and stores none
+    token_ids: [num_slots, session_len + 1], int32      block_tables: [num_slots, max_blocks], int32
+    inverse_frequencies: [num_slots, rotary_dim / 2], fp32      rope_factor: multiplies cos and sin
+
+    Returns (token ids [num_rows] int32, cos and sin [num_rows, rotary_dim / 2] fp32, slot mapping [num_rows] int64 (-1: padding),
+    block tables [num_rows, max_blocks] int32, context lengths [num_rows] int32 (0: padding)). What padding has else is any valid id.
+    """
+
+    def __call__(
+        self,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+        token_ids: torch.Tensor,
+        block_tables: torch.Tensor,
+        inverse_frequencies: torch.Tensor,
+        rope_factor: float,
+        block_size: int,
+    ) -> tuple[torch.Tensor, ...]: ...
 
 
 class Embed(Protocol):
@@ -116,16 +140,16 @@ class LmHead(Protocol):
 
     x, residual: [num_rows, hidden]      weight: hidden -> vocab_size
 
-    Returns rms_norm(x + residual) W as fp32: [num_rows, vocab_size]; the product is rounded to the compute dtype first.
+    Returns rms_norm(x + residual) W: [num_rows, vocab_size], in the compute dtype.
     """
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor, norm: NormWeight, weight: LinearWeight) -> torch.Tensor: ...
 
 
 class Sample(Protocol):
-    """The next token of each row. logits: [num_rows, vocab_size], fp32, not modified. Returns [num_rows], int64.
+    """The next token of each row. logits: [num_rows, vocab_size], not modified. Returns [num_rows], int64.
 
-    In this order: banned ids to -inf;  l = l / temperature;  where seen, l = l p if l < 0 else l / p (p = repetition_penalty,
+    In fp32 and in this order: banned ids to -inf;  l = l / temperature;  where seen, l = l p if l < 0 else l / p (p = repetition_penalty,
     arXiv:1909.05858);  l -= presence_penalty [count > 0] + frequency_penalty count (counts of the output);  top-k: the k largest;
     top-p: of those, renormalised and descending, each whose predecessors sum to less than top_p (arXiv:1904.09751);  min-p:
     probability at least min_p times the largest. A logit equal to the smallest kept is kept.
@@ -141,6 +165,7 @@ class Sample(Protocol):
 class OpTable:
     """One column: an implementation of every op, for one kind of device."""
 
+    stage_decode: StageDecode
     embed: Embed
     norm_qkv_rotary_store: NormQkvRotaryStore
     attention: Attention
@@ -152,6 +177,7 @@ class OpTable:
 
 
 REFERENCE = OpTable(
+    stage_decode=stage_decode,
     embed=embed,
     norm_qkv_rotary_store=norm_qkv_rotary_store,
     attention=attention,

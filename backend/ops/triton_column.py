@@ -11,6 +11,7 @@ from typing import TypeGuard
 import torch
 
 from .kernels import skinny_linear
+from .kernels.greedy_sample import greedy_sample
 from .kernels.paged_decode_attention import paged_decode_attention
 from .kernels.paged_prefill_attention import paged_prefill_attention
 from .kernels.quantized_decode_attention import quantized_decode_attention
@@ -18,10 +19,12 @@ from .kernels.rms_norm import rms_norm
 from .kernels.rotary_store_kv import rotary_store_kv
 from .kernels.rotary_store_quantized_kv import rotary_store_quantized_kv
 from .kernels.silu_and_mul import silu_and_mul
+from .kernels.stage_decode import stage_decode
 from .kernels.tuning import MAX_SKINNY_NORM_ELEMENTS, next_power_of_2
-from .operands import DenseWeight, LinearWeight, NormWeight
+from .operands import DenseWeight, LinearWeight, NormWeight, SamplingBatch
 from .reference import units
 from .reference.attention import attention
+from .reference.sample import sample as reference_sample
 from .table import REFERENCE
 
 __all__ = ["TRITON", "UNITS_WITH_REFERENCE_PARTS"]
@@ -59,8 +62,15 @@ def norm_gate_up_silu(
     return silu_and_mul(gate_up), residual
 
 
+def sample(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
+    if batch.is_plain_greedy:
+        return greedy_sample(logits, batch.banned_starts, batch.banned_ids)
+    return reference_sample(logits, batch)
+
+
 TRITON = dataclasses.replace(
     REFERENCE,
+    stage_decode=stage_decode,
     norm_qkv_rotary_store=functools.partial(
         units.norm_qkv_rotary_store,
         norm_linear=norm_linear,
@@ -78,6 +88,7 @@ TRITON = dataclasses.replace(
     norm_gate_up_silu=norm_gate_up_silu,
     down_projection=functools.partial(units.down_projection, linear=linear),
     lm_head=functools.partial(units.lm_head, norm_linear=norm_linear),
+    sample=sample,
 )
 
 #: Parts of units above that run on plain torch where a kernel is missing, for the log and `check_env`. GEMMs are cuBLAS's by choice.

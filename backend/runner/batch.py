@@ -19,6 +19,7 @@ from turbotriton.backend.model.decoder import logn_scale
 from turbotriton.backend.model.rope import attention_factor, cos_sin, inverse_frequencies
 from turbotriton.backend.model.transfer import to_device
 from turbotriton.backend.ops.operands import AttentionBatch
+from turbotriton.backend.ops.table import StageDecode
 from turbotriton.backend.scheduling.plan import JoinedRequest, NewBlocks, ScheduledRow
 from turbotriton.contract.ini import EngineConfig, ModelConfig
 
@@ -79,28 +80,30 @@ class SlotState:
         at = to_device(np.stack((slots, positions)), self._device)
         self._token_ids[at[0], at[1]] = token_ids.int()
 
-    def decode_inputs(self, slots: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, AttentionBatch]:
+    def decode_inputs(
+        self, stage: StageDecode, slots: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, AttentionBatch]:
         """One token a row, from device tensors alone, for any context up to session_len: a graph can capture it.
 
         slots, positions: [num_rows], int64; position -1 is padding: it sees no key and stores none. Returns (token_ids, batch).
         """
-        model, is_row = self._model, positions >= 0
-        cos, sin = cos_sin(self._inverse[slots], positions, self._rope_factor)
-        block_tables = self._block_tables[slots]
-        blocks = self._block_tables[slots, positions // self._block_size].long()
+        model = self._model
+        token_ids, cos, sin, slot_mapping, block_tables, context_lens = stage(
+            slots, positions, self._token_ids, self._block_tables, self._inverse, self._rope_factor, self._block_size
+        )
         batch = AttentionBatch(
             cos=cos,
             sin=sin,
             q_scale=logn_scale(positions, model.rope.max_position_embeddings) if model.use_logn_attn else None,
-            slot_mapping=torch.where(is_row, blocks * self._block_size + positions % self._block_size, -1),
+            slot_mapping=slot_mapping,
             block_tables=block_tables,
-            context_lens=(positions + 1).int(),
+            context_lens=context_lens,
             num_decodes=slots.shape[0],
             max_decode_context=block_tables.shape[1] * self._block_size,
-            cu_seqlens_q=positions[:1].int(),  # of no prefill: not read
+            cu_seqlens_q=context_lens[:1],  # of no prefill: not read
             prefills=(),
         )
-        return self._token_ids[slots, positions].long(), batch
+        return token_ids, batch
 
     def step_inputs(self, rows: Sequence[ScheduledRow]) -> StepInputs:
         """Rows of one token first (attention's decodes), then the longer chunks, each kind in the plan's order."""

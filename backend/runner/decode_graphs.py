@@ -3,7 +3,7 @@
     slots, positions [n]  ──padded to the bucket──>  graph of that bucket  ──>  logits [n, vocab_size]
 
 Replaying costs the host one copy and one launch, where the layers would cost some two hundred launches. All graphs share one pool of
-memory, and one buffer takes their logits: it holds a step's until the next replay, which the stream runs after all that reads it.
+memory. A graph's logits stay until it is replayed, which the stream does after all that reads them.
 
 Padding has position -1: it sees no key, stores none, and its logits are not looked at.
 """
@@ -41,7 +41,7 @@ class DecodeGraphs:
         begun, free = time.monotonic(), torch.cuda.mem_get_info(device)[0]
         self._decoder, self._slots, self._kv, self._device = decoder, slots, kv, device
         self._buckets = batch_buckets(max_batch_size)
-        self._logits = torch.empty((max_batch_size, decoder.config.vocab_size), dtype=torch.float32, device=device)
+        self._logits: dict[int, torch.Tensor] = {}
         self._inputs = {size: torch.tensor([[0], [-1]], device=device).repeat(1, size) for size in self._buckets}
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         pool = None
@@ -50,21 +50,21 @@ class DecodeGraphs:
             torch.cuda.synchronize(device)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
-                self._forward(size)
+                self._logits[size] = self._forward(size)
             pool = graph.pool()
             self._graphs[size] = graph
         torch.cuda.synchronize(device)
         taken = (free - torch.cuda.mem_get_info(device)[0]) / 2**20
         logger.info("%d CUDA graphs of decode steps in %.1f s, %.0f MiB", len(self._graphs), time.monotonic() - begun, taken)
 
-    def _forward(self, size: int) -> None:
+    def _forward(self, size: int) -> torch.Tensor:
         slots, positions = self._inputs[size].unbind()
-        token_ids, batch = self._slots.decode_inputs(slots, positions)
+        token_ids, batch = self._slots.decode_inputs(self._decoder.ops.stage_decode, slots, positions)
         x, residual = self._decoder.hidden_states(token_ids, batch, self._kv.k, self._kv.v)
-        self._logits[:size] = self._decoder.logits(x, residual)
+        return self._decoder.logits(x, residual)
 
     def logits(self, slots: I64, positions: I64) -> torch.Tensor:
-        """slots, positions of the rows' last tokens, at most max_batch_size -> [num_rows, vocab_size], fp32, valid until the next call."""
+        """slots, positions of the rows' last tokens, at most max_batch_size -> [num_rows, vocab_size], valid until the next call."""
         num_rows = slots.size
         bucket = next(size for size in self._buckets if size >= num_rows)
         padded = np.zeros((2, bucket), np.int64)
@@ -72,7 +72,8 @@ class DecodeGraphs:
         padded[:, :num_rows] = slots, positions
         self._inputs[bucket].copy_(to_device(padded, self._device))
         self._graphs[bucket].replay()
-        return self._logits[:num_rows]
+        return self._logits[bucket][:num_rows]
 
     def close(self) -> None:
         self._graphs.clear()
+        self._logits.clear()

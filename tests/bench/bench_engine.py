@@ -14,6 +14,8 @@ void. Before anything is timed, greedy tokens of a small model are compared with
 """
 
 import argparse
+import gc
+import itertools
 import json
 import random
 import statistics
@@ -104,11 +106,12 @@ def run(engine: Engine, lengths: Sequence[tuple[int, int]], vocab: int, seed: in
     return found
 
 
-def decode_window(found: Run) -> tuple[float, int]:
-    """(tokens a second, steps) from the moment every request has its first token until the first request ends."""
+def decode_window(found: Run) -> tuple[float, list[float]]:
+    """(tokens a second, milliseconds of each step) from the moment every request has its first token until the first request ends."""
     begin, end = max(found.first.values()), min(found.last.values())
-    inside = [count for at, count in zip(found.times, found.tokens, strict=True) if begin < at <= end]
-    return sum(inside) / (end - begin), len(inside)
+    inside = [(at, count) for at, count in zip(found.times, found.tokens, strict=True) if begin < at <= end]
+    times = [begin, *(at for at, _ in inside)]
+    return sum(count for _, count in inside) / (end - begin), [1000 * (b - a) for a, b in itertools.pairwise(times)]
 
 
 def scaled(lengths: list[tuple[int, int]], scale: float) -> list[tuple[int, int]]:
@@ -136,9 +139,11 @@ def measure(engine: Engine, work: str, vocab: int, scale: float, seed: int) -> d
     if work == "thr":
         return {"tok_s": sum(new for _, new in lengths) / whole, "seconds": whole}
     rate, steps = decode_window(found)
-    if scale == 1.0 and work != "b1" and steps < MIN_WINDOW_STEPS:
-        raise RuntimeError(f"void: the window of {work} has {steps} steps, fewer than {MIN_WINDOW_STEPS}")
-    return {"tok_s": rate, "window_steps": steps, "first_token_ms": 1000 * (min(found.first.values()) - found.begun)}
+    if scale == 1.0 and work != "b1" and len(steps) < MIN_WINDOW_STEPS:
+        raise RuntimeError(f"void: the window of {work} has {len(steps)} steps, fewer than {MIN_WINDOW_STEPS}")
+    first_token_ms = 1000 * (min(found.first.values()) - found.begun)
+    p50, p99 = statistics.median(steps), sorted(steps)[int(0.99 * (len(steps) - 1))]
+    return {"tok_s": rate, "window_steps": len(steps), "step_p50_ms": p50, "step_p99_ms": p99, "first_token_ms": first_token_ms}
 
 
 def check_against_reference() -> None:
@@ -191,6 +196,8 @@ def main() -> int:
     begun = time.perf_counter()
     engine = make_engine(args.model, options)
     load_s = time.perf_counter() - begun
+    gc.collect()
+    gc.freeze()  # as the engine's process does
     model = read_workspace_config(args.model / "config.ini").model_config()
     marks = MARKS.get(model.model_name, {})
     run(engine, scaled([(300, 8), (9, 8), (64, 4)] * 8, min(args.scale * 4, 1.0)), model.vocab_size, 0)

@@ -50,54 +50,66 @@ def randn(*shape: int) -> torch.Tensor:
 
 def linears(rows: int) -> None:
     for name, (hidden, inter, qkv, _, vocab) in SHAPES.items():
-        cases = [
-            ("norm_linear", hidden, qkv),
-            ("linear", hidden, hidden),
-            ("norm_gate_up", hidden, 2 * inter),
-            ("linear", inter, hidden),
-        ]
-        for op, k, n in [*cases, ("norm_linear", hidden, vocab)]:
+        cases = [("norm_linear", hidden, qkv), ("norm_gate_up", hidden, 2 * inter), ("norm_linear", hidden, vocab)]
+        for op, k, n in [*cases, ("linear", hidden, hidden), ("linear", inter, hidden)]:
             copies = max(2, min(24, (400 << 20) // (k * n * 2)))
             weights = [(randn(n, k) * k**-0.5).t() for _ in range(copies)]
             x, residual, gain = randn(rows, k), randn(rows, k), randn(k)
             gigabytes = k * n * 2 / 1e9
             cublas = median_us([lambda w=w: x @ w for w in weights])
+            function = getattr(linear_module, op)
+            inputs = (x,) if op == "linear" else (x, residual, gain, 1e-5)
+            calls = [lambda w=w: function(*inputs, w) for w in weights]
+            now = median_us(calls)
             found = []
-            block_ks = [0] if op != "linear" else [512, 1024, 2048]
-            for block_n, warps, block_k in itertools.product((1, 2, 4, 8), (4, 8), block_ks):
-                base = tuning.skinny_linear_config(rows, n, k, whole_rows=op != "linear", gated=op == "norm_gate_up")
-                config = dataclasses.replace(base, block_n=block_n, num_warps=warps, block_k=block_k or base.block_k)
-                if config.block_m * block_n * config.block_k * (2 if op == "norm_gate_up" else 1) > warps * 32 * 160:
-                    continue
+            base = tuning.skinny_linear_config(rows, k, 2, whole_rows=op != "linear", gated=op == "norm_gate_up")
+            choices: list[dict[str, int]] = [
+                {"block_n": block_n, "block_k": block_k}
+                for block_n, block_k in (((2, 512), (4, 512), (4, 1024), (2, 1024), (2, 2048)) if op == "linear" else ())
+            ]
+            if op != "linear":
+                halves = 2 if op == "norm_gate_up" else 1
+                choices = [
+                    {"block_n": block_n, "num_warps": warps, "programs_per_sm": programs}
+                    for block_n, (warps, programs) in itertools.product(
+                        (1, 2, 4), ((4, 2), (4, 4), (4, 8), (4, 10**6), (8, 2), (8, 4))
+                    )
+                    if base.block_m * block_n * halves * base.block_k <= warps * 32 * 160
+                ]
+            for choice in choices:
+                config = dataclasses.replace(base, **choice)
                 linear_module.skinny_linear_config = lambda *args, config=config, **kwargs: config
-                if op == "linear":
-                    calls = [lambda w=w: linear_module.linear(x, w) for w in weights]
-                else:
-                    function = getattr(linear_module, op)
-                    calls = [lambda w=w, function=function: function(x, residual, gain, 1e-5, w) for w in weights]
-                found.append((median_us(calls), block_n, warps, config.block_k))
+                found.append((median_us(calls), " ".join(f"{key} {value}" for key, value in choice.items())))
             linear_module.skinny_linear_config = tuning.skinny_linear_config
             found.sort()
-            best = "  ".join(f"{us:.1f} us (n {n_}, w {w_}, k {k_})" for us, n_, w_, k_ in found[:4])
+            best = ";  ".join(f"{us:.1f} us {text}" for us, text in found[:4])
             print(
-                f"{name} {op:12s} {rows}x{k}x{n}: cuBLAS {cublas:.1f} us; {gigabytes / found[0][0] * 1e6:.0f} GB/s  {best}",
+                f"{name} {op} {rows}x{k}x{n}: cuBLAS {cublas:.1f}, now {now:.1f} us; {gigabytes / found[0][0] * 1e6:.0f} GB/s: {best}",
                 flush=True,
             )
 
 
 def attentions() -> None:
     original = tuning.decode_attention_config
-    for batch, context, heads in [(1, 640, 16), (1, 640, 32), (64, 1024, 16), (64, 1024, 32), (256, 1024, 16), (256, 1024, 32)]:
+    for batch, context, heads in [
+        (1, 640, 16),
+        (1, 32768, 32),
+        (8, 1024, 32),
+        (16, 1024, 16),
+        (32, 1024, 32),
+        (48, 1024, 16),
+        (128, 1024, 32),
+    ]:
         blocks = batch * (context // 64)
         copies = max(1, min(24, (400 << 20) // (blocks * 8 * 64 * 128 * 4)))
         caches = [(randn(blocks, 8, 64, 128), randn(blocks, 8, 64, 128)) for _ in range(copies)]
         q = randn(batch, heads, 128)
-        table = torch.zeros((batch, 8192 // 64), dtype=torch.int32, device="cuda")
+        table = torch.zeros((batch, max(8192, context) // 64), dtype=torch.int32, device="cuda")
         table[:, : context // 64] = torch.randperm(blocks, device="cuda").view(batch, -1).int()
         lens = torch.full((batch,), context, dtype=torch.int32, device="cuda")
         gigabytes = blocks * 8 * 64 * 128 * 4 / 1e9
         found = []
-        splits = [(64, 4), (128, 4), (256, 4)] if batch == 1 else [(256, 2), (256, 4), (256, 8)]
+        splits = [(64, 1), (64, 2), (64, 4), (256, 2), (256, 4)]
         tiles = (
             [(64, 2, 3), (64, 4, 3), (64, 2, 4), (32, 2, 5), (128, 4, 3)] if batch > 1 else [(64, 2, 3), (64, 4, 5), (64, 4, 3)]
         )

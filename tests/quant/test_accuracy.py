@@ -46,7 +46,9 @@ def test_a_search_is_no_worse_than_plain_rounding(forms: DemoForms, tmp_path: Pa
     assert search.perplexity <= plain.perplexity * 1.0005  # the noise of two roundings where both are almost right
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name == "AWQ + KV int4" else pytest.mark.slow) for name in FORMS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "AWQ + KV int4" else pytest.mark.slow) for name in FORMS]
+)
 def test_the_demo_models_own_questions_stay_right(forms: DemoForms, name: str) -> None:
     weights, quant_policy = FORMS[name]
     report = own_questions(forms.workspace(weights), quant_policy, 3 if name == "AWQ + KV int4" else 12)

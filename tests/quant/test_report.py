@@ -57,7 +57,12 @@ def test_windows_cover_a_document_and_never_mix_two() -> None:
 
 
 def test_a_jsonl_may_hold_strings_chats_and_prompts(tmp_path: Path) -> None:
-    lines = ['"plain"', '{"text": "t"}', '{"messages": [{"content": "a"}, {"content": "b"}]}', '{"prompt": "p", "completion": "c"}']
+    lines = [
+        '"plain"',
+        '{"text": "t"}',
+        '{"messages": [{"content": "a"}, {"content": "b"}]}',
+        '{"prompt": "p", "completion": "c"}',
+    ]
     (tmp_path / "x.jsonl").write_text("\n".join(lines) + "\n\n")
     (tmp_path / "y.txt").write_text("file")
     found = load_documents(str(tmp_path))

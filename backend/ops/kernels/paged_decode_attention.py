@@ -23,12 +23,12 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import has_pdl, launch_options, num_sms, wait_for_previous
 from .tuning import decode_attention_config
 
 __all__ = ["paged_decode_attention"]
 
 REDUCE_TILE = 16  # splits that the second kernel adds at once
-CPU_NUM_SMS = 4  # for the interpreter: enough to give several splits
 
 
 @triton.jit
@@ -80,7 +80,9 @@ def _split_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous(PDL)
     sequence = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
@@ -149,7 +151,9 @@ def _reduce_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous(PDL)
     sequence = tl.program_id(0).to(tl.int64)
     row = sequence * NUM_HEADS + tl.program_id(1)
     _, start, end = _key_range(context_lens_ptr, sequence, SLIDING_WINDOW, BLOCK_N)
@@ -174,10 +178,6 @@ def _reduce_kernel(
         maximum = new_maximum
     acc = acc / tl.where(total > 0, total, 1.0)
     tl.store(out_ptr + row * HEAD_DIM + offs_d, acc.to(out_ptr.dtype.element_ty), mask=mask_d)
-
-
-def _num_sms(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else CPU_NUM_SMS
 
 
 def paged_decode_attention(
@@ -208,7 +208,7 @@ def paged_decode_attention(
         head_dim=head_dim,
         element_bytes=q.element_size(),
         max_context=block_tables.shape[1] * block_size,
-        num_sms=_num_sms(q.device),
+        num_sms=num_sms(q.device),
     )
     out = torch.empty((batch, num_heads, head_dim), dtype=q.dtype, device=q.device)
     if batch == 0:
@@ -251,6 +251,7 @@ def paged_decode_attention(
         BLOCK_D=config.block_d,
         NUM_STAGES=config.num_stages,
         num_warps=config.num_warps,
+        **launch_options(has_pdl(q.device)),
     )
     if not one_split:
         _reduce_kernel[(batch, num_heads)](
@@ -267,5 +268,6 @@ def paged_decode_attention(
             BLOCK_N=config.block_n,
             BLOCK_D=config.block_d,
             num_warps=4,
+            **launch_options(has_pdl(q.device)),
         )
     return out

@@ -19,8 +19,8 @@ import triton.language as tl
 
 from turbotriton.backend.ops.operands import QuantizedPages, StaticInt8Pages
 
+from .launch import has_pdl, launch_options, num_sms, wait_for_previous
 from .paged_decode_attention import REDUCE_TILE, _key_range, _reduce_kernel, _split_tokens
-from .paged_decode_attention import _num_sms as num_sms
 from .paged_prefill_attention import _compute_capability as compute_capability
 from .tuning import next_power_of_2, quantized_decode_attention_config
 
@@ -96,7 +96,9 @@ def _quantized_split_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous(PDL)
     sequence = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
@@ -199,6 +201,7 @@ def quantized_decode_attention(
     """
     batch, num_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = k_pages.data.shape
+    bits, params, param_strides = _parameters(k_pages, v_pages)
     config = quantized_decode_attention_config(
         batch=batch,
         num_kv_heads=num_kv_heads,
@@ -208,6 +211,7 @@ def quantized_decode_attention(
         max_context=block_tables.shape[1] * block_size,
         num_sms=num_sms(q.device),
         compute_capability=compute_capability(q.device),
+        bits=bits,
     )
     out = torch.empty((batch, num_heads, head_dim), dtype=q.dtype, device=q.device)
     if batch == 0:
@@ -215,7 +219,6 @@ def quantized_decode_attention(
     assert num_heads % num_kv_heads == 0, f"{num_heads} heads over {num_kv_heads} kv heads"
     assert k_pages.data.stride() == v_pages.data.stride(), "keys and values are stored alike"
     assert 1 == q.stride(2) == k_pages.data.stride(3) == block_tables.stride(1) == context_lens.stride(0)
-    bits, params, param_strides = _parameters(k_pages, v_pages)
     num_splits = config.num_splits
     one_split = num_splits == 1
     partial = log_weight = None
@@ -254,6 +257,7 @@ def quantized_decode_attention(
         BLOCK_HALF=config.block_d,
         NUM_STAGES=config.num_stages,
         num_warps=config.num_warps,
+        **launch_options(has_pdl(q.device)),
     )
     if not one_split:
         _reduce_kernel[(batch, num_heads)](
@@ -270,6 +274,7 @@ def quantized_decode_attention(
             BLOCK_N=config.block_n,
             BLOCK_D=max(16, next_power_of_2(head_dim)),
             num_warps=4,
+            **launch_options(has_pdl(q.device)),
         )
     return out
 

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import has_pdl, launch_options, wait_for_previous
 from .tuning import ceil_div, rms_norm_config
 
 __all__ = ["rms_norm"]
@@ -37,7 +38,9 @@ def _rms_norm_kernel(
     HAS_RESIDUAL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous(PDL)
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]  # int64: num_tokens * hidden may pass 2^31
     offs_n = tl.arange(0, BLOCK_N)[None, :]
     mask_n = offs_n < HIDDEN
@@ -90,5 +93,6 @@ def rms_norm(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         num_warps=config.num_warps,
+        **launch_options(has_pdl(x.device)),
     )
     return y, r

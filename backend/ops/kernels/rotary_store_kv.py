@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import has_pdl, launch_options, wait_for_previous
 from .tuning import ceil_div, rotary_config
 
 __all__ = ["rotary_store_kv"]
@@ -55,7 +56,9 @@ def _rotary_store_kv_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous(PDL)
     token = tl.program_id(0).to(tl.int64)  # int64: num_tokens * row size may pass 2^31
     head_block = tl.program_id(1).to(tl.int64)
     NUM_Q_BLOCKS: tl.constexpr = (NUM_HEADS + BLOCK_H - 1) // BLOCK_H
@@ -163,5 +166,6 @@ def rotary_store_kv(
         BLOCK_HALF=config.block_half,
         BLOCK_REST=config.block_rest,
         num_warps=config.num_warps,
+        **launch_options(has_pdl(qkv.device)),
     )
     return q

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from turbotriton.backend.ops.operands import QuantizedPages, StaticInt8Pages
 
+from .launch import has_pdl, launch_options, wait_for_previous
 from .tuning import ceil_div, next_power_of_2, rotary_config
 
 __all__ = ["rotary_store_quantized_kv"]
@@ -32,7 +33,9 @@ def _rotated(head_ptr, dims, mask, cos_ptr, sin_ptr, ROTARY_HALF: tl.constexpr, 
         turns = mask & (dims < 2 * ROTARY_HALF)
         is_first = dims < ROTARY_HALF
         pair = tl.where(is_first, dims, dims - ROTARY_HALF)
-        partner = tl.load(head_ptr + tl.where(is_first, dims + ROTARY_HALF, dims - ROTARY_HALF), mask=turns, other=0.0).to(tl.float32)
+        partner = tl.load(head_ptr + tl.where(is_first, dims + ROTARY_HALF, dims - ROTARY_HALF), mask=turns, other=0.0).to(
+            tl.float32
+        )
         cos = tl.load(cos_ptr + pair, mask=turns, other=1.0)
         sin = tl.load(sin_ptr + pair, mask=turns, other=0.0)
         x = x * cos + tl.where(is_first, -partner, partner) * sin
@@ -78,7 +81,9 @@ def _rotary_store_quantized_kv_kernel(
     HAS_Q_SCALE: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     head_block = tl.program_id(1).to(tl.int64)
     NUM_Q_BLOCKS: tl.constexpr = (NUM_HEADS + BLOCK_H - 1) // BLOCK_H
@@ -232,5 +237,6 @@ def rotary_store_quantized_kv(
         BLOCK_H=config.block_h,
         BLOCK_HALF=next_power_of_2((head_dim + 1) // 2),
         num_warps=config.num_warps,
+        **launch_options(has_pdl(qkv.device)),
     )
     return q

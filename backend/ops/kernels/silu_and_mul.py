@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import has_pdl, launch_options, wait_for_previous
 from .tuning import ceil_div, silu_and_mul_config
 
 __all__ = ["silu_and_mul"]
@@ -25,7 +26,9 @@ def _silu_and_mul_kernel(
     INTER: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous(PDL)
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]  # int64: num_tokens * inter may pass 2^31
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     mask = (offs_m < num_tokens) & (offs_n < INTER)
@@ -60,5 +63,6 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         num_warps=config.num_warps,
+        **launch_options(has_pdl(x.device)),
     )
     return y

@@ -11,8 +11,9 @@ The weight is read as [out_features, in_features], so a program's loads are whol
                 +---------------------+---------+--- ...
 
 After a norm, BLOCK_K covers the whole row: each program computes the norm for itself, which costs less than another launch, and
-program 0 stores r. On sm_90 a program reads its first weights before it waits for the kernel before it (programmatic dependent
-launch): they do not depend on anything.
+program 0 stores r. Programs then take tile after tile with the normalised row in registers, the next tile's weights in flight.
+
+On sm_90 a program reads its first weights before it waits for the kernel before it: they depend on nothing.
 """
 
 import torch
@@ -20,6 +21,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .launch import has_pdl, launch_options, num_sms
 from .tuning import ceil_div, skinny_linear_config
 
 __all__ = ["MAX_SKINNY_ROWS", "linear", "norm_gate_up", "norm_linear"]
@@ -75,6 +77,21 @@ def _linear_kernel(
 
 
 @triton.jit
+def _load_tile(
+    weight_ptr, first, offs_k, stride_row, N: tl.constexpr, K: tl.constexpr, GATED: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """(weights of outputs first .. first + BLOCK_N, those of the same outputs' up projection or the same again); past N zeros."""
+    offs_n = first + tl.arange(0, BLOCK_N)
+    mask = (offs_n < N)[:, None] & (offs_k < K)[None, :]
+    rows_ptr = weight_ptr + offs_n.to(tl.int64)[:, None] * stride_row + offs_k[None, :]
+    weight = tl.load(rows_ptr, mask=mask, other=0.0)
+    up = weight
+    if GATED:
+        up = tl.load(rows_ptr + tl.cast(stride_row, tl.int64) * N, mask=mask, other=0.0)
+    return weight, up
+
+
+@triton.jit(do_not_specialize=["num_programs"])
 def _norm_linear_kernel(
     x_ptr,
     residual_ptr,
@@ -87,6 +104,7 @@ def _norm_linear_kernel(
     stride_x_row,
     stride_residual_row,
     stride_weight_row,
+    num_programs,
     M: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -101,15 +119,10 @@ def _norm_linear_kernel(
     if PDL:
         gdc_launch_dependents()
     offs_m = tl.arange(0, BLOCK_M)
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
-    mask_n, mask_k = offs_n < N, offs_k < K
-    rows_ptr = weight_ptr + offs_n.to(tl.int64)[:, None] * stride_weight_row + offs_k[None, :]
-    mask_w = mask_n[:, None] & mask_k[None, :]
-    weight = tl.load(rows_ptr, mask=mask_w, other=0.0)
-    up = weight
-    if GATED:
-        up = tl.load(rows_ptr + tl.cast(stride_weight_row, tl.int64) * N, mask=mask_w, other=0.0)
+    mask_k = offs_k < K
+    start = tl.program_id(0) * BLOCK_N
+    weight, up = _load_tile(weight_ptr, start, offs_k, stride_weight_row, N, K, GATED, BLOCK_N)
     gain = tl.load(gain_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
     if PDL:
         gdc_wait()
@@ -124,20 +137,21 @@ def _norm_linear_kernel(
     wide = r.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, axis=1, keep_dims=True) / K + eps)
     x = (wide * scale * gain[None, :]).to(dtype).to(tl.float32)
-    y = tl.sum(weight.to(tl.float32)[None, :, :] * x[:, None, :], axis=2)  # [BLOCK_M, BLOCK_N]
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    if GATED:
-        y_up = tl.sum(up.to(tl.float32)[None, :, :] * x[:, None, :], axis=2)
+    for first in range(start, N, num_programs * BLOCK_N):
+        ahead, ahead_up = _load_tile(weight_ptr, first + num_programs * BLOCK_N, offs_k, stride_weight_row, N, K, GATED, BLOCK_N)
+        offs_n = first + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < N
+        y = tl.sum(weight.to(tl.float32)[None, :, :] * x[:, None, :], axis=2)  # [BLOCK_M, BLOCK_N]
         if HAS_BIAS:
-            y_up += tl.load(bias_ptr + N + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-        y = _silu_times(y, y_up, dtype)
-    mask = (offs_m < M)[:, None] & mask_n[None, :]
-    tl.store(y_ptr + offs_m[:, None] * N + offs_n[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-def _has_pdl(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+            y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+        if GATED:
+            y_up = tl.sum(up.to(tl.float32)[None, :, :] * x[:, None, :], axis=2)
+            if HAS_BIAS:
+                y_up += tl.load(bias_ptr + N + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+            y = _silu_times(y, y_up, dtype)
+        mask = (offs_m < M)[:, None] & mask_n[None, :]
+        tl.store(y_ptr + offs_m[:, None] * N + offs_n[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+        weight, up = ahead, ahead_up
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor) -> None:
@@ -160,8 +174,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     y = torch.empty((num_rows, n), dtype=x.dtype, device=x.device)
     if num_rows == 0:
         return y
-    config = skinny_linear_config(num_rows, n, k, whole_rows=False)
-    pdl = _has_pdl(x.device)
+    config = skinny_linear_config(num_rows, k, x.element_size(), whole_rows=False)
     _linear_kernel[(ceil_div(n, config.block_n),)](
         x,
         weight,
@@ -176,9 +189,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
-        PDL=pdl,
         num_warps=config.num_warps,
-        **({"launch_pdl": True} if pdl else {}),
+        **launch_options(has_pdl(x.device)),
     )
     return y
 
@@ -228,9 +240,9 @@ def _norm_linear(
     r = x if residual is None else torch.empty((num_rows, k), dtype=x.dtype, device=x.device)
     if num_rows == 0:
         return y, r
-    config = skinny_linear_config(num_rows, n, k, whole_rows=True, gated=gated)
-    pdl = _has_pdl(x.device)
-    _norm_linear_kernel[(ceil_div(n, config.block_n),)](
+    config = skinny_linear_config(num_rows, k, x.element_size(), whole_rows=True, gated=gated)
+    num_programs = min(ceil_div(n, config.block_n), config.programs_per_sm * num_sms(x.device))
+    _norm_linear_kernel[(num_programs,)](
         x,
         residual,
         gain,
@@ -242,6 +254,7 @@ def _norm_linear(
         x.stride(0),
         0 if residual is None else residual.stride(0),
         weight.stride(1),
+        num_programs,
         M=num_rows,
         N=n,
         K=k,
@@ -251,8 +264,7 @@ def _norm_linear(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
-        PDL=pdl,
         num_warps=config.num_warps,
-        **({"launch_pdl": True} if pdl else {}),
+        **launch_options(has_pdl(x.device)),
     )
     return y, r

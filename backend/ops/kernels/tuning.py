@@ -10,6 +10,7 @@ from turbotriton.contract.errors import ConfigError
 
 __all__ = [
     "DecodeAttentionConfig",
+    "GreedySampleConfig",
     "PrefillAttentionConfig",
     "RmsNormConfig",
     "RotaryConfig",
@@ -17,6 +18,7 @@ __all__ = [
     "SkinnyLinearConfig",
     "ceil_div",
     "decode_attention_config",
+    "greedy_sample_config",
     "next_power_of_2",
     "prefill_attention_config",
     "quantized_decode_attention_config",
@@ -33,19 +35,22 @@ MAX_SKINNY_NORM_ELEMENTS = 16384
 
 # tl.dot needs 16 rows; a GQA group is padded up to it.
 MIN_DOT_ROWS = 16
-# One K or V tile. The block table's load takes two pipeline stages, so five stages hold two tiles each of K and V: 72 KiB of
-# shared memory, under the 99 KiB that the smallest supported chips give a program.
+# One K or V tile. Two warps with three stages read faster than four with five at every batch (H200: docs/perf-log.md): a program holds
+# one tile each of K and V, but many programs fit on a multiprocessor and hide each other's waits.
 KV_TILE_BYTES = 16384
-NUM_STAGES = 5
+NUM_STAGES = 3
 # tl.dot of fp32 runs without tensor cores, from registers: longer tiles spilled (376 bytes a thread at head_dim 128, 32 keys).
 FP32_BLOCK_N = 16
 FP32_NUM_STAGES = 3
-# Prefill's block table takes a stage too: two tiles each of K and V, 96 KiB of shared memory with q at most.
+# Prefill's block table takes a stage too: two tiles each of K and V, 96 KiB of shared memory with q at most, where a program may have
+# 99 KiB. Chips of data centres have 227 KiB, and two tiles more brought a quarter (H200).
 PREFILL_NUM_STAGES = 3
-# A split shorter than this costs more in the reduction than it wins in parallelism.
-MIN_SPLIT_TOKENS = 256
+PREFILL_NUM_STAGES_LARGE_SHARED = 5
+# Even one tile is worth a program of its own where a batch has few: 640 keys of one sequence took 7.2 us against 13.2 with 256.
+MIN_SPLIT_TOKENS = 64
 MAX_SPLITS = 256
-PROGRAMS_PER_SM = 4
+# Rows that fill the device twice are not split: the second kernel would cost more than the last wave's idle programs.
+PROGRAMS_PER_SM = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +80,13 @@ class SkinnyLinearConfig:
     block_m: int  # rows of x, padded
     block_n: int  # outputs a program
     block_k: int  # inputs at once; all of them after a norm
+    num_warps: int
+    programs_per_sm: int = 0  # after a norm: programs that take tile after tile
+
+
+@dataclass(frozen=True, slots=True)
+class GreedySampleConfig:
+    block_v: int  # logits a program
     num_warps: int
 
 
@@ -142,16 +154,24 @@ def silu_and_mul_config(inter: int) -> SiluAndMulConfig:
     return SiluAndMulConfig(1024 // block_n, block_n, num_warps=4)
 
 
-def skinny_linear_config(num_rows: int, n: int, k: int, *, whole_rows: bool, gated: bool = False) -> SkinnyLinearConfig:
-    """Products are held in fp32 registers, block_m * block_n * block_k of them: 64 a thread at most."""
+def skinny_linear_config(
+    num_rows: int, k: int, element_bytes: int, *, whole_rows: bool, gated: bool = False
+) -> SkinnyLinearConfig:
+    """Products are held in fp32 registers, block_m * block_n * block_k of them: 128 a thread at most, 32 where weights are fp32 too."""
     block_m = next_power_of_2(num_rows)
     if not whole_rows:
-        block_k = _clamp(next_power_of_2(k), 16, 1024 // block_m)
-        return SkinnyLinearConfig(block_m, 4, block_k, num_warps=4)
+        block_n, block_k = (2, 2048) if k <= 2048 else (4, 512) if k <= 4096 else (2, 1024)
+        return SkinnyLinearConfig(block_m, block_n, _clamp(next_power_of_2(k), 16, block_k // block_m), num_warps=4)
     block_k = next_power_of_2(k)
     num_warps = _clamp(block_m * block_k // 1024, 4, 16)
-    block_n = _clamp(num_warps * 32 * 64 // (block_m * block_k), 1, 2 if gated else 4)
-    return SkinnyLinearConfig(block_m, block_n, block_k, num_warps)
+    products = num_warps * 32 * (32 if element_bytes == 4 else 128)
+    block_n = _clamp(products // (block_m * block_k), 1, 2 if gated else 4)
+    return SkinnyLinearConfig(block_m, block_n, block_k, num_warps, programs_per_sm=16 // num_warps)
+
+
+def greedy_sample_config(vocab_size: int) -> GreedySampleConfig:
+    """Tiles of 4096 logits: 23 programs for one row of 92544, so that a batch of one is not left to a single program."""
+    return GreedySampleConfig(_clamp(next_power_of_2(vocab_size), 16, 4096), num_warps=4)
 
 
 def decode_attention_config(
@@ -173,7 +193,9 @@ def decode_attention_config(
     wanted = ceil_div(PROGRAMS_PER_SM * num_sms, max(batch * num_kv_heads, 1))
     num_splits = _clamp(wanted, 1, min(MAX_SPLITS, max(ceil_div(max_context, MIN_SPLIT_TOKENS), 1)))
     num_stages = FP32_NUM_STAGES if is_fp32 else NUM_STAGES
-    return DecodeAttentionConfig(block_g, block_n, block_d, num_splits, MIN_SPLIT_TOKENS, num_warps=4, num_stages=num_stages)
+    num_warps = 4 if is_fp32 or block_d > 128 else 2
+    min_split_tokens = max(MIN_SPLIT_TOKENS, block_n)
+    return DecodeAttentionConfig(block_g, block_n, block_d, num_splits, min_split_tokens, num_warps, num_stages)
 
 
 def quantized_decode_attention_config(
@@ -185,17 +207,20 @@ def quantized_decode_attention_config(
     max_context: int,
     num_sms: int,
     compute_capability: int,
+    bits: int,
 ) -> DecodeAttentionConfig:
     """As for dense pages; block_d is half a head, the two halves being tiles of their own. Widened tiles live in registers: 64 keys
-    spilled before sm_90, and where half a head is no power of two. No measurement of speed yet. element_bytes: of q.
+    spilled with 8 bits, before sm_90, and where half a head is no power of two. No measurement of speed yet. element_bytes: of q.
     """
     dense = decode_attention_config(batch, num_kv_heads, group_size, head_dim, element_bytes, max_context, num_sms)
     half = ceil_div(head_dim, 2)
     block_half = max(16, next_power_of_2(half))
     if element_bytes == 4:
         return replace(dense, block_d=block_half, block_n=FP32_BLOCK_N, num_warps=8 if block_half > 64 else 4)
-    roomy = compute_capability >= 90 and block_half <= 64 and half == block_half
-    return replace(dense, block_d=block_half, block_n=64 if roomy else 32)
+    roomy = bits == 4 and compute_capability >= 90 and block_half <= 64 and half == block_half
+    block_n = 64 if roomy else 32
+    min_split_tokens = max(dense.min_split_tokens, block_n)
+    return replace(dense, block_d=block_half, block_n=block_n, min_split_tokens=min_split_tokens, num_warps=4)
 
 
 def prefill_attention_config(
@@ -203,7 +228,7 @@ def prefill_attention_config(
 ) -> PrefillAttentionConfig:
     """From sm_90 on: 128 rows on eight warps, two groups of four as Hopper's matrix instruction wants them. Before: fragments of
     every operand live in registers, and 64 keys spilled (64 bytes a thread at head_dim 128). Past head_dim 128 eight warps share
-    64 rows; four spilled on every chip. All without measurements of speed.
+    64 rows; four spilled on every chip. Tiles and stages measured on an H200 only.
 
     compute_capability: 10 * major + minor.
     """
@@ -212,14 +237,15 @@ def prefill_attention_config(
             f"head_dim {head_dim} is outside [1, {MAX_HEAD_DIM}], what the attention kernel takes: run on the reference ops"
         )
     block_d = max(16, next_power_of_2(head_dim))
+    num_stages = PREFILL_NUM_STAGES
     if element_bytes == 4:
         block_m, block_n, num_warps = 32, FP32_BLOCK_N, 4 if block_d <= 128 else 8
     elif block_d > 128:
         block_m, block_n, num_warps = 64, 32, 8
     elif compute_capability >= 90:
         block_m, block_n, num_warps = 128, 64, 8
+        if compute_capability < 120:  # consumer Blackwell has 99 KiB
+            num_stages = PREFILL_NUM_STAGES_LARGE_SHARED
     else:
         block_m, block_n, num_warps = 64, 32, 4
-    return PrefillAttentionConfig(
-        max(block_m, next_power_of_2(group_size)), block_n, block_d, num_warps, num_stages=PREFILL_NUM_STAGES
-    )
+    return PrefillAttentionConfig(max(block_m, next_power_of_2(group_size)), block_n, block_d, num_warps, num_stages)

@@ -8,7 +8,7 @@ __all__ = ["sample"]
 
 
 def sample(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
-    logits = _processed_logits(logits, batch)
+    logits = _processed_logits(logits.float(), batch)
     token_ids = logits.argmax(dim=-1)
     if batch.random_rows is not None:
         token_ids[batch.random_rows] = _draw(logits[batch.random_rows], batch)

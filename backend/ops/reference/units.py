@@ -87,4 +87,4 @@ def down_projection(x: torch.Tensor, weight: LinearWeight, *, linear: Linear = l
 def lm_head(
     x: torch.Tensor, residual: torch.Tensor, norm: NormWeight, weight: LinearWeight, *, norm_linear: NormLinear = norm_linear
 ) -> torch.Tensor:
-    return norm_linear(x, residual, norm, weight)[0].float()
+    return norm_linear(x, residual, norm, weight)[0]

@@ -99,7 +99,7 @@ def test_attention_equals_softmax_over_the_keys_it_may_see(target, case, assert_
 @pytest.mark.parametrize("num_sms", [1, 2, 64], ids="{}_sms".format)
 def test_any_number_of_splits_gives_the_same_result(target, num_sms, assert_close, guarded_outputs, monkeypatch):
     case = Case(4, 2, 32, 16, (1100, 40, 300, 0))
-    monkeypatch.setattr(module, "_num_sms", lambda device: num_sms)
+    monkeypatch.setattr(module, "num_sms", lambda device: num_sms)
     tensors = inputs(target, case)
     out = paged_decode_attention(*tensors, 0.2)
     assert_close(out, oracle(*tensors, 0.2, 0), **tolerance(target.dtype))
@@ -107,7 +107,7 @@ def test_any_number_of_splits_gives_the_same_result(target, num_sms, assert_clos
 
 def test_more_splits_than_the_reduction_adds_at_once(target, assert_close, guarded_outputs, monkeypatch):
     case = Case(2, 1, 16, 64, ((module.REDUCE_TILE + 2) * 256 - 3,))
-    monkeypatch.setattr(module, "_num_sms", lambda device: 64)
+    monkeypatch.setattr(module, "num_sms", lambda device: 64)
     tensors = inputs(target, case)
     _, k_cache, _, block_tables, _ = tensors
     k_cache[block_tables[0, -4:-2].long()] *= 2  # the maximum lies in the last split, so what came before is rescaled

@@ -39,8 +39,10 @@ def pages(target, kind, num_blocks, num_kv_heads, block_size, head_dim):
 
 
 def copy_of(p):
-    return StaticInt8Pages(p.data.clone(), p.scale, p.zero) if isinstance(p, StaticInt8Pages) else QuantizedPages(
-        p.data.clone(), p.params.clone(), p.bits
+    return (
+        StaticInt8Pages(p.data.clone(), p.scale, p.zero)
+        if isinstance(p, StaticInt8Pages)
+        else QuantizedPages(p.data.clone(), p.params.clone(), p.bits)
     )
 
 

@@ -54,6 +54,22 @@ def norm64(x: torch.Tensor, norm: NormWeight) -> torch.Tensor:
     return x / (x.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight.double().cpu()
 
 
+def case_stage_decode(s: Setting) -> None:
+    ids = torch.arange(3 * 21, dtype=torch.int32).view(3, 21).to(s.device)
+    tables = torch.tensor([[4, 9, 1], [7, 2, 0], [3, 5, 8]], dtype=torch.int32).to(s.device)
+    inverse = torch.tensor([[1.0, 0.1], [0.5, 0.01], [2.0, 0.2]]).to(s.device)
+    slots, positions = torch.tensor([2, 0, 1]).to(s.device), torch.tensor([9, 0, -1]).to(s.device)
+    found, cos, sin, mapping, gathered, lens = s.ops.stage_decode(slots, positions, ids, tables, inverse, 1.5, 8)
+    assert found.tolist()[:2] == [2 * 21 + 9, 0]
+    assert mapping.tolist() == [5 * 8 + 1, 4 * 8, -1]
+    assert lens.tolist() == [10, 1, 0]
+    assert gathered.tolist()[:2] == [[3, 5, 8], [4, 9, 1]]
+    for row, (position, frequencies) in enumerate(((9, (2.0, 0.2)), (0, (1.0, 0.1)))):
+        for column, frequency in enumerate(frequencies):
+            assert abs(float(cos[row, column]) - 1.5 * math.cos(position * frequency)) < 1e-5
+            assert abs(float(sin[row, column]) - 1.5 * math.sin(position * frequency)) < 1e-5
+
+
 def case_embed(s: Setting) -> None:
     weight = s.randn(37, 24)
     ids = torch.tensor([0, 36, 5, 5])
@@ -188,14 +204,21 @@ def case_lm_head(s: Setting) -> None:
     x, residual, norm = s.randn(5, HIDDEN), s.randn(5, HIDDEN), NormWeight(s.randn(HIDDEN), 1e-5)
     weight = DenseWeight(s.randn(51, HIDDEN, scale=HIDDEN**-0.5).t())  # a transposed view, as the loader makes
     logits = s.ops.lm_head(x, residual, norm, weight)
-    assert logits.dtype == torch.float32
     total = (x + residual).double().cpu()
-    s.close(logits.to(s.dtype), f64(weight, norm64(total, norm)))
+    s.close(logits, f64(weight, norm64(total, norm)))
 
 
 def case_sample(s: Setting) -> None:
-    """Every rule at once, row by row, against plain Python floats."""
+    """Greedy with bans; then every rule at once, row by row, against plain Python floats."""
     vocab = 29
+    greedy_logits = s.randn(3, vocab)
+    best = [int(row.argmax()) for row in greedy_logits.float().cpu()]
+    ids, rows, starts = torch.tensor([best[0], 5, best[2]]), torch.tensor([0, 0, 2]), torch.tensor([0, 2, 2, 3])
+    bans = SamplingBatch(banned_rows=rows.to(s.device), banned_ids=ids.to(s.device), banned_starts=starts.to(s.device))
+    wanted = [max((t for t in range(vocab) if t not in no), key=greedy_logits[r].tolist().__getitem__)
+              for r, no in enumerate(([best[0], 5], [], [best[2]]))]  # fmt: skip
+    assert s.ops.sample(greedy_logits, bans).tolist() == wanted
+    assert s.ops.sample(greedy_logits, SamplingBatch()).tolist() == best
     logits = (torch.randn(6, vocab, generator=s.generator) * 3).to(s.device)
     counts = torch.randint(0, 3, (6, vocab), generator=s.generator, dtype=torch.int32)
     seen = (counts > 0) | (torch.rand(6, vocab, generator=s.generator) < 0.2)

@@ -51,6 +51,7 @@ def test_graphs_give_the_tokens_of_single_launches_and_of_the_cpu(folder, num_re
 
 
 @pytest.mark.gpu
+@torch.inference_mode()
 def test_padding_writes_no_block_and_no_slot(folder):
     """Three rows in the bucket of four: the other slots' tokens and the cache's other blocks keep what they held."""
     runner = make_runner(folder, "cuda")

@@ -1,0 +1,39 @@
+"""What a launch needs to know of the device, and programmatic dependent launch (sm_90 on): a kernel starts while the one before it
+ends, and waits inside for its results.
+
+A kernel that takes part calls `wait_for_previous` before it touches anything that another kernel writes, and is launched with
+`launch_options`. Every one lets its successor start at once: a successor waits for all of it, so only launch costs overlap.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+__all__ = ["has_pdl", "launch_options", "num_sms", "wait_for_previous"]
+
+CPU_NUM_SMS = 4  # for the interpreter: enough to give several splits
+
+
+@triton.jit
+def wait_for_previous(PDL: tl.constexpr):
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+
+
+@functools.cache
+def has_pdl(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@functools.cache
+def num_sms(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else CPU_NUM_SMS
+
+
+def launch_options(pdl: bool) -> dict[str, bool]:
+    """Keywords of a launch; without programmatic launch none, since other targets do not know the option."""
+    return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
