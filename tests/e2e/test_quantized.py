@@ -1,6 +1,6 @@
 """Quantise, convert, serve with tritonserver, chat: every weight format and every KV format, each by the commands a user types."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,7 @@ Workspace = Callable[[str], Path]
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     root, made = tmp_path_factory.mktemp("q"), {}
 
     def get(kind: str) -> Path:
@@ -41,7 +41,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
             checkpoint, options = checkpoint_path(), ()
         return convert(checkpoint, destination, *options, "--doors", "text")
 
-    yield get
+    return get
 
 
 def ask(repository: Path, **options: str) -> dict[str, str]:

@@ -17,11 +17,7 @@ COMMANDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "int8": (("smooth_quant",), ("--model-format", "smooth_quant")),
     "fp8": (("smooth_quant", "--quant-dtype", "fp8"), ("--model-format", "fp8")),
 }
-LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj") + (
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
+LINEARS = tuple(f"self_attn.{part}_proj" for part in "qkvo") + tuple(f"mlp.{part}_proj" for part in ("gate", "up", "down"))
 
 
 def quantise(kind: str, folder: Path, *, samples: int = 4, seqlen: int = 96, dataset: str = "default") -> Path:

@@ -16,7 +16,8 @@ from triton.backends.compiler import GPUTarget
 
 from turbotriton.backend.ops.kernels import quantized_decode_attention as attention
 from turbotriton.backend.ops.kernels import rotary_store_quantized_kv as store
-from turbotriton.backend.ops.operands import QuantizedPages, StaticInt8Pages
+from turbotriton.backend.ops.kernels import w4a16_linear as w4a16
+from turbotriton.backend.ops.operands import QuantizedPages, StaticInt8Pages, W4A16Weight
 
 NUM_HEADS, NUM_KV_HEADS, BLOCK_SIZE = 32, 8, 64
 CASES = [
@@ -31,7 +32,7 @@ CASES = [
 @pytest.fixture
 def launches(monkeypatch):
     recorded = []
-    for module in (attention, store):
+    for module in (attention, store, w4a16):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Recorder(getattr(module, name), recorded))
     return recorded
@@ -60,6 +61,26 @@ def test_every_kernel_compiles_without_spills(capability, dtype, head_dim, kind,
         attention.quantized_decode_attention(torch.empty((16, NUM_HEADS, head_dim), dtype=dtype), k, v, tables, lens, 0.1)
     names = [kernel.__name__ for kernel, _ in launches]
     assert names == ["_rotary_store_quantized_kv_kernel", *["_quantized_split_kernel"] * 2, "_reduce_kernel"]
+    compile_all(launches, capability, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [(90, BF16), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((80, FP16), (100, BF16), (90, FP32)))],
+    ids=str,
+)
+def test_w4a16_kernels_compile_without_spills(capability, dtype, launches, monkeypatch, tmp_path):
+    monkeypatch.setattr(w4a16, "has_pdl", lambda device: capability >= 90)
+    for k, n in ((4096, 6144), (14336, 4096), (4096, 28672)):
+        parts = torch.empty((k // 2, n), dtype=torch.uint8), torch.empty((k // 128, n), dtype=FP16)
+        weight = W4A16Weight(*parts, torch.empty((k // 128, n), dtype=torch.uint8))
+        for num_rows in (1, 33, 128):
+            w4a16.w4a16_linear(torch.empty((num_rows, k), dtype=dtype), weight)
+        w4a16.dequantize_w4a16(weight, dtype)
+    compile_all(launches[:8] if dtype is BF16 else launches[:4], capability, tmp_path)
+
+
+def compile_all(launches, capability, tmp_path):
     for kernel, arguments in launches:
         options = {name: arguments[name] for name in ("num_warps", "num_stages") if name in arguments}
         compiled = triton.compile(source_of(kernel, arguments), target=GPUTarget("cuda", capability, 32), options=options)
