@@ -22,7 +22,8 @@ from .kernels.silu_and_mul import silu_and_mul
 from .kernels.stage_decode import stage_decode
 from .kernels.tuning import MAX_SKINNY_NORM_ELEMENTS, MAX_W4A16_ROWS, next_power_of_2
 from .kernels.w4a16_linear import dequantize_w4a16, w4a16_linear
-from .operands import DenseWeight, LinearWeight, NormWeight, SamplingBatch, W4A16Weight
+from .kernels.w8a8_linear import w8a8_linear
+from .operands import DenseWeight, LinearWeight, NormWeight, SamplingBatch, W4A16Weight, W8A8Weight
 from .reference import units
 from .reference.attention import attention
 from .reference.sample import sample as reference_sample
@@ -46,6 +47,8 @@ def linear(x: torch.Tensor, weight: LinearWeight) -> torch.Tensor:
         if x.shape[0] <= MAX_W4A16_ROWS:
             return w4a16_linear(x, weight)
         return units.linear(x, DenseWeight(dequantize_w4a16(weight, x.dtype), weight.bias))
+    if isinstance(weight, W8A8Weight):
+        return w8a8_linear(x, weight)
     return units.linear(x, weight)
 
 
@@ -98,6 +101,6 @@ TRITON = dataclasses.replace(
 
 #: Parts of units above that run on plain torch where a kernel is missing, for the log and `check_env`. GEMMs are cuBLAS's by choice.
 UNITS_WITH_REFERENCE_PARTS: tuple[str, ...] = (
-    "linear over w8a8 and fp8 weights",
+    "linear over fp8 weights",
     "prefill over quantised KV (widened by torch, then the kernel)",
 )

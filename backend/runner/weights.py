@@ -120,6 +120,8 @@ class _Loader:
             return W4A16Weight(pack_rows(nibbles), scales, zeros, bias)
         if self._config.weight_type in ("int8", "fp8"):
             weight, scale = columns("weight").clone(), columns("scale").clone()
+            if weight.is_cuda:  # stored by outputs, as 8 bit matrix instructions read it
+                weight = weight.t().contiguous().t()
             if self._config.weight_type == "int8":
                 return W8A8Weight(weight, scale, bias)
             return Fp8Weight(weight.view(torch.float8_e4m3fn), scale, bias)

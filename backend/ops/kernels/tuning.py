@@ -27,6 +27,7 @@ __all__ = [
     "silu_and_mul_config",
     "skinny_linear_config",
     "w4a16_linear_config",
+    "w8a8_linear_config",
 ]
 
 MAX_HIDDEN = 32768  # one row in the registers of 16 warps: 64 fp32 values a thread
@@ -112,10 +113,10 @@ class PrefillAttentionConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class W4A16LinearConfig:
+class GemmConfig:
     block_m: int  # rows a program
     block_n: int  # columns of y
-    block_k: int  # inputs a step; divides the group
+    block_k: int  # inputs a step; with groups it divides one
     num_warps: int
     num_stages: int
 
@@ -265,12 +266,20 @@ def prefill_attention_config(
     return PrefillAttentionConfig(max(block_m, next_power_of_2(group_size)), block_n, block_d, num_warps, num_stages)
 
 
-def w4a16_linear_config(num_rows: int, n: int, group_size: int, element_bytes: int) -> W4A16LinearConfig:
+def w4a16_linear_config(num_rows: int, n: int, group_size: int, element_bytes: int) -> GemmConfig:
     """Narrow column blocks, so that a matrix of few columns still fills the device. Without measurements of speed."""
     block_k = group_size & -group_size  # the largest power of two in it
     if block_k < 32:
         raise ConfigError(f"group_size is {group_size}; the W4A16 kernel takes multiples of 32: run on the reference ops")
     if element_bytes == 4:
-        return W4A16LinearConfig(MIN_DOT_ROWS, 32, 32, num_warps=4, num_stages=2)
+        return GemmConfig(MIN_DOT_ROWS, 32, 32, num_warps=4, num_stages=2)
     block_m = _clamp(next_power_of_2(num_rows), MIN_DOT_ROWS, 64)
-    return W4A16LinearConfig(block_m, 32 if n <= 8192 else 64, min(block_k, 128), num_warps=4, num_stages=4)
+    return GemmConfig(block_m, 32 if n <= 8192 else 64, min(block_k, 128), num_warps=4, num_stages=4)
+
+
+def w8a8_linear_config(num_rows: int, n: int) -> GemmConfig:
+    """Square-ish tiles from 128 rows on; below, the weight's bytes bound it. Without measurements of speed."""
+    block_m = _clamp(next_power_of_2(num_rows), MIN_DOT_ROWS, 128)
+    if block_m == 128:
+        return GemmConfig(128, 128, 128, num_warps=8, num_stages=3)
+    return GemmConfig(block_m, 32 if n <= 8192 else 64, 128, num_warps=4, num_stages=4)

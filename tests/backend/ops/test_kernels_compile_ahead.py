@@ -35,6 +35,8 @@ POINTERS = {
     torch.int64: "*i64",
     torch.int32: "*i32",
     torch.uint8: "*u8",
+    torch.int8: "*i8",
+    torch.float8_e4m3fn: "*fp8e4nv",
 }
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 

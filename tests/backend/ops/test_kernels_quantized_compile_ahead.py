@@ -17,7 +17,8 @@ from triton.backends.compiler import GPUTarget
 from turbotriton.backend.ops.kernels import quantized_decode_attention as attention
 from turbotriton.backend.ops.kernels import rotary_store_quantized_kv as store
 from turbotriton.backend.ops.kernels import w4a16_linear as w4a16
-from turbotriton.backend.ops.operands import QuantizedPages, StaticInt8Pages, W4A16Weight
+from turbotriton.backend.ops.kernels import w8a8_linear as w8a8
+from turbotriton.backend.ops.operands import Fp8Weight, QuantizedPages, StaticInt8Pages, W4A16Weight, W8A8Weight
 
 NUM_HEADS, NUM_KV_HEADS, BLOCK_SIZE = 32, 8, 64
 CASES = [
@@ -32,7 +33,7 @@ CASES = [
 @pytest.fixture
 def launches(monkeypatch):
     recorded = []
-    for module in (attention, store, w4a16):
+    for module in (attention, store, w4a16, w8a8):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Recorder(getattr(module, name), recorded))
     return recorded
@@ -78,6 +79,19 @@ def test_w4a16_kernels_compile_without_spills(capability, dtype, launches, monke
             w4a16.w4a16_linear(torch.empty((num_rows, k), dtype=dtype), weight)
         w4a16.dequantize_w4a16(weight, dtype)
     compile_all(launches[:8] if dtype is BF16 else launches[:4], capability, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [(90, torch.int8), pytest.param(90, torch.float8_e4m3fn, marks=pytest.mark.slow)], ids=str
+)
+def test_w8a8_kernels_compile_without_spills(capability, dtype, launches, monkeypatch, tmp_path):
+    monkeypatch.setattr(w8a8, "has_pdl", lambda device: capability >= 90)
+    k, n = 4096, 6144
+    kind = W8A8Weight if dtype is torch.int8 else Fp8Weight
+    weight = kind(torch.empty((n, k), dtype=dtype).t(), torch.empty(n))
+    for num_rows in (1, 64, 128):
+        w8a8.w8a8_linear(torch.empty((num_rows, k), dtype=BF16), weight)
+    compile_all(launches[1:], capability, tmp_path)
 
 
 def compile_all(launches, capability, tmp_path):
