@@ -15,10 +15,16 @@ help: ## this list
 setup: $(STAMP) ## the virtual environment in .venv, with the server runtime; quick when done already
 
 $(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v in ((3, 11), (3, 12)) else \
+		"this is Python %d.%d, for which the server runtime has no stub; use 3.11 or 3.12: make setup PYTHON=python3.12" % v)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	@if ! command -v nvidia-smi >/dev/null; then \
-		echo "no GPU here: installing torch's CPU build"; $(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0; fi
+		echo "no GPU here: asking for torch's CPU build"; \
+		$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0+cpu 2>/dev/null || { \
+		echo "pip finds none: taking its default build, which carries CUDA (some GB; TORCH_INDEX=URL names an index of CPU builds)"; \
+		$(BIN)/python -m pip install --quiet torch==2.13.0; }; fi
+	@echo "installing turbotriton and what it needs; this takes some minutes"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/python -m turbotriton.cli.server_runtime
 	@touch $@

@@ -3,8 +3,10 @@
 import contextlib
 import json
 import socket
+import ssl
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,7 +22,7 @@ from turbotriton.contract.errors import (
 
 from .text_door import Delta
 
-__all__ = ["APIClient", "ChatStream", "InteractiveConversation"]
+__all__ = ["APIClient", "ChatStream", "InteractiveConversation", "client"]
 
 CONNECT_TIMEOUT_S = 10.0
 _ERRORS: dict[int, type[TurbotritonError]] = {429: UnavailableError, 503: UnavailableError, 504: DeadlineExceededError}
@@ -29,10 +31,11 @@ _ERRORS: dict[int, type[TurbotritonError]] = {429: UnavailableError, 503: Unavai
 class APIClient:
     """The calls of LMDeploy's class of this name. A stream is a generator of dicts; a whole answer is a generator of one dict.
 
+    certificate: of the server or of who signed it, PEM; None: one that this machine knows.
     Raises InvalidInputError (4xx), UnavailableError (429, 503, no server), ServerError. Thread-safe.
     """
 
-    def __init__(self, api_server_url: str, api_key: str | None = None) -> None:
+    def __init__(self, api_server_url: str, api_key: str | None = None, *, certificate: Path | None = None) -> None:
         if not api_server_url.startswith(("http://", "https://")):
             raise InvalidInputError(f"address {api_server_url!r} is no http:// or https:// URL of an OpenAI server")
         self.url = api_server_url.rstrip("/").removesuffix("/v1")
@@ -42,6 +45,7 @@ class APIClient:
             headers=headers,
             timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),
             trust_env=not _is_local(self.url),
+            verify=True if certificate is None else ssl.create_default_context(cafile=certificate),
         )
         self._models: list[str] | None = None
 
@@ -141,6 +145,11 @@ class APIClient:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def client(api_server_url: str = "http://127.0.0.1:23333", api_key: str | None = None) -> APIClient:
+    """LMDeploy's call of this name: `turbotriton.client(...)`."""
+    return APIClient(api_server_url, api_key)
 
 
 def _is_local(url: str) -> bool:

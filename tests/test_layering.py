@@ -28,6 +28,7 @@ ALLOWED = {
     "client": ("contract", "text"),
     "cli": ("contract", "text", "demo", "backend", "converter", "client", "quant"),
     "api": ("contract", "backend", "converter", "client", "cli"),
+    "serving": ("contract", "backend", "client", "cli"),
 }
 
 #: third-party package -> the only units that may import it.
@@ -44,7 +45,8 @@ ONLY_IN = {
     "fastapi": ("client",),
     "msgpack": ("backend.engine",),
     "huggingface_hub": ("converter",),
-    "socket": ("backend.engine", "client", "cli"),
+    "llguidance": ("backend.engine",),
+    "socket": ("backend.engine", "client", "cli", "serving"),
 }
 
 #: module -> the only file of the package that may use it for the environment.
@@ -52,7 +54,7 @@ ENVIRONMENT_READER = "turbotriton.contract.env"
 
 
 def modules() -> list[tuple[str, Path]]:
-    found = [("turbotriton.api", PACKAGE / "api.py")]
+    found = [(f"turbotriton.{name}", PACKAGE / f"{name}.py") for name in ("api", "serving")]
     folders = ["contract", "text", "demo", "cli", "backend", "converter", "client", "quant"]
     for folder in folders:
         for path in sorted((PACKAGE / folder).rglob("*.py")):

@@ -10,19 +10,26 @@ On a GPU a step is launched before the one before it is collected, so the host p
 All methods must be called from the same thread (`loop.py` sees to that).
 """
 
+import dataclasses
 import logging
 import secrets
 import time
 from collections import Counter, deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from turbotriton.backend.scheduling.block_manager import BlockManager
 from turbotriton.backend.scheduling.plan import StepPlan, StepResult
+from turbotriton.backend.scheduling.request import Request, RequestState
 from turbotriton.backend.scheduling.scheduler import OwnedDelta, Scheduler
+from turbotriton.contract.errors import InvalidInputError, TurbotritonError
 from turbotriton.contract.ini import EngineConfig, ModelConfig
 from turbotriton.contract.wire import EngineInfo, EngineStats, GenerateRequest, TokenDelta
+
+if TYPE_CHECKING:  # doors import this module and need no llguidance
+    from .guided import Grammars, MaskFiller, Matcher
 
 __all__ = ["DeltasByOwner", "Engine", "Runner", "load_engine"]
 
@@ -30,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 MAX_OBSERVATIONS = 4096  # between two snapshots; the oldest are dropped
 DEFAULT_TOKEN_BUDGET = {"cpu": 512, "cuda": 8192}
+
+MAX_COMPILE_S = 10.0  # a grammar; the compiler's limits end it long before
 
 DeltasByOwner = dict[object, list[TokenDelta]]
 
@@ -48,8 +57,24 @@ class Runner(Protocol):
     def close(self) -> None: ...
 
 
+class Guides(NamedTuple):
+    """What guided requests need."""
+
+    grammars: "Grammars"
+    filler: "MaskFiller"
+
+
+class _Held(NamedTuple):
+    """A request whose grammar is being compiled."""
+
+    request: Request
+    opened: "Future[Matcher]"
+    until: float  # on the engine's clock
+
+
 class Engine:
-    """`overlap`: launch a step before the one before it is collected; None: where the runner has a GPU."""
+    """`overlap`: launch a step before the one before it is collected; None: where the runner has a GPU. `guides`: None refuses guided
+    requests."""
 
     def __init__(
         self,
@@ -58,9 +83,13 @@ class Engine:
         runner: Runner,
         clock: Callable[[], float] = time.monotonic,
         overlap: bool | None = None,
+        guides: Guides | None = None,
     ) -> None:
         self._overlap = runner.device.startswith("cuda") if overlap is None else overlap
         self._in_flight: tuple[StepPlan, Callable[[], StepResult]] | None = None
+        self._clock = clock
+        self._guides = guides
+        self._held: list[_Held] = []
         self._model = model
         self._config = config
         self._runner = runner
@@ -104,7 +133,41 @@ class Engine:
 
     def add(self, owner: object, request: GenerateRequest) -> None:
         """Raises InvalidInputError or UnavailableError; the request is then not known to the engine."""
-        self._scheduler.add(owner, request)
+        guided = request.sampling.guided
+        if guided is None:
+            self._scheduler.add(owner, request)
+            return
+        if self._guides is None:
+            raise InvalidInputError(
+                "guided is given, but there is no tokenizer.json beside these weights: convert the model again"
+            )
+        held = self._scheduler.add(owner, request)
+        self._held.append(_Held(held, self._guides.grammars.open(guided), self._clock() + MAX_COMPILE_S))
+
+    def on_grammar(self, wake: Callable[[], None]) -> None:
+        """`wake` is called, from another thread, when `collect_grammars` has something to do."""
+        if self._guides is not None:
+            self._guides.grammars.wake = wake
+
+    def collect_grammars(self) -> DeltasByOwner:
+        """Requests whose grammar is compiled take their place in the queue; those whose grammar is none end."""
+        if not self._held:
+            return {}
+        ended = self._scheduler.expire()  # they may be all there is, and no step is made for them
+        waiting, self._held = self._held, []
+        for held in waiting:
+            if held.request.state is RequestState.FINISHED:
+                continue
+            try:
+                if held.opened.done():
+                    self._scheduler.release(held.request, held.opened.result())
+                elif self._clock() > held.until:
+                    raise InvalidInputError(f"guided: the grammar took over {MAX_COMPILE_S:.0f} s to compile; simplify it")
+                else:
+                    self._held.append(held)
+            except TurbotritonError as error:
+                ended.append(self._scheduler.refuse(held.request, error))
+        return self._account(ended)
 
     def cancel(self, owner: object, request_id: int) -> DeltasByOwner:
         owned = self._scheduler.cancel(owner, request_id)
@@ -126,6 +189,9 @@ class Engine:
         if self._scheduler.needs_every_token:
             deltas += self._take_in()
         plan = self._scheduler.schedule()
+        matchers = self._scheduler.matchers_of(plan)
+        if matchers and self._guides is not None:
+            plan = dataclasses.replace(plan, masks=self._guides.filler.start(matchers))
         launched = plan, self._runner.launch(plan)
         deltas += self._take_in()
         self._in_flight = launched
@@ -186,6 +252,9 @@ class Engine:
 
     def close(self) -> None:
         self._runner.close()
+        if self._guides is not None:
+            self._guides.grammars.close()
+            self._guides.filler.close()
 
 
 def load_engine(weights_dir: Path, override: Callable[[str], str | None] = lambda name: None) -> Engine:
@@ -196,6 +265,12 @@ def load_engine(weights_dir: Path, override: Callable[[str], str | None] = lambd
     from turbotriton.backend.runner.model_runner import ModelRunner
     from turbotriton.contract.ini import read_workspace_config
 
+    from .guided import Grammars, MaskFiller, find_tokenizer
+
     workspace = read_workspace_config(weights_dir / "config.ini")
     model, config = workspace.model_config(), workspace.engine_config(override)
-    return Engine(model, config, ModelRunner(model, config, weights_dir))
+    tokenizer = find_tokenizer(weights_dir)
+    guides = None
+    if tokenizer is not None:
+        guides = Guides(Grammars(tokenizer, model.vocab_size, model.eos_token_ids), MaskFiller(model.vocab_size))
+    return Engine(model, config, ModelRunner(model, config, weights_dir), guides=guides)

@@ -127,6 +127,7 @@ def decode_request(payload: Any) -> GenerateRequest:
         for name in ("stop_sequences", "bad_sequences"):
             sampling[name] = tuple(tuple(sequence) for sequence in sampling[name])
         sampling["logit_bias"] = tuple((token_id, bias) for token_id, bias in sampling["logit_bias"])
+        sampling["guided"] = None if sampling["guided"] is None else tuple(sampling["guided"])
         prompt_ids = array("q")
         prompt_ids.frombytes(payload["prompt_ids"])
         for name in ("request_id", "sample_index", "priority"):

@@ -71,6 +71,7 @@ class EngineLoop:
         self._step_began: float | None = None  # written by the engine thread, read by the watchdog
         self._is_stopping = threading.Event()
         self._may_fail = threading.Lock()
+        engine.on_grammar(lambda: self._inbox.put(None))
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._watchdog = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -104,6 +105,7 @@ class EngineLoop:
         try:
             while not self._is_stopping.is_set():
                 self._take_messages()
+                self._hand_on(self._engine.collect_grammars())
                 if self._engine.has_work:
                     self._step_began = time.monotonic()
                     self._hand_on(self._engine.step())

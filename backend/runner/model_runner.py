@@ -22,6 +22,7 @@ import torch
 from turbotriton.backend.model.decoder import Decoder
 from turbotriton.backend.model.logprobs import raw_logprobs
 from turbotriton.backend.model.sampler import SamplerState
+from turbotriton.backend.model.token_masks import masked_logits
 from turbotriton.backend.model.transfer import to_host
 from turbotriton.backend.ops.table import REFERENCE, ops_for
 from turbotriton.backend.scheduling.plan import StepPlan, StepResult
@@ -98,7 +99,10 @@ class ModelRunner:
         slots, positions, logits = self._forward(plan)
         if logits is None:
             return StepResult
-        drawn = self._decoder.ops.sample(logits, self._sampler.batch(slots, positions))
+        allowed = logits
+        if plan.masks is not None:
+            allowed = masked_logits(logits, [int((slots == slot).argmax()) for slot in plan.masks.slots], plan.masks.wait())
+        drawn = self._decoder.ops.sample(allowed, self._sampler.batch(slots, positions))
         self._slots.append(slots, positions, drawn)
         note = self._sampler.append(slots, drawn)
         logprobs = raw_logprobs(logits, drawn, self._sampler.num_logprobs(slots))

@@ -9,10 +9,23 @@ A preempted request leaves its slot and joins again later with `token_ids` = pro
 """
 
 from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from turbotriton.contract.wire import SamplingParams, TokenLogprobs
 
-__all__ = ["JoinedRequest", "NewBlocks", "ScheduledRow", "StepPlan", "StepResult"]
+__all__ = ["JoinedRequest", "NewBlocks", "ScheduledRow", "StepPlan", "StepResult", "TokenMasks"]
+
+
+class TokenMasks(Protocol):
+    """Which tokens the guided rows of a step may draw; filled by another thread while the forward runs."""
+
+    slots: tuple[int, ...]
+
+    def wait(self) -> npt.NDArray[np.int32]:
+        """[num_slots, ceil(vocab_size / 32)]: bit i % 32 of word i // 32 says whether token i may come."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +67,7 @@ class StepPlan:
     joined: tuple[JoinedRequest, ...] = ()
     new_blocks: tuple[NewBlocks, ...] = ()
     rows: tuple[ScheduledRow, ...] = ()
+    masks: TokenMasks | None = None  # None: no guided row is sampled
 
     @property
     def num_tokens(self) -> int:

@@ -2,10 +2,22 @@
 
 import enum
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from turbotriton.contract.wire import FinishReason, GenerateRequest, SamplingParams
 
-__all__ = ["Request", "RequestState", "finish_reason_of"]
+__all__ = ["Request", "RequestState", "TokenMatcher", "finish_reason_of"]
+
+
+class TokenMatcher(Protocol):
+    """Where a guided request stands in its grammar."""
+
+    def accept(self, token_id: int) -> str | None:
+        """Takes the drawn token; returns why the request cannot go on, or None."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Nothing can follow."""
 
 
 class RequestState(enum.Enum):
@@ -47,6 +59,7 @@ class Request:
     first_token_time: float | None = None
     last_token_time: float | None = None
     inter_token_s: float | None = None  # between the two newest tokens
+    matcher: TokenMatcher | None = None  # of a guided request, once its grammar is compiled
 
     @property
     def sampling(self) -> SamplingParams:
@@ -75,9 +88,16 @@ class Request:
     def needs_every_token(self) -> bool:
         """What it may draw depends on its last token, so that token must be known before the next is drawn."""
         sampling = self.sampling
-        return any(len(ids) > 1 for ids in sampling.bad_sequences) or (
-            sampling.min_new_tokens > 0 and any(len(ids) > 1 for ids in sampling.stop_sequences)
+        return (
+            self.matcher is not None
+            or any(len(ids) > 1 for ids in sampling.bad_sequences)
+            or (sampling.min_new_tokens > 0 and any(len(ids) > 1 for ids in sampling.stop_sequences))
         )
+
+    @property
+    def is_held(self) -> bool:
+        """It waits for its grammar, outside the queue's order."""
+        return self.source.sampling.guided is not None and self.matcher is None
 
     @property
     def order(self) -> tuple[int, int]:
@@ -95,6 +115,8 @@ def finish_reason_of(request: Request, eos_token_ids: tuple[int, ...]) -> tuple[
         for sequence in sampling.stop_sequences:
             if new >= len(sequence) and request.token_ids[-len(sequence) :] == list(sequence):
                 return FinishReason.STOP, False
+    if request.matcher is not None and request.matcher.is_complete:
+        return FinishReason.STOP, False
     if new >= request.max_new_tokens:
         return FinishReason.LENGTH, False
     return None, False

@@ -28,13 +28,13 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
-from turbotriton.contract.errors import InvalidInputError, UnavailableError
+from turbotriton.contract.errors import InvalidInputError, TurbotritonError, UnavailableError
 from turbotriton.contract.ini import EngineConfig, ModelConfig
 from turbotriton.contract.wire import FinishReason, GenerateRequest, RequestTimings, TokenDelta
 
 from .block_manager import BlockManager, chain_digest
 from .plan import JoinedRequest, NewBlocks, ScheduledRow, StepPlan, StepResult
-from .request import Request, RequestState, finish_reason_of
+from .request import Request, RequestState, TokenMatcher, finish_reason_of
 
 __all__ = ["OwnedDelta", "Scheduler"]
 
@@ -73,6 +73,8 @@ class Scheduler:
         self._num_arrived = 0
         self._num_steps = 0
         self._has_deadlines = False
+        self._num_guided = 0  # requests of any state
+        self._num_held = 0  # of num_waiting: their grammars are being compiled
         self.num_waiting = 0
         self.num_waiting_tokens = 0
         self.num_preemptions = 0
@@ -85,7 +87,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._running) or self.num_waiting > 0 or bool(self._left_slots)
+        return bool(self._running) or self.num_waiting > self._num_held or bool(self._left_slots)
 
     @property
     def needs_every_token(self) -> bool:
@@ -94,8 +96,11 @@ class Scheduler:
 
     # -- joining and leaving ------------------------------------------------------------------------------------------
 
-    def add(self, owner: object, source: GenerateRequest) -> None:
-        """Queues a request. Raises InvalidInputError when it can never run, UnavailableError when the queue is full."""
+    def add(self, owner: object, source: GenerateRequest) -> Request:
+        """Queues a request; a guided one is held until `release`, and those behind it pass.
+
+        Raises InvalidInputError when it can never run, UnavailableError when the queue is full.
+        """
         max_new_tokens = self._check(owner, source)
         limit_len = len(source.prompt_ids) + max_new_tokens
         rope_theta = self._model.rope.theta_for(limit_len)
@@ -114,7 +119,27 @@ class Scheduler:
         self._num_arrived += 1
         self._has_deadlines |= source.deadline_ms is not None
         self._requests[owner, source.request_id] = request
+        self._num_guided += source.sampling.guided is not None
         self._queue(request)
+        return request
+
+    def release(self, request: Request, matcher: TokenMatcher) -> None:
+        """The held request's grammar is compiled: it takes its place in the queue."""
+        self._num_held -= 1
+        request.matcher = matcher
+        heapq.heappush(self._waiting, (request.order, request))
+
+    def refuse(self, request: Request, error: TurbotritonError) -> OwnedDelta:
+        """Ends a held or running request with an error."""
+        request, delta = self._finish(request, FinishReason.ERROR)
+        return OwnedDelta(request, dataclasses.replace(delta, error=str(error), error_status=error.triton_status))
+
+    def matchers_of(self, plan: StepPlan) -> list[tuple[int, TokenMatcher]]:
+        """(slot, matcher) of each guided row that the plan samples."""
+        if not self._num_guided:
+            return []
+        sampled = {row.slot for row in plan.rows if row.samples}
+        return [(r.slot, r.matcher) for r in self._running if r.matcher is not None and r.slot in sampled]
 
     def _check(self, owner: object, source: GenerateRequest) -> int:
         """Returns the most new tokens that the request may get."""
@@ -176,7 +201,10 @@ class Scheduler:
         return [self._finish(request, FinishReason.DEADLINE) for request in late]
 
     def _queue(self, request: Request) -> None:
-        heapq.heappush(self._waiting, (request.order, request))
+        if request.is_held:
+            self._num_held += 1
+        else:
+            heapq.heappush(self._waiting, (request.order, request))
         self.num_waiting += 1
         self.num_waiting_tokens += len(request.token_ids)
 
@@ -205,7 +233,9 @@ class Scheduler:
             self._give_up_slot(request)
         elif request.state is RequestState.WAITING:
             self._unqueue(request)
+            self._num_held -= request.is_held
         request.state = RequestState.FINISHED
+        self._num_guided -= request.sampling.guided is not None
         del self._requests[request.owner, request.source.request_id]
         now = self._clock()
         started = now if request.first_scheduled_time is None else request.first_scheduled_time
@@ -357,6 +387,9 @@ class Scheduler:
         if request.first_token_time is None:
             request.first_token_time = request.last_token_time
         request.inter_token_s = None if previous is None else request.last_token_time - previous
+        outside = None if request.matcher is None else request.matcher.accept(token_id)
+        if outside is not None:
+            return self.refuse(request, InvalidInputError(outside))
         reason, stop_token_matched = finish_reason_of(request, self._model.eos_token_ids)
         if reason is None:
             owned = OwnedDelta(request, TokenDelta(request.source.request_id, (token_id,)))

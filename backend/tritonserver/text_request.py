@@ -15,6 +15,7 @@ from turbotriton.text.chat_template import ChatTemplate
 from turbotriton.text.detokenizer import TextTokenizer
 from turbotriton.text.prompt_format import encode_messages
 
+from .guided_key import read_guided
 from .inputs import check_parameters, read_array, read_bool, read_float, read_int, read_string, read_strings
 
 __all__ = ["TextRequest", "read_text_request"]
@@ -45,6 +46,7 @@ JSON_NAMES = {
     "include_stop_str_in_output": "include_stop_words",
     "n": "n",
     "logprobs": "num_logprobs",
+    "guided": "guided",
 }
 #: What the server itself gives a chat template.
 TEMPLATE_NAMES = ("messages", "bos_token", "eos_token")
@@ -113,6 +115,7 @@ def read_text_request(request: Any, tokenizer: TextTokenizer, template: ChatTemp
             logit_bias=values.get("logit_bias", ()),
             bad_sequences=_bad_sequences(values.get("bad_words", ()), tokenizer),
             ignore_eos=values.get("ignore_eos", False),
+            guided=values.get("guided"),
             num_logprobs=0 if num_logprobs is None and wants_logprobs else num_logprobs,
         ),
         num_samples=num_samples,
@@ -224,6 +227,8 @@ def _check_json(key: str, name: str, value: Any) -> Any:
         shown = shown if len(shown) <= 80 else f"{shown[:40]}... ({len(shown)} characters)"
         return InvalidInputError(f"sampling_parameters: {key} is {shown}; it must be {rule}")
 
+    if name == "guided":
+        return read_guided(value)
     if name in _BOOLS:
         if not isinstance(value, bool):
             raise wrong("true or false")

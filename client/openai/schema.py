@@ -78,10 +78,11 @@ class SamplingFields(_Request):
 
 
 class ResponseFormat(_Request):
-    type: Literal["text", "json_object", "json_schema", "regex", "grammar"]
+    type: Literal["text", "json_object", "json_schema", "regex", "grammar", "choice"]
     json_schema: dict[str, JsonValue] | None = None
     regex: str | None = None
     grammar: str | None = None
+    choice: list[str] | None = None
 
     def guided(self) -> dict[str, Any] | None:
         """The engine's `guided` object. Raises ApiError when the format's own field is missing."""

@@ -3,6 +3,7 @@
 The calls of `api.py` are here too, imported when they are first used: tritonserver's stubs import this package and stay small.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,10 +16,14 @@ if TYPE_CHECKING:
         TurbomindEngineConfig,
         pipeline,
     )
+    from .client.api_client import APIClient, client
+    from .serving import ApiServer, serve
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "APIClient",
+    "ApiServer",
     "ChatTemplateConfig",
     "GenerationConfig",
     "Pipeline",
@@ -26,13 +31,18 @@ __all__ = [
     "Response",
     "TurbomindEngineConfig",
     "__version__",
+    "client",
     "pipeline",
+    "serve",
 ]
+
+#: name -> module that has it, where that is not `api`. `client` is the package of that name, which is callable.
+_ELSEWHERE = {"APIClient": ".client.api_client", "ApiServer": ".serving", "serve": ".serving"}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import api
-
-    return getattr(api, name)
+    if name == "client":
+        return import_module(".client", __name__)
+    return getattr(import_module(_ELSEWHERE.get(name, ".api"), __name__), name)

@@ -3,14 +3,16 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from huggingface_hub import constants as hub_constants
 from tests.cli.hub_stub import HubStub, files_of
 from tests.cli.process import turbotriton
 
+from turbotriton.cli import running_server
 from turbotriton.cli.main import main
-from turbotriton.contract.errors import CheckpointError
+from turbotriton.contract.errors import CheckpointError, ServerError
 from turbotriton.converter.hub import local_model_path
 from turbotriton.demo import checkpoint_path
 
@@ -50,6 +52,48 @@ def test_plan_takes_a_hub_id_and_leaves_the_weights_there(
     assert main(["plan", "somebody/demo", "--gpu", "h200", "--download-dir", str(tmp_path)]) == 0
     assert "KV cache" in capsys.readouterr().out
     assert not [path for path in hub.paths if path.endswith((".safetensors", ".bin", "tokenizer.json"))]
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "name"), [("api_server", [], "demo"), ("gradio", ["--model-name", "sums"], "sums")]
+)
+def test_what_serves_a_model_takes_a_hub_id(
+    hub: HubStub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, options: list[str], name: str
+) -> None:
+    use(hub, monkeypatch)
+    served: list[set[str]] = []
+
+    def record(workspace: Path, *unused: object) -> NoReturn:
+        served.append({path.name for path in (workspace / "model_repository").iterdir()})
+        raise ServerError("far enough")
+
+    monkeypatch.setattr(running_server, "running_server", record)
+    assert main(["serve", command, "somebody/demo", "--download-dir", str(tmp_path), *options]) == 1
+    assert served == [{name, "turbomind", "preprocessing", "postprocessing"}]
+
+
+@pytest.mark.parametrize("command", ["api_server", "gradio"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["localhost:1", "--model-name", "x"], "--model-name is for a model that is served from here; localhost:1 runs already"),
+        (["localhost:1", "--revision", "v2"], "--revision is for a model that is served from here"),
+        (["/no/such", "--model-format", "hf"], "/no/such: is no folder, and no hub id"),
+        (["WORKSPACE", "--model-name", "x"], "--model-name is 'x', but .* is a workspace"),
+        (["FILE"], "is no folder; give a workspace"),
+    ],
+)
+def test_what_cannot_be_served_is_one_line(
+    command: str, arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = tmp_path / "workspace/model_repository/m/1/weights"
+    weights.mkdir(parents=True)
+    (weights / "config.ini").touch()
+    (tmp_path / "file").touch()
+    paths = {"WORKSPACE": str(tmp_path / "workspace"), "FILE": str(tmp_path / "file")}
+    assert main(["serve", command, *(paths.get(argument, argument) for argument in arguments)]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert re.search(message, line)
 
 
 def test_offline_is_one_line_and_code_2(tmp_path: Path) -> None:

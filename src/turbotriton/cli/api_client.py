@@ -14,7 +14,6 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="chat in the terminal with a running api_server",
         description="Chat in the terminal with a running api_server, which keeps the conversation. Enter sends a line, Ctrl-C stops an "
         "answer, /help lists the rest. Input that is no terminal: one question a line.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("url", metavar="URL", help="the server's address, such as http://localhost:23333")
     parser.add_argument(

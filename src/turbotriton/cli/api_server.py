@@ -1,18 +1,20 @@
 """`turbotriton serve api_server X`: the OpenAI-compatible server in front of tritonserver."""
 
 import argparse
-import contextlib
 import logging
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 from turbotriton.contract import env
 from turbotriton.contract.errors import InvalidInputError
 
+from .hub import add_served_model_options, served_model
+
 __all__ = ["add_parser"]
 
 logger = logging.getLogger(__name__)
+
+GRACE_S = 10  # for answers under way at a stop, as tritonserver's; an idle client over TLS would hold it up for 30
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -20,12 +22,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "api_server",
         help="serve OpenAI's API",
         description="Serve OpenAI's API (and LMDeploy's additions). X is the gRPC address of a running tritonserver, several with "
-        "commas between, or a workspace or model folder: then tritonserver is started first and stopped at the end. "
+        "commas between, or a workspace, a model folder or a hub id: then tritonserver is started first and stopped at the end. "
         "Engine flags of `serve tritonserver` (--session-len ...) are passed on to it.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
-        "target", metavar="X", help="HOST:PORT[,HOST:PORT...] of tritonserver's gRPC, a workspace, or a model folder"
+        "target", metavar="X", help="HOST:PORT[,HOST:PORT...] of tritonserver's gRPC, a workspace, a model folder, or a hub id"
     )
     parser.add_argument("--server-name", default="127.0.0.1", help="address to listen on; 0.0.0.0: every one")
     parser.add_argument("--server-port", type=int, default=23333, help="port to listen on")
@@ -45,12 +46,14 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument(
         "--log-level", choices=("debug", "info", "warning", "error", "critical"), default="info", help="of the server"
     )
+    add_served_model_options(parser)
     parser.set_defaults(run=run, accepts_unknown=True)
 
 
 def run(args: argparse.Namespace) -> int:
     import uvicorn
 
+    from turbotriton.client.kserve import check_url
     from turbotriton.client.openai.app import ServerOptions, make_app
 
     if not 0 < args.server_port < 65536:
@@ -58,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
     if args.qos_max_running < 1:
         raise InvalidInputError(f"--qos-max-running is {args.qos_max_running}; it must be 1 or more")
     keyfile, certfile = _ssl_files(args)
-    with _served(args.target, args.unknown) as urls:
+    with served_model(args, args.unknown) as own_server:
+        urls = [check_url(url) for url in args.target.split(",")] if own_server is None else [own_server.grpc]
         app = make_app(
             ServerOptions(
                 urls=urls,
@@ -79,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         )
         config = uvicorn.Config(
             app, host=args.server_name, port=args.server_port, log_level=args.log_level, ssl_keyfile=keyfile, ssl_certfile=certfile,
-            access_log=args.log_level == "debug",
+            access_log=args.log_level == "debug", timeout_graceful_shutdown=GRACE_S,
         )  # fmt: skip
         server = uvicorn.Server(config)
         for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn stops cleanly, then raises what it caught once more
@@ -105,23 +109,3 @@ def _ssl_files(args: argparse.Namespace) -> tuple[Path | None, Path | None]:
         if path is not None and not path.is_file():
             raise InvalidInputError(f"{path}: is no file; give the PEM file's path")
     return keyfile, certfile
-
-
-@contextlib.contextmanager
-def _served(target: str, engine_flags: list[str]) -> Iterator[list[str]]:
-    """gRPC addresses behind the server."""
-    from .running_server import served_path
-
-    path = Path(target)
-    if path.is_dir():
-        with served_path(path, engine_flags) as server:
-            yield [server.grpc]
-        return
-    if engine_flags:
-        raise InvalidInputError(f"{engine_flags[0]} is for a tritonserver that is started here; {target} runs already")
-    urls = target.split(",")
-    if any("/" in url or ":" not in url for url in urls):
-        raise InvalidInputError(
-            f"{target}: is no folder here and no HOST:PORT; give a folder or addresses of tritonserver's gRPC"
-        )
-    yield urls

@@ -28,7 +28,6 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="load a running server and measure it",
         description="Send requests to a running server and report throughput, TTFT, TPOT, ITL and E2E percentiles, and goodput "
         "under limits. Writes requests.csv, summary.json and report.html.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("url", metavar="URL", help="HOST:PORT of tritonserver's gRPC or HTTP port, or an OpenAI server's URL")
     parser.add_argument("--interface", choices=("grpc", "generate_stream", "openai"), default="grpc", help="what to speak")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from turbotriton.contract.errors import ConfigError
 
-from .hub import add_hub_options, resolve_model_path
+from .hub import MODEL_FORMATS, add_hub_options, resolve_model_path
 
 __all__ = ["add_parser"]
 
@@ -16,14 +16,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="turn a checkpoint into a workspace that tritonserver serves",
         description="Turn a Hugging Face, Meta or quantised checkpoint (AutoAWQ, GPTQ, SmoothQuant, FP8) into a workspace with "
         "TurboMind weight files.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("model_name", metavar="MODEL_NAME", nargs="?", help="name of the model; LMDeploy's names also set its session_len")
     add("model_path", metavar="MODEL_PATH", nargs="?", help="folder of the checkpoint, or its hub id")
     add(
         "--model-format",
-        choices=("hf", "llama", "awq", "gptq", "smooth_quant", "fp8"),
+        choices=MODEL_FORMATS,
         help="format of the checkpoint (default: by its files)",
     )
     add("--tp", type=int, default=1, help="ranks to split the weights for, a power of two")

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from turbotriton import __version__
 from turbotriton.contract.errors import TurbotritonError
 
+from .help_format import CommandParser
+
 __all__ = ["main"]
 
 #: Modules of this package in the order that `--help` lists them; each has add_parser(subparsers), which sets `run`.
@@ -17,10 +19,9 @@ COMMANDS: tuple[str, ...] = ("chat", "convert", "lite", "serve", "demo", "bench"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="turbotriton",
         description="Convert a model, serve it with a stock tritonserver, chat with it.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("-v", "--version", action="version", version=f"turbotriton {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)

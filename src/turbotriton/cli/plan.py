@@ -27,7 +27,6 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="what fits on a GPU, and how fast it can be",
         description="Weights, KV tokens and sessions that fit, and the least time of prefill and decode by the roofline (bytes over "
         "bandwidth, operations over rate). Reads config files only.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("model", metavar="MODEL", help="a model folder with config.json, a workspace, or a hub id")
     parser.add_argument("--gpu", choices=("auto", *GPUS), default="auto", help="auto: the one that nvidia-smi names")

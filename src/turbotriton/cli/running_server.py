@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from turbotriton.contract.errors import ServerError
+from turbotriton.contract.errors import CheckpointError, ConfigError, ServerError
 
 from .leftovers import end_with_parent
 
@@ -60,24 +60,40 @@ def running_server(workspace: Path, log_path: Path, options: Sequence[str] = ())
 
 
 @contextmanager
-def served_path(path: Path, options: Sequence[str] = ()) -> Iterator[RunningServer]:
-    """As `running_server`, for a workspace or for a model folder, which is converted into a temporary workspace first."""
+def served_path(
+    path: Path, options: Sequence[str] = (), *, model_name: str | None = None, asked: str = "", model_format: str | None = None
+) -> Iterator[RunningServer]:
+    """As `running_server`, for a workspace or for a model folder, which is converted into a temporary workspace first.
+
+    asked: the path as the user wrote it (a hub id), whose last part is the name where `model_name` is None.
+    Raises CheckpointError, ConfigError.
+    """
     from turbotriton.converter.repository import is_workspace
 
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: is no folder; give a workspace, a checkpoint's folder, or a hub id")
     with tempfile.TemporaryDirectory(prefix="turbotriton-serve-") as folder:
-        workspace = path if is_workspace(path) else _converted(path, Path(folder) / "workspace")
+        if is_workspace(path):
+            for name, value in (("model-name", model_name), ("model-format", model_format)):
+                if value is not None:
+                    raise ConfigError(
+                        f"--{name} is {value!r}, but {path} is a workspace, whose conversion fixed it; leave it out"
+                    )
+            workspace = path
+        else:
+            name = model_name or re.sub(r"[^A-Za-z0-9._-]", "-", Path(asked or path).resolve().name).lstrip("._-") or "model"
+            workspace = _converted(path, Path(folder) / "workspace", name, model_format)
         log_path = Path(folder) / "tritonserver.log"
         logger.info("starting tritonserver on %s (log: %s)", workspace, log_path)
         with running_server(workspace, log_path, options) as server:
             yield server
 
 
-def _converted(model_path: Path, workspace: Path) -> Path:
+def _converted(model_path: Path, workspace: Path, name: str, model_format: str | None) -> Path:
     from turbotriton.converter.convert import ConvertOptions, convert_checkpoint
 
-    name = re.sub(r"[^A-Za-z0-9._-]", "-", model_path.resolve().name).lstrip("._-") or "model"
     logger.info("converting %s", model_path)
-    convert_checkpoint(ConvertOptions(model_name=name, model_path=model_path, dst_path=workspace))
+    convert_checkpoint(ConvertOptions(model_name=name, model_path=model_path, dst_path=workspace, model_format=model_format))
     return workspace
 
 

@@ -21,7 +21,7 @@ from .leftovers import (
 )
 from .server_runtime import ServerRuntime, find_server
 
-__all__ = ["add_parser", "server_command"]
+__all__ = ["ENGINE_FLAGS", "add_parser", "check_engine_options", "server_command"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,7 @@ ENGINE_FLAGS: dict[str, tuple[type, str]] = {
     "num_tokens_per_iter": (int, "token budget of one step"),
     "compute_dtype": (str, "auto, fp16, bf16 or fp32"),
     "device": (str, "auto, cpu, cuda or cuda:N"),
+    "quant_policy": (int, "bits of keys and values: 8, 4, or 0 for 16"),
     "enable_prefix_caching": (int, "1 or 0"),
     "cuda_graphs": (int, "1 or 0: decode steps on a GPU replay captured graphs"),
     "max_queued_requests": (int, "requests that may wait before new ones are refused"),
@@ -49,7 +50,6 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="start tritonserver on a workspace",
         description="Start tritonserver (from PATH, else the PyPI server runtime) on WORKSPACE/model_repository. "
         "Flags that are not listed here are passed on to tritonserver.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("workspace", type=Path, help="folder written by 'turbotriton convert' (or its model_repository)")
     parser.add_argument("--http-port", type=int, default=8000, help="HTTP port")
@@ -68,7 +68,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     options = {name: str(value) for name in ENGINE_FLAGS if (value := getattr(args, name)) is not None}
-    _check_options(options)
+    check_engine_options(options)
     runtime = find_server()
     command = server_command(runtime, args)
     environment = runtime.environment | {f"TURBOTRITON_{name.upper()}": value for name, value in options.items()}
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     return _wait(process)
 
 
-def _check_options(options: dict[str, str]) -> None:
+def check_engine_options(options: dict[str, str]) -> None:
     """Refuses a bad value now and not in the engine's log. session_len: the real one is in config.ini, any valid one serves here."""
     values: dict[str, object] = {name: ENGINE_FLAGS[name][0](value) for name, value in options.items()}
     EngineConfig(**({"session_len": 2048} | values))  # type: ignore[arg-type]

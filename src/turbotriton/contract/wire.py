@@ -29,6 +29,9 @@ __all__ = [
 MAX_LOGPROBS = 1024
 MAX_LOGIT_BIAS = 1024
 MAX_SEED = 2**64 - 1
+MAX_GUIDED_BYTES = 64 * 1024
+#: What constrains the output: see `SamplingParams.guided`.
+GUIDED_KINDS = ("json_schema", "json_object", "regex", "grammar", "choice")
 
 
 def _is_int(value: object) -> bool:
@@ -71,6 +74,8 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit before all else)
     ignore_eos: bool = False
     num_logprobs: int | None = None  # None: none; 0: the drawn token's; n: also the n most likely
+    #: (one of GUIDED_KINDS, its text): JSON schema, "" for json_object, regex, Lark grammar, JSON list of strings. The output follows it.
+    guided: tuple[str, str] | None = None
 
     def __post_init__(self) -> None:
         def check(ok: bool, name: str, rule: str) -> None:
@@ -118,6 +123,19 @@ class SamplingParams:
             "logit_bias",
             "pairs of a token id and a number from -100 to 100",
         )
+        if self.guided is not None:
+            self._check_guided(self.guided)
+
+    def _check_guided(self, guided: tuple[str, str]) -> None:
+        if len(guided) != 2 or guided[0] not in GUIDED_KINDS or not isinstance(guided[1], str):
+            raise InvalidInputError(f"guided must be one of {', '.join(GUIDED_KINDS)} and its text")
+        size = len(guided[1].encode(errors="surrogatepass"))
+        if size > MAX_GUIDED_BYTES:
+            raise InvalidInputError(f"guided: the {guided[0]} has {size} bytes; at most {MAX_GUIDED_BYTES} are taken")
+        if self.ignore_eos:
+            raise InvalidInputError(
+                "ignore_eos is true and guided is given; a guided output ends where its grammar ends, drop one"
+            )
 
     @property
     def is_greedy(self) -> bool:

@@ -1,0 +1,23 @@
+"""What guided rows may draw: the host's bit masks over the logits."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+__all__ = ["masked_logits"]
+
+
+def masked_logits(logits: torch.Tensor, rows: Sequence[int], words: npt.NDArray[np.int32]) -> torch.Tensor:
+    """A copy of `logits` where the guided rows keep their allowed tokens and have -inf elsewhere.
+
+    logits: [num_rows, vocab_size];  words: [len(rows), >= vocab_size / 32], bit i % 32 of word i // 32 allows token i.
+    """
+    device = logits.device
+    bits = torch.from_numpy(words).to(device)[:, :, None] >> torch.arange(32, dtype=torch.int32, device=device)
+    forbidden = (bits & 1 == 0).flatten(1)[:, : logits.shape[1]]  # [len(rows), vocab_size]
+    at = torch.tensor(rows, device=device)
+    masked = logits.clone()
+    masked[at] = logits[at].masked_fill(forbidden, float("-inf"))
+    return masked
