@@ -9,11 +9,18 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from turbotriton.backend.ops.packing import (
+    interleave_w13,
+    pack_scales_zeros,
+    unpack_awq,
+    unpack_gptq_weight,
+    unpack_gptq_zeros,
+)
 from turbotriton.contract.errors import CheckpointError
 from turbotriton.contract.layout import padded_vocab_size
 
 from .archs import Architecture
-from .int4 import interleave_w13, pack_scales_zeros, unpack_awq
+from .linear_format import FLOATS, SCALE_NAMES, LinearFormat, check_g_idx
 from .raw_config import CheckpointConfig
 from .shard import interleave_rotary, split_grouped, split_stacked
 from .sources import Source
@@ -31,16 +38,16 @@ class SourceShape:
     config: CheckpointConfig  # with vocab_size and inter_size filled in
     attn_bias: bool
     tied_head: bool
+    linears: LinearFormat
 
 
-def check_source(source: Source, arch: Architecture, config: CheckpointConfig, group_size: int) -> SourceShape:
-    """Raises CheckpointError for a missing or extra tensor, a wrong shape or type. `group_size` 0: not int4."""
+def check_source(source: Source, arch: Architecture, config: CheckpointConfig, linears: LinearFormat) -> SourceShape:
+    """Raises CheckpointError for a missing or extra tensor, a wrong shape or type."""
     names, found = arch.names, source.tensors
     any_path = next(iter(found.values())).path if found else None
     if any_path is None:
         raise CheckpointError("the checkpoint holds no tensors")
-    suffix = "qweight" if group_size else "weight"
-    for prefix in (names.embedding + ".weight", names.w1.format(i=0) + "." + suffix):
+    for prefix in (names.embedding + ".weight", names.w1.format(i=0) + "." + linears.main_tensor):
         if prefix not in found:
             raise CheckpointError(f"{any_path.parent}: tensor {prefix}: is missing from all files")
     config = replace(
@@ -48,74 +55,86 @@ def check_source(source: Source, arch: Architecture, config: CheckpointConfig, g
         vocab_size=config.vocab_size or found[f"{names.embedding}.weight"].shape[0],
         inter_size=config.inter_size or found[f"{names.w1.format(i=0)}.weight"].shape[0],
     )
-    attn_bias = arch.qkv_bias == "required" or f"{names.qkv[0].format(i=0)}.bias" in found
+    q_bias = f"{names.qkv[0].format(i=0)}.bias"
+    attn_bias = arch.qkv_bias == "required" or (q_bias in found and not _is_bias_of_zeros(source, q_bias, linears))
     tied = config.tie_word_embeddings and f"{names.head}.weight" not in found
-    expected = dict(_expected(arch, config, attn_bias=attn_bias, tied=tied, group_size=group_size))
-    for name, shape in expected.items():
+    if linears.scale_name:
+        linears = replace(linears, scale_name=_scale_name(arch, source, linears))
+    expected = {name: (shape, dtypes) for name, shape, dtypes in _expected(arch, config, source, linears, attn_bias, tied)}
+    for name, (shape, dtypes) in expected.items():
         info = found.get(name)
         if info is None:
             raise CheckpointError(f"{any_path.parent}: tensor {name}: expected shape {list(shape)}, found in no file")
         if info.shape != shape:
             raise CheckpointError(f"{info.path}: tensor {name}: expected shape {list(shape)}, found {list(info.shape)}")
-        is_int = name.endswith((".qweight", ".qzeros"))
-        if (
-            (info.dtype != torch.int32)
-            if is_int
-            else (info.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64))
-        ):
-            kind = "int32" if is_int else "float16, bfloat16 or float32"
+        if info.dtype not in dtypes:
+            kind = "float16, bfloat16 or float32" if len(dtypes) > 1 else str(dtypes[0]).removeprefix("torch.")
             raise CheckpointError(f"{info.path}: tensor {name}: expected {kind}, found {str(info.dtype).removeprefix('torch.')}")
     for name in sorted(found.keys() - expected.keys()):
-        if not name.endswith(names.unused):
+        if not name.endswith(names.unused) and not _is_bias_of_zeros(source, name, linears):
             raise CheckpointError(
                 f"{found[name].path}: tensor {name}: expected no such tensor in {arch.name} with "
                 f"{config.num_layers} layers, found shape {list(found[name].shape)}"
             )
-    return SourceShape(config, attn_bias, tied)
+    return SourceShape(config, attn_bias, tied, linears)
+
+
+def _scale_name(arch: Architecture, source: Source, linears: LinearFormat) -> str:
+    """The name in use: LMDeploy says scale, the others weight_scale."""
+    first = arch.names.w1.format(i=0)
+    return next((name for name in SCALE_NAMES if f"{first}.{name}" in source.tensors), linears.scale_name)
+
+
+def _is_bias_of_zeros(source: Source, name: str, linears: LinearFormat) -> bool:
+    """AutoGPTQ wrote one for every layer, also of models without biases."""
+    return linears.kind == "gptq" and name.endswith(".bias") and not bool(source.read(name).any())
 
 
 def _expected(
-    arch: Architecture, config: CheckpointConfig, *, attn_bias: bool, tied: bool, group_size: int
-) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(name, shape [out, in] as checkpoints store it) of every tensor that must be there."""
+    arch: Architecture, config: CheckpointConfig, source: Source, linears: LinearFormat, attn_bias: bool, tied: bool
+) -> Iterator[tuple[str, tuple[int, ...], tuple[torch.dtype, ...]]]:
+    """(name, shape as checkpoints store it, dtypes) of every tensor that must be there."""
     names, hidden = arch.names, config.hidden_size
     q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     packed = len(names.qkv) == 1
     qkv_sizes = (q_size + 2 * kv_size,) if packed else (q_size, kv_size, kv_size)
 
-    def linear(prefix: str, rows: int, columns: int, *, bias: bool = False) -> Iterator[tuple[str, tuple[int, ...]]]:
-        if group_size:
-            yield f"{prefix}.qweight", (rows, columns // 8)
-            yield f"{prefix}.qzeros", (rows // group_size, columns // 8)
-            yield f"{prefix}.scales", (rows // group_size, columns)
-        else:
-            yield f"{prefix}.weight", (columns, rows)
+    def linear(
+        prefix: str, rows: int, columns: int, *, bias: bool = False
+    ) -> Iterator[tuple[str, tuple[int, ...], tuple[torch.dtype, ...]]]:
+        found = {
+            last: source.tensors[f"{prefix}.{last}"].shape
+            for last in ("g_idx", *SCALE_NAMES)
+            if f"{prefix}.{last}" in source.tensors
+        }
+        for last, shape, dtypes in linears.tensors(rows, columns, found):
+            yield f"{prefix}.{last}", shape, dtypes
         if bias:
-            yield f"{prefix}.bias", (columns,)
+            yield f"{prefix}.bias", (columns,), FLOATS
 
-    yield f"{names.embedding}.weight", (config.vocab_size, hidden)
-    yield f"{names.norm}.weight", (hidden,)
+    yield f"{names.embedding}.weight", (config.vocab_size, hidden), FLOATS
+    yield f"{names.norm}.weight", (hidden,), FLOATS
     if not tied:
-        yield f"{names.head}.weight", (config.vocab_size, hidden)
+        yield f"{names.head}.weight", (config.vocab_size, hidden), FLOATS
     for i in range(config.num_layers):
-        yield names.attention_norm.format(i=i) + ".weight", (hidden,)
-        yield names.ffn_norm.format(i=i) + ".weight", (hidden,)
+        yield names.attention_norm.format(i=i) + ".weight", (hidden,), FLOATS
+        yield names.ffn_norm.format(i=i) + ".weight", (hidden,), FLOATS
         for prefix, size in zip(names.qkv, qkv_sizes, strict=True):
             yield from linear(prefix.format(i=i), hidden, size, bias=attn_bias)
         yield from linear(names.o.format(i=i), q_size, hidden, bias=attn_bias and arch.o_bias == "with_qkv")
         if arch.qk_norm:
-            yield names.q_norm.format(i=i) + ".weight", (config.head_dim,)
-            yield names.k_norm.format(i=i) + ".weight", (config.head_dim,)
+            yield names.q_norm.format(i=i) + ".weight", (config.head_dim,), FLOATS
+            yield names.k_norm.format(i=i) + ".weight", (config.head_dim,), FLOATS
         for prefix in (names.w1, names.w3):
             yield from linear(prefix.format(i=i), hidden, config.inter_size)
         yield from linear(names.w2.format(i=i), config.inter_size, hidden)
 
 
 class Assembler:
-    """Yields tensors in their source dtype; int4 ones as nibbles (uint8) and packed scales_zeros (int32)."""
+    """Yields tensors in their source dtype; int4 ones as nibbles (uint8) and packed scales_zeros (int32), fp8 as its bytes."""
 
-    def __init__(self, source: Source, arch: Architecture, shape: SourceShape, *, tp: int, int4: bool) -> None:
-        self._source, self._arch, self._shape, self._tp, self._int4 = source, arch, shape, tp, int4
+    def __init__(self, source: Source, arch: Architecture, shape: SourceShape, *, tp: int) -> None:
+        self._source, self._arch, self._shape, self._tp = source, arch, shape, tp
 
     def shared(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Embeddings, final norm and head."""
@@ -138,29 +157,44 @@ class Assembler:
             for name, source_name in (("q_norm", names.q_norm), ("k_norm", names.k_norm)):
                 weight = self._source.read(source_name.format(i=i) + ".weight")
                 yield f"{prefix}.attention.{name}.weight", interleave_rotary(weight, self._shape.config.head_dim)
-        w1, w3 = self._projection(names.w1.format(i=i)), self._projection(names.w3.format(i=i))
-        if self._int4:
+        w1, w3 = (self._projection(name.format(i=i), may_have_bias=False) for name in (names.w1, names.w3))
+        if self._shape.linears.is_int4:
             yield from self._files(f"{prefix}.feed_forward.w13", {kind: interleave_w13(w1[kind], w3[kind]) for kind in w1})
         else:
             yield from self._files(f"{prefix}.feed_forward.w1", w1)
             yield from self._files(f"{prefix}.feed_forward.w3", w3)
         del w1, w3
-        yield from self._files(f"{prefix}.feed_forward.w2", self._projection(names.w2.format(i=i)))
+        yield from self._files(f"{prefix}.feed_forward.w2", self._projection(names.w2.format(i=i), may_have_bias=False))
 
-    def _projection(self, prefix: str) -> Projection:
+    def _projection(self, prefix: str, *, may_have_bias: bool = True) -> Projection:
         """Every kind with output features on the last axis."""
-        read, found = self._source.read, self._source.tensors
-        if self._int4:
-            columns = {
-                "nibbles": unpack_awq(read(f"{prefix}.qweight")),
-                "zeros": unpack_awq(read(f"{prefix}.qzeros")),
-                "scales": read(f"{prefix}.scales"),
-            }
+        read, found, linears = self._source.read, self._source.tensors, self._shape.linears
+        if linears.is_int4:
+            columns = self._int4_projection(prefix)
         else:
-            columns = {"weight": read(f"{prefix}.weight").t()}
-        if f"{prefix}.bias" in found:
+            weight = read(f"{prefix}.weight")
+            columns = {"weight": (weight.view(torch.uint8) if linears.kind == "fp8" else weight).t()}
+            if linears.scale_name:
+                columns["scale"] = _positive(f"{prefix}.{linears.scale_name}", read(f"{prefix}.{linears.scale_name}")).expand(
+                    weight.shape[0]
+                )
+        if may_have_bias and self._shape.attn_bias and f"{prefix}.bias" in found:  # others are gptq's zeros
             columns["bias"] = read(f"{prefix}.bias")
         return columns
+
+    def _int4_projection(self, prefix: str) -> Projection:
+        read, linears = self._source.read, self._shape.linears
+        qweight, qzeros = read(f"{prefix}.qweight"), read(f"{prefix}.qzeros")
+        if linears.kind == "awq":
+            nibbles, zeros = unpack_awq(qweight), unpack_awq(qzeros)
+        else:
+            if f"{prefix}.g_idx" in self._source.tensors:
+                check_g_idx(f"{prefix}.g_idx", read(f"{prefix}.g_idx"), linears.group_size)
+            nibbles, zeros = unpack_gptq_weight(qweight), unpack_gptq_zeros(qzeros, plus_one=linears.zeros_less_one)
+        scales = read(f"{prefix}.scales")
+        if not bool(scales.half().isfinite().all()):
+            raise CheckpointError(f"tensor {prefix}.scales: holds NaN, or values that fp16 cannot; the checkpoint is broken")
+        return {"nibbles": nibbles, "zeros": zeros, "scales": scales}
 
     def _qkv(self, i: int) -> Projection:
         """[q | k | v] columns, q and k interleaved for rotary."""
@@ -181,8 +215,7 @@ class Assembler:
     def _output(self, i: int) -> Projection:
         wo = self._projection(self._arch.names.o.format(i=i))
         if self._shape.attn_bias and self._arch.o_bias == "zeros":
-            kind = "scales" if self._int4 else "weight"
-            wo["bias"] = torch.zeros(self._shape.config.hidden_size, dtype=wo[kind].dtype)
+            wo["bias"] = torch.zeros(self._shape.config.hidden_size)
         return wo
 
     def _files(self, name: str, projection: Projection) -> Iterator[tuple[str, torch.Tensor]]:
@@ -191,9 +224,19 @@ class Assembler:
             yield f"{name}.{{rank}}.scales_zeros", pack_scales_zeros(projection["scales"], projection["zeros"])
         else:
             yield f"{name}.{{rank}}.weight", projection["weight"]
+        if "scale" in projection:
+            yield f"{name}.{{rank}}.scale", projection["scale"]
         if "bias" in projection:
             yield f"{name}.{{rank}}.bias", projection["bias"]
 
     def _pad_vocab(self, rows: torch.Tensor) -> torch.Tensor:
         extra = padded_vocab_size(rows.shape[0], self._tp) - rows.shape[0]
         return torch.nn.functional.pad(rows, (0, 0, 0, extra)) if extra else rows
+
+
+def _positive(name: str, scale: torch.Tensor) -> torch.Tensor:
+    """[] or [1] or [out] or [out, 1] of any float -> fp32 [1] or [out]."""
+    scale = scale.float().flatten()
+    if not bool(((scale > 0) & scale.isfinite()).all()):
+        raise CheckpointError(f"tensor {name}: expected positive scales, found {scale.min():g}; the checkpoint is broken")
+    return scale

@@ -19,13 +19,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from turbotriton.backend.ops.packing import pack_tiles
 from turbotriton.contract.errors import CheckpointError, ConfigError
 from turbotriton.contract.ini import ModelConfig, write_workspace_config
 from turbotriton.contract.layout import Storage, TensorSpec, tensor_specs
 
 from .assemble import Assembler
 from .checkpoint import Checkpoint, check_tp, open_checkpoint
-from .int4 import pack_tiles
 from .options import ConvertOptions
 from .repository import Layout, door_templates, is_workspace, write_doors
 from .shard import split_ranks
@@ -113,7 +113,7 @@ def _publish(temporary: Path, destination: Path) -> None:
 def _write_weights(checkpoint: Checkpoint, model: ModelConfig, folder: Path, *, show_progress: bool) -> None:
     """Every tensor that `contract.layout` lists, one layer in memory at a time."""
     specs = {spec.name: spec for spec in tensor_specs(model)}
-    assembler = Assembler(checkpoint.source, checkpoint.arch, checkpoint.shape, tp=model.tp, int4=bool(checkpoint.group_size))
+    assembler = Assembler(checkpoint.source, checkpoint.arch, checkpoint.shape, tp=model.tp)
     writer = WeightWriter(folder)
     started = time.monotonic()
     with tqdm(total=model.num_layers, desc="converting", unit="layer", disable=None if show_progress else True) as progress:
@@ -142,7 +142,7 @@ def _write_tensor(writer: WeightWriter, spec: TensorSpec, tensor: torch.Tensor, 
     assert tuple(tensor.shape) == spec.shape, f"{spec.name}: {tuple(tensor.shape)} is not {spec.shape}"
     q_size, kv_size = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     if spec.storage is Storage.FLOAT:
-        tensor = _cast(tensor, DTYPES.get(model.weight_type, torch.float16), spec.name)
+        tensor = _cast(tensor, DTYPES[model.float_type], spec.name)
     for name, part in zip(spec.file_names(model.tp), split_ranks(tensor, spec.split, model.tp, q_size, kv_size), strict=True):
         writer.write(name, pack_tiles(part) if spec.storage is Storage.NIBBLES else part)
 

@@ -10,7 +10,7 @@ from .repository import check_served_name
 __all__ = ["ConvertOptions"]
 
 DTYPES = ("auto", "fp16", "bf16", "fp32")
-FORMATS = ("hf", "llama", "awq")
+FORMATS = ("hf", "llama", "awq", "gptq", "smooth_quant", "fp8")
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,6 +41,7 @@ def workspace_config(checkpoint: Checkpoint, tokenizer: TokenizerFolder, options
     )
     ours = TurbotritonSection(
         hidden_size=config.hidden_size,
+        float_type=checkpoint.float_type,
         end_ids=",".join(map(str, end_ids)),
         tie_word_embeddings=int(checkpoint.shape.tied_head),
         qk_norm=int(checkpoint.arch.qk_norm),

@@ -6,11 +6,12 @@ Weights are in the device's layout (`runner/weights.py` makes it); keys and valu
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from turbotriton.backend.ops.operands import AttentionBatch, LinearWeight, NormWeight
+from turbotriton.backend.ops.operands import AttentionBatch, KvPages, LinearWeight, NormWeight
 from turbotriton.backend.ops.table import OpTable
 from turbotriton.contract.ini import ModelConfig
 
@@ -30,9 +31,9 @@ class ModelWeights:
     def num_elements(self) -> int:
         """Matrix elements, each used once for a token; a tied head counts as the head it is."""
         layers = sum(
-            linear.weight.numel() for layer in self.layers for linear in (layer.qkv.qkv, layer.output, layer.gate_up, layer.down)
+            linear.num_elements for layer in self.layers for linear in (layer.qkv.qkv, layer.output, layer.gate_up, layer.down)
         )
-        return layers + self.head.weight.numel()
+        return layers + self.head.num_elements
 
 
 def logn_scale(positions: torch.Tensor, max_position_embeddings: int) -> torch.Tensor:
@@ -48,9 +49,9 @@ class Decoder:
         self._attention_rule = (config.head_dim**-0.5, config.sliding_window)
 
     def hidden_states(
-        self, token_ids: torch.Tensor, batch: AttentionBatch, k_caches: torch.Tensor, v_caches: torch.Tensor
+        self, token_ids: torch.Tensor, batch: AttentionBatch, k_caches: Sequence[KvPages], v_caches: Sequence[KvPages]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """token_ids: [num_tokens]; k_caches, v_caches: [num_layers, num_blocks, num_kv_heads, block_size, head_dim], modified.
+        """token_ids: [num_tokens]; k_caches, v_caches: one KvPages a layer, modified.
 
         Returns (x, residual), both [num_tokens, hidden], whose sum enters the final norm.
         """

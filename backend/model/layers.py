@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from turbotriton.backend.ops.operands import AttentionBatch, LinearWeight, NormWeight, QkvWeights
+from turbotriton.backend.ops.operands import AttentionBatch, KvPages, LinearWeight, NormWeight, QkvWeights
 from turbotriton.backend.ops.table import OpTable
 
 __all__ = ["LayerWeights", "run_layer"]
@@ -25,7 +25,7 @@ def run_layer(
     x: torch.Tensor,
     residual: torch.Tensor | None,
     batch: AttentionBatch,
-    kv: tuple[torch.Tensor, torch.Tensor],
+    kv: tuple[KvPages, KvPages],
     attention_rule: tuple[float, int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x, residual: [num_tokens, hidden]; kv: this layer's (k_cache, v_cache), modified; attention_rule: (scale, sliding_window).

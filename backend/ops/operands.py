@@ -13,7 +13,20 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["AttentionBatch", "DenseWeight", "LinearWeight", "NormWeight", "QkvWeights", "SamplingBatch"]
+__all__ = [
+    "AttentionBatch",
+    "DenseWeight",
+    "Fp8Weight",
+    "KvPages",
+    "LinearWeight",
+    "NormWeight",
+    "QkvWeights",
+    "QuantizedPages",
+    "SamplingBatch",
+    "StaticInt8Pages",
+    "W4A16Weight",
+    "W8A8Weight",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +40,107 @@ class DenseWeight:
     weight: torch.Tensor
     bias: torch.Tensor | None = None
 
+    @property
+    def num_elements(self) -> int:
+        return self.weight.numel()
 
-#: A linear layer's weight. Quantised variants become further members of this union; an op dispatches on the type.
-LinearWeight = DenseWeight
+
+@dataclass(frozen=True, slots=True)
+class W4A16Weight:
+    """y = x W (+ b) with W = (nibble - zero) * scale, each value rounded once to the compute dtype (AWQ, arXiv:2306.00978).
+
+    qweight: [in_features / 2, out_features], uint8: rows 2i (low half) and 2i + 1 (high half), see `packing.pack_rows`
+    scales:  [in_features / group_size, out_features], fp16      zeros: the same shape, uint8, 0..15
+    bias:    [out_features], the compute dtype, or None
+    """
+
+    qweight: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor
+    bias: torch.Tensor | None = None
+
+    @property
+    def group_size(self) -> int:
+        return 2 * self.qweight.shape[0] // self.scales.shape[0]
+
+    @property
+    def num_elements(self) -> int:
+        return 2 * self.qweight.numel()
+
+
+@dataclass(frozen=True, slots=True)
+class W8A8Weight:
+    """int8 weights with a scale an output, int8 activations with a scale a token, made on the fly (arXiv:2211.10438).
+
+        s_x = max(max |x|, 1e-7) / 127;  x8 = round_half_even(x / s_x) in [-127, 127];  y = (x8 W8, exact) * s_x * scale (+ b)
+
+    in fp32, rounded once.   weight: [in_features, out_features], int8, any strides      scale: [out_features], fp32
+    bias: [out_features], the compute dtype, or None
+    """
+
+    weight: torch.Tensor
+    scale: torch.Tensor
+    bias: torch.Tensor | None = None
+
+    @property
+    def num_elements(self) -> int:
+        return self.weight.numel()
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Weight:
+    """As W8A8Weight in float8 e4m3 (arXiv:2209.05433): s_x = max(max |x|, 1e-7) / 448;  x8 = e4m3(x / s_x);  sums in fp32.
+
+    weight: [in_features, out_features], float8_e4m3fn, any strides      scale: [out_features], fp32
+    bias:   [out_features], the compute dtype, or None
+    """
+
+    weight: torch.Tensor
+    scale: torch.Tensor
+    bias: torch.Tensor | None = None
+
+    @property
+    def num_elements(self) -> int:
+        return self.weight.numel()
+
+
+#: A linear layer's weight; an op dispatches on the type.
+LinearWeight = DenseWeight | W4A16Weight | W8A8Weight | Fp8Weight
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedPages:
+    """One layer's keys (or values), 8 or 4 bit with a scale and a zero for each token and kv head, made when they are stored.
+
+        scale = (max - min) / (2^bits - 1) and zero = min over head_dim, both rounded to the compute dtype
+        q = round_half_even((x - zero) / scale) in [0, 2^bits - 1] (0 where scale is 0);     x' = q * scale + zero
+
+    data:   [num_blocks, num_kv_heads, block_size, head_dim * bits / 8], uint8. 4 bit: byte j holds dim j in its low half and
+            dim j + head_dim / 2 in its high half
+    params: [num_blocks, num_kv_heads, block_size, 2], the compute dtype: (scale, zero)
+    """
+
+    data: torch.Tensor
+    params: torch.Tensor
+    bits: int
+
+
+@dataclass(frozen=True, slots=True)
+class StaticInt8Pages:
+    """One layer's keys (or values) in 8 bit with scales found at calibration, the same for all tokens.
+
+        q = round_half_even((x - zero) / scale + 128) in [0, 255];     x' = (q - 128) * scale + zero
+
+    data: [num_blocks, num_kv_heads, block_size, head_dim], uint8      scale, zero: [num_kv_heads], fp32
+    """
+
+    data: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor
+
+
+#: One layer's keys (or values). A plain tensor is [num_blocks, num_kv_heads, block_size, head_dim] in the compute dtype.
+KvPages = torch.Tensor | QuantizedPages | StaticInt8Pages
 
 
 @dataclass(frozen=True, slots=True)

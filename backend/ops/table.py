@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 
-from .operands import AttentionBatch, LinearWeight, NormWeight, QkvWeights, SamplingBatch
+from .operands import AttentionBatch, KvPages, LinearWeight, NormWeight, QkvWeights, SamplingBatch
 from .reference.attention import attention
 from .reference.sample import sample
 from .reference.stage_decode import stage_decode
@@ -62,11 +62,11 @@ class NormQkvRotaryStore(Protocol):
 
     x:        [num_tokens, hidden], the output of the layer before (or the embeddings)
     residual: [num_tokens, hidden], the residual stream without x; None in the first layer
-    k_cache, v_cache: [num_blocks, num_kv_heads, block_size, head_dim], this layer's, modified at batch.slot_mapping
+    k_cache, v_cache: this layer's, of one format (KvPages), modified at batch.slot_mapping
 
         r = x + residual;   y = rms_norm(r);   q, k, v = y W_qkv + b
         q, k = rms_norm over head_dim          where the model has q_norm and k_norm
-        q, k = rotary(q), rotary(k);   q *= q_scale;   cache[slot_mapping] = k, v
+        q, k = rotary(q), rotary(k);   q *= q_scale;   cache[slot_mapping] = k, v      (quantised as the pages' class says)
 
     Rounds to the compute dtype after each line; rotary on half-split pairs (i, i + rotary_dim / 2) in fp32.
     Returns (q: [num_tokens, num_heads, head_dim], r: [num_tokens, hidden]).
@@ -78,8 +78,8 @@ class NormQkvRotaryStore(Protocol):
         residual: torch.Tensor | None,
         weights: QkvWeights,
         batch: AttentionBatch,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
+        k_cache: KvPages,
+        v_cache: KvPages,
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
@@ -87,6 +87,7 @@ class Attention(Protocol):
     """Causal grouped-query attention of a mixed batch over the paged cache, which already holds the step's own keys.
 
     q: [num_tokens, num_heads, head_dim]; head h reads kv head h // (num_heads / num_kv_heads)
+    k_cache, v_cache: this layer's, of one format; quantised ones stand for the values that their class defines
     scale: multiplies q k^T, usually head_dim ** -0.5
     sliding_window: keys that a query sees, itself included; 0: all
 
@@ -98,8 +99,8 @@ class Attention(Protocol):
     def __call__(
         self,
         q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
+        k_cache: KvPages,
+        v_cache: KvPages,
         batch: AttentionBatch,
         scale: float,
         sliding_window: int,

@@ -6,6 +6,7 @@ norm before and the activation after in the same launch.
 
 import dataclasses
 import functools
+from typing import TypeGuard
 
 import torch
 
@@ -13,12 +14,16 @@ from .kernels import skinny_linear
 from .kernels.greedy_sample import greedy_sample
 from .kernels.paged_decode_attention import paged_decode_attention
 from .kernels.paged_prefill_attention import paged_prefill_attention
+from .kernels.quantized_decode_attention import quantized_decode_attention
 from .kernels.rms_norm import rms_norm
 from .kernels.rotary_store_kv import rotary_store_kv
+from .kernels.rotary_store_quantized_kv import rotary_store_quantized_kv
 from .kernels.silu_and_mul import silu_and_mul
 from .kernels.stage_decode import stage_decode
-from .kernels.tuning import MAX_SKINNY_NORM_ELEMENTS, next_power_of_2
-from .operands import LinearWeight, NormWeight, SamplingBatch
+from .kernels.tuning import MAX_SKINNY_NORM_ELEMENTS, MAX_W4A16_ROWS, next_power_of_2
+from .kernels.w4a16_linear import dequantize_w4a16, w4a16_linear
+from .kernels.w8a8_linear import w8a8_linear
+from .operands import DenseWeight, LinearWeight, NormWeight, SamplingBatch, W4A16Weight, W8A8Weight
 from .reference import units
 from .reference.attention import attention
 from .reference.sample import sample as reference_sample
@@ -27,8 +32,8 @@ from .table import REFERENCE
 __all__ = ["TRITON", "UNITS_WITH_REFERENCE_PARTS"]
 
 
-def _is_skinny(x: torch.Tensor, weight: LinearWeight) -> bool:
-    return x.shape[0] <= skinny_linear.MAX_SKINNY_ROWS and weight.weight.stride(0) == 1
+def _is_skinny(weight: LinearWeight, x: torch.Tensor) -> TypeGuard[DenseWeight]:
+    return isinstance(weight, DenseWeight) and x.shape[0] <= skinny_linear.MAX_SKINNY_ROWS and weight.weight.stride(0) == 1
 
 
 def _norm_fits(x: torch.Tensor) -> bool:
@@ -36,15 +41,21 @@ def _norm_fits(x: torch.Tensor) -> bool:
 
 
 def linear(x: torch.Tensor, weight: LinearWeight) -> torch.Tensor:
-    if _is_skinny(x, weight):
+    if _is_skinny(weight, x):
         return skinny_linear.linear(x, weight.weight, weight.bias)
+    if isinstance(weight, W4A16Weight):
+        if x.shape[0] <= MAX_W4A16_ROWS:
+            return w4a16_linear(x, weight)
+        return units.linear(x, DenseWeight(dequantize_w4a16(weight, x.dtype), weight.bias))
+    if isinstance(weight, W8A8Weight):
+        return w8a8_linear(x, weight)
     return units.linear(x, weight)
 
 
 def norm_linear(
     x: torch.Tensor, residual: torch.Tensor | None, norm: NormWeight, weight: LinearWeight
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if _is_skinny(x, weight) and _norm_fits(x):
+    if _is_skinny(weight, x) and _norm_fits(x):
         return skinny_linear.norm_linear(x, residual, norm.weight, norm.eps, weight.weight, weight.bias)
     y, residual = rms_norm(x, norm.weight, norm.eps, residual)
     return linear(y, weight), residual
@@ -53,7 +64,7 @@ def norm_linear(
 def norm_gate_up_silu(
     x: torch.Tensor, residual: torch.Tensor, norm: NormWeight, weight: LinearWeight
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if _is_skinny(x, weight) and _norm_fits(x):
+    if _is_skinny(weight, x) and _norm_fits(x):
         return skinny_linear.norm_gate_up(x, residual, norm.weight, norm.eps, weight.weight, weight.bias)
     gate_up, residual = norm_linear(x, residual, norm, weight)
     return silu_and_mul(gate_up), residual
@@ -69,10 +80,17 @@ TRITON = dataclasses.replace(
     REFERENCE,
     stage_decode=stage_decode,
     norm_qkv_rotary_store=functools.partial(
-        units.norm_qkv_rotary_store, norm_linear=norm_linear, rms_norm=rms_norm, rotary_store_kv=rotary_store_kv
+        units.norm_qkv_rotary_store,
+        norm_linear=norm_linear,
+        rms_norm=rms_norm,
+        rotary_store_kv=rotary_store_kv,
+        rotary_store_quantized_kv=rotary_store_quantized_kv,
     ),
     attention=functools.partial(
-        attention, paged_decode_attention=paged_decode_attention, paged_prefill_attention=paged_prefill_attention
+        attention,
+        paged_decode_attention=paged_decode_attention,
+        paged_prefill_attention=paged_prefill_attention,
+        quantized_decode_attention=quantized_decode_attention,
     ),
     output_projection=functools.partial(units.output_projection, linear=linear),
     norm_gate_up_silu=norm_gate_up_silu,
@@ -82,4 +100,7 @@ TRITON = dataclasses.replace(
 )
 
 #: Parts of units above that run on plain torch where a kernel is missing, for the log and `check_env`. GEMMs are cuBLAS's by choice.
-UNITS_WITH_REFERENCE_PARTS: tuple[str, ...] = ()
+UNITS_WITH_REFERENCE_PARTS: tuple[str, ...] = (
+    "linear over fp8 weights",
+    "prefill over quantised KV (widened by torch, then the kernel)",
+)

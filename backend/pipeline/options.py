@@ -16,7 +16,7 @@ __all__ = ["EngineOptions", "GenerationConfig", "PytorchEngineConfig", "Response
 
 logger = logging.getLogger(__name__)
 
-MODEL_FORMATS = (None, "hf", "llama", "awq")
+MODEL_FORMATS = (None, "hf", "llama", "awq", "gptq", "smooth_quant", "fp8")
 _UNBOUNDED = str(2**31 - 1)  # callers of a pipeline bound what is in flight themselves
 
 
@@ -84,7 +84,7 @@ class TurbomindEngineConfig:
     """The engine with our kernels on a GPU. Without a GPU it says so and runs the reference ops on the CPU."""
 
     model_name: str | None = None  # a chat template's name, as `pipeline(model_name=...)`
-    model_format: str | None = None  # hf, llama or awq; None: by the files
+    model_format: str | None = None  # one of MODEL_FORMATS; None: by the files
     tp: int = 1
     session_len: int | None = None  # None: the workspace's, the named template's, or the model's own
     max_batch_size: int = 128
@@ -102,7 +102,8 @@ class TurbomindEngineConfig:
     def __post_init__(self) -> None:
         _check_common(self.tp, self.max_prefill_token_num)
         if self.model_format not in MODEL_FORMATS:
-            raise ConfigError(f"model_format is {self.model_format!r}; it must be hf, llama, awq or None (by the files)")
+            formats = ", ".join(str(name) for name in MODEL_FORMATS[1:])
+            raise ConfigError(f"model_format is {self.model_format!r}; it must be {formats} or None (by the files)")
         if self.rope_scaling_factor < 0:
             raise ConfigError(f"rope_scaling_factor is {self.rope_scaling_factor}; it must be 0 (the model's own) or positive")
         if self.num_tokens_per_iter < 0:

@@ -1,51 +1,96 @@
-"""The paged KV cache: one pool of blocks for all layers, and how many blocks it gets.
+"""The paged KV cache: one pool of blocks for all layers, its format, and how many blocks it gets.
 
-    k, v: [num_layers, num_blocks, num_kv_heads, block_size, head_dim], compute dtype
+    format   a layer's keys or values (ops/operands.py)          bytes of a token and head in one of them
+    dense    tensor, compute dtype                                head_dim * itemsize
+    int8     QuantizedPages, 8 bit, (scale, zero) a token         head_dim + 2 itemsize
+    int4     QuantizedPages, 4 bit, (scale, zero) a token         head_dim / 2 + 2 itemsize
+    static   StaticInt8Pages, scales from files                   head_dim
 
-A block id names the same block in every layer. Which sequence holds which block is the scheduler's business. The pool starts as
-zeros: masked positions are multiplied by zero weights, and zero times an uninitialised NaN would be NaN.
+quant_policy chooses: 0 dense, 8 int8, 4 int4, or static where the workspace has `layers.i.past_kv_scale.r.weight` files (what
+quant_policy 4 meant in LMDeploy v0.3). A block id names the same block in every layer. Which sequence holds which block is the
+scheduler's business. The pool starts as zeros: masked positions are multiplied by zero weights, and zero times NaN would be NaN.
 """
 
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from turbotriton.contract.errors import ConfigError
+from turbotriton.backend.ops.operands import KvPages, QuantizedPages, StaticInt8Pages
+from turbotriton.contract.errors import ConfigError, WorkspaceError
 from turbotriton.contract.ini import EngineConfig, ModelConfig
+from turbotriton.contract.layout import kv_scale_file
 
-__all__ = ["KvCache", "allocate_kv_cache", "num_kv_blocks"]
+__all__ = ["KvCache", "KvScales", "allocate_kv_cache", "kv_block_bytes", "num_kv_blocks", "read_kv_scales"]
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class KvCache:
-    k: torch.Tensor
-    v: torch.Tensor
+    """One KvPages a layer; all of one format."""
 
-    @property
-    def num_blocks(self) -> int:
-        return self.k.shape[1]
-
-
-def allocate_kv_cache(model: ModelConfig, engine: EngineConfig, device: torch.device, dtype: torch.dtype) -> KvCache:
-    """Raises ConfigError when the pool would not hold one sequence of session_len."""
-    num_blocks = num_kv_blocks(model, engine, free_memory_bytes(device), dtype, cap=device.type == "cpu")
-    shape = (model.num_layers, num_blocks, model.num_kv_heads, engine.cache_block_seq_len, model.head_dim)
-    logger.info("KV cache: %d blocks of %d tokens on %s", num_blocks, engine.cache_block_seq_len, device)
-    return KvCache(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
+    k: tuple[KvPages, ...]
+    v: tuple[KvPages, ...]
+    num_blocks: int
 
 
-def num_kv_blocks(model: ModelConfig, engine: EngineConfig, free_bytes: int, dtype: torch.dtype, *, cap: bool) -> int:
+@dataclass(frozen=True, slots=True)
+class KvScales:
+    """Static scales of all layers, fp32 [num_layers, num_kv_heads] each."""
+
+    k_scale: torch.Tensor
+    k_zero: torch.Tensor
+    v_scale: torch.Tensor
+    v_zero: torch.Tensor
+
+
+def allocate_kv_cache(
+    model: ModelConfig, engine: EngineConfig, device: torch.device, dtype: torch.dtype, scales: KvScales | None = None
+) -> KvCache:
+    """`scales`: of the files, for quant_policy 4. Raises ConfigError when the pool would not hold one sequence of session_len."""
+    bits = 8 if scales is not None else engine.quant_policy
+    block_bytes = kv_block_bytes(model, engine, dtype, bits, with_params=scales is None)
+    num_blocks = num_kv_blocks(engine, free_memory_bytes(device), block_bytes, cap=device.type == "cpu")
+    shape = (model.num_layers, num_blocks, model.num_kv_heads, engine.cache_block_seq_len)
+
+    def pool() -> list[KvPages]:
+        if not bits:
+            return list(torch.zeros((*shape, model.head_dim), device=device, dtype=dtype))
+        data = torch.zeros((*shape, model.head_dim * bits // 8), device=device, dtype=torch.uint8)
+        params = torch.zeros((*shape, 2), device=device, dtype=dtype)
+        return [QuantizedPages(d, p, bits) for d, p in zip(data, params, strict=True)]
+
+    def static_pool(scale: torch.Tensor, zero: torch.Tensor) -> list[KvPages]:
+        data = torch.zeros((*shape, model.head_dim), device=device, dtype=torch.uint8)
+        return [StaticInt8Pages(*parts) for parts in zip(data, scale.to(device), zero.to(device), strict=True)]
+
+    kind = "static int8" if scales is not None else f"int{bits}" if bits else str(dtype).removeprefix("torch.")
+    logger.info("KV cache: %d blocks of %d tokens in %s on %s", num_blocks, engine.cache_block_seq_len, kind, device)
+    if scales is not None:
+        k, v = static_pool(scales.k_scale, scales.k_zero), static_pool(scales.v_scale, scales.v_zero)
+    else:
+        k, v = pool(), pool()
+    return KvCache(tuple(k), tuple(v), num_blocks)
+
+
+def kv_block_bytes(model: ModelConfig, engine: EngineConfig, dtype: torch.dtype, bits: int, *, with_params: bool = True) -> int:
+    """Bytes of one block over all layers, keys and values. `bits` 0: dense."""
+    if bits == 4 and model.head_dim % 2:
+        raise ConfigError(f"quant_policy is 4, but head_dim is {model.head_dim}, an odd number; use quant_policy 8 or 0")
+    a_token = model.head_dim * bits // 8 + (2 * dtype.itemsize if with_params else 0) if bits else model.head_dim * dtype.itemsize
+    return 2 * model.num_layers * model.num_kv_heads * engine.cache_block_seq_len * a_token
+
+
+def num_kv_blocks(engine: EngineConfig, free_bytes: int, block_bytes: int, *, cap: bool) -> int:
     """cache_max_entry_count >= 1 is the count itself; below 1 it is a share of `free_bytes`.
 
     `cap`: a share never takes more than max_batch_size sequences of session_len can use (host memory has other users).
     """
     block_size = engine.cache_block_seq_len
     blocks_a_sequence = -(-engine.session_len // block_size)
-    block_bytes = 2 * model.num_layers * model.num_kv_heads * block_size * model.head_dim * dtype.itemsize
     if engine.cache_max_entry_count >= 1:
         num_blocks = int(engine.cache_max_entry_count)
     else:
@@ -59,6 +104,33 @@ def num_kv_blocks(model: ModelConfig, engine: EngineConfig, free_bytes: int, dty
             "raise cache_max_entry_count or lower session_len"
         )
     return num_blocks
+
+
+def read_kv_scales(model: ModelConfig, folder: Path) -> KvScales | None:
+    """The past_kv_scale files of every layer and rank, None where there is none. Raises WorkspaceError.
+
+    A file is fp32: (k_scale, k_zero, v_scale, v_zero), or (k_scale, v_scale) with zeros of 0; it holds for the rank's kv heads.
+    """
+    if not any(folder.glob("layers.*.past_kv_scale.*.weight")):
+        return None
+    rows = [[_read_scale_file(folder / kv_scale_file(i, rank)) for rank in range(model.tp)] for i in range(model.num_layers)]
+    values = torch.tensor(rows, dtype=torch.float32)  # [num_layers, tp, 4]
+    a_head = values.repeat_interleave(model.num_kv_heads // model.tp, dim=1)
+    return KvScales(*(column.contiguous() for column in a_head.unbind(dim=2)))
+
+
+def _read_scale_file(path: Path) -> list[float]:
+    remedy = "write them all with 'turbotriton lite kv_qparams', or delete them all"
+    if not path.is_file():
+        raise WorkspaceError(f"{path}: is missing, but other layers have scales; {remedy}")
+    size = path.stat().st_size
+    if size not in (8, 16):
+        raise WorkspaceError(f"{path}: has {size} bytes, expected 16 (or 8, symmetric); {remedy}")
+    values = [float(value) for value in np.fromfile(path, dtype="<f4")]
+    k_scale, k_zero, v_scale, v_zero = values if size == 16 else (values[0], 0.0, values[1], 0.0)
+    if not (np.isfinite(values).all() and k_scale > 0 and v_scale > 0):
+        raise WorkspaceError(f"{path}: holds {values}; scales must be positive and finite; {remedy}")
+    return [k_scale, k_zero, v_scale, v_zero]
 
 
 def free_memory_bytes(device: torch.device) -> int:

@@ -32,10 +32,10 @@ from turbotriton.contract.wire import SamplingParams
 
 from .batch import SlotState
 from .decode_graphs import DecodeGraphs
-from .kv_cache import allocate_kv_cache
+from .kv_cache import allocate_kv_cache, read_kv_scales
 from .weights import DTYPES, load_weights
 
-__all__ = ["ModelRunner"]
+__all__ = ["ModelRunner", "resolve_compute_dtype", "resolve_device"]
 
 logger = logging.getLogger(__name__)
 
@@ -56,9 +56,9 @@ class ModelRunner:
     """
 
     def __init__(self, model: ModelConfig, engine: EngineConfig, weights_dir: Path, *, reference_ops: bool = False) -> None:
-        device = _resolve_device(engine.device)
+        device = resolve_device(engine.device)
         self.device = str(device)
-        self.compute_dtype = _resolve_compute_dtype(engine.compute_dtype, model.weight_type, device)
+        self.compute_dtype = resolve_compute_dtype(engine.compute_dtype, model.float_type, device)
         self.block_size = engine.cache_block_seq_len
         dtype = DTYPES[self.compute_dtype]
         if device.type == "cuda" and dtype is torch.float32:
@@ -68,7 +68,8 @@ class ModelRunner:
             self._decoder = Decoder(model, weights, REFERENCE if reference_ops else ops_for(device))
             self._slots = SlotState(model, engine, device)
             self._sampler = SamplerState(engine.max_batch_size, model.vocab_size, model.eos_token_ids, device)
-            self._kv = allocate_kv_cache(model, engine, device, dtype)
+            scales = read_kv_scales(model, weights_dir) if engine.quant_policy == 4 else None
+            self._kv = allocate_kv_cache(model, engine, device, dtype, scales)
             self._graphs: DecodeGraphs | None = None
             if device.type == "cuda" and engine.cuda_graphs and not reference_ops:
                 self._graphs = DecodeGraphs(self._decoder, self._slots, self._kv, engine.max_batch_size, device)
@@ -155,7 +156,7 @@ class ModelRunner:
             torch.cuda.empty_cache()
 
 
-def _resolve_device(name: str) -> torch.device:
+def resolve_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
@@ -166,7 +167,7 @@ def _resolve_device(name: str) -> torch.device:
     return device
 
 
-def _resolve_compute_dtype(asked: str, weight_type: str, device: torch.device) -> str:
+def resolve_compute_dtype(asked: str, float_type: str, device: torch.device) -> str:
     if asked != "auto":
         return asked
-    return weight_type if device.type == "cuda" and weight_type in DTYPES else "fp32"
+    return float_type if device.type == "cuda" else "fp32"

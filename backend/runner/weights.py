@@ -1,6 +1,7 @@
 """Reads a workspace's tensors into the device's layout.
 
     files (contract/layout.py) --mmap--> joined over ranks --un-permuted rotary, gate and up side by side--> ModelWeights
+                                int4 tiles are unpacked to a byte a value on the way and packed again as the ops take them
 
 Every file's size is checked against the layout (and the manifest, where there is one) before anything is read; a missing file or
 a wrong size is refused by name. Hashes are `turbotriton convert --verify`'s business. At most one layer is held twice.
@@ -9,7 +10,6 @@ a wrong size is refused by name. Hashes are `turbotriton convert --verify`'s bus
 import dataclasses
 import json
 import logging
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +17,31 @@ import torch
 
 from turbotriton.backend.model.decoder import ModelWeights
 from turbotriton.backend.model.layers import LayerWeights
-from turbotriton.backend.ops.operands import DenseWeight, NormWeight, QkvWeights
+from turbotriton.backend.ops.operands import (
+    DenseWeight,
+    Fp8Weight,
+    LinearWeight,
+    NormWeight,
+    QkvWeights,
+    W4A16Weight,
+    W8A8Weight,
+)
+from turbotriton.backend.ops.packing import deinterleave_w13, pack_rows, unpack_scales_zeros, unpack_tiles
 from turbotriton.contract.errors import WorkspaceError
 from turbotriton.contract.ini import ModelConfig
-from turbotriton.contract.layout import MANIFEST_NAME, Split, TensorSpec, dense_tensor_specs
+from turbotriton.contract.layout import MANIFEST_NAME, Split, Storage, TensorSpec, tensor_specs
 
 __all__ = ["find_weights_dir", "half_split_rotary", "load_weights"]
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+STORED_DTYPES = {
+    Storage.SCALES_ZEROS: torch.int32,
+    Storage.INT8: torch.int8,
+    Storage.FP8: torch.uint8,  # joined and un-permuted as bytes
+    Storage.SCALE: torch.float32,
+}
 WEIGHTS_PLACES = ("", "model_repository/turbomind/1/weights", "triton_models/weights", "weights", "1/weights")
 
 
@@ -41,22 +56,12 @@ def find_weights_dir(path: Path) -> Path:
 
 
 def load_weights(config: ModelConfig, folder: Path, device: torch.device, dtype: torch.dtype) -> ModelWeights:
-    """`folder` holds config.ini's tensors; ranks are joined on `device`, values converted to `dtype`. Raises WorkspaceError."""
-    reader = _Reader(config, folder)
-
-    def load(name: str) -> torch.Tensor:
-        return reader.read(name).to(device=device, dtype=dtype, copy=True)  # nothing may point into a file
-
-    def rotary(name: str, num_heads: int) -> torch.Tensor:
-        return half_split_rotary(reader.read(name).to(device), num_heads, config.head_dim, config.rope.dim).to(dtype)
-
-    def norm(name: str) -> NormWeight:
-        return NormWeight(load(name), config.norm_eps)
-
-    embeddings = load("tok_embeddings.weight")
-    head = embeddings if config.tie_word_embeddings else load("output.weight")
-    layers = tuple(_load_layer(config, f"layers.{i}", load, rotary, norm) for i in range(config.num_layers))
-    return ModelWeights(embeddings, layers, norm("norm.weight"), DenseWeight(head[: config.vocab_size].t()))
+    """`folder` holds config.ini's tensors; ranks are joined on `device`, floats converted to `dtype`. Raises WorkspaceError."""
+    loader = _Loader(config, _Reader(config, folder), device, dtype)
+    embeddings = loader.floats("tok_embeddings.weight")
+    head = embeddings if config.tie_word_embeddings else loader.floats("output.weight")
+    layers = tuple(loader.layer(f"layers.{i}") for i in range(config.num_layers))
+    return ModelWeights(embeddings, layers, loader.norm("norm.weight"), DenseWeight(head[: config.vocab_size].t()))
 
 
 def _dense(weight: torch.Tensor, bias: torch.Tensor | None = None) -> DenseWeight:
@@ -64,33 +69,66 @@ def _dense(weight: torch.Tensor, bias: torch.Tensor | None = None) -> DenseWeigh
     return DenseWeight(weight.t().contiguous().t() if weight.is_cuda else weight, bias)
 
 
-def _load_layer(
-    config: ModelConfig,
-    prefix: str,
-    load: Callable[[str], torch.Tensor],
-    rotary: Callable[[str, int], torch.Tensor],
-    norm: Callable[[str], NormWeight],
-) -> LayerWeights:
-    qk_heads = config.num_heads + config.num_kv_heads
-    attention, ffn = f"{prefix}.attention", f"{prefix}.feed_forward"
-    qkv_bias = rotary(f"{attention}.w_qkv.{{rank}}.bias", qk_heads) if config.attn_bias else None
-    output_bias = load(f"{attention}.wo.{{rank}}.bias") if config.attn_bias else None
-    q_norm = k_norm = None
-    if config.qk_norm:
-        q_norm = NormWeight(rotary(f"{attention}.q_norm.weight", 1), config.norm_eps)
-        k_norm = NormWeight(rotary(f"{attention}.k_norm.weight", 1), config.norm_eps)
-    return LayerWeights(
-        qkv=QkvWeights(
-            norm=norm(f"{prefix}.attention_norm.weight"),
-            qkv=_dense(rotary(f"{attention}.w_qkv.{{rank}}.weight", qk_heads), qkv_bias),
-            q_norm=q_norm,
-            k_norm=k_norm,
-        ),
-        output=_dense(load(f"{attention}.wo.{{rank}}.weight"), output_bias),
-        ffn_norm=norm(f"{prefix}.ffn_norm.weight"),
-        gate_up=_dense(torch.cat((load(f"{ffn}.w1.{{rank}}.weight"), load(f"{ffn}.w3.{{rank}}.weight")), dim=1)),
-        down=_dense(load(f"{ffn}.w2.{{rank}}.weight")),
-    )
+class _Loader:
+    """Tensors of the files as the ops take them. Nothing that it returns points into a file."""
+
+    def __init__(self, config: ModelConfig, reader: "_Reader", device: torch.device, dtype: torch.dtype) -> None:
+        self._config, self._reader, self._device, self._dtype = config, reader, device, dtype
+        self._qk_heads = config.num_heads + config.num_kv_heads
+
+    def floats(self, name: str) -> torch.Tensor:
+        return self._reader.read(name).to(device=self._device, dtype=self._dtype, copy=True)
+
+    def norm(self, name: str) -> NormWeight:
+        return NormWeight(self.floats(name), self._config.norm_eps)
+
+    def layer(self, prefix: str) -> LayerWeights:
+        config, attention, ffn = self._config, f"{prefix}.attention", f"{prefix}.feed_forward"
+        qkv_bias = output_bias = q_norm = k_norm = None
+        if config.attn_bias:
+            qkv_bias = self._half_split(self.floats(f"{attention}.w_qkv.{{rank}}.bias"), self._qk_heads)
+            output_bias = self.floats(f"{attention}.wo.{{rank}}.bias")
+        if config.qk_norm:
+            q_norm = NormWeight(self._half_split(self.floats(f"{attention}.q_norm.weight"), 1), config.norm_eps)
+            k_norm = NormWeight(self._half_split(self.floats(f"{attention}.k_norm.weight"), 1), config.norm_eps)
+        gate_up_files = (f"{ffn}.w13",) if config.weight_type == "int4" else (f"{ffn}.w1", f"{ffn}.w3")
+        return LayerWeights(
+            qkv=QkvWeights(
+                norm=self.norm(f"{prefix}.attention_norm.weight"),
+                qkv=self._linear(f"{attention}.w_qkv", bias=qkv_bias, rotary_heads=self._qk_heads),
+                q_norm=q_norm,
+                k_norm=k_norm,
+            ),
+            output=self._linear(f"{attention}.wo", bias=output_bias),
+            ffn_norm=self.norm(f"{prefix}.ffn_norm.weight"),
+            gate_up=self._linear(*gate_up_files),
+            down=self._linear(f"{ffn}.w2"),
+        )
+
+    def _linear(self, *prefixes: str, bias: torch.Tensor | None = None, rotary_heads: int = 0) -> LinearWeight:
+        """One linear layer of the columns of all `prefixes`; the first `rotary_heads` heads of its columns are un-permuted."""
+
+        def columns(kind: str) -> torch.Tensor:
+            parts = [self._reader.read(f"{prefix}.{{rank}}.{kind}").to(self._device) for prefix in prefixes]
+            joined = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+            return self._half_split(joined, rotary_heads) if rotary_heads else joined
+
+        if self._config.weight_type == "int4":
+            nibbles, (scales, zeros) = columns("qweight"), unpack_scales_zeros(columns("scales_zeros"))
+            if prefixes[0].endswith("w13"):
+                nibbles, scales, zeros = (deinterleave_w13(part) for part in (nibbles, scales, zeros))
+            return W4A16Weight(pack_rows(nibbles), scales, zeros, bias)
+        if self._config.weight_type in ("int8", "fp8"):
+            weight, scale = columns("weight").clone(), columns("scale").clone()
+            if weight.is_cuda:  # stored by outputs, as 8 bit matrix instructions read it
+                weight = weight.t().contiguous().t()
+            if self._config.weight_type == "int8":
+                return W8A8Weight(weight, scale, bias)
+            return Fp8Weight(weight.view(torch.float8_e4m3fn), scale, bias)
+        return _dense(columns("weight").to(dtype=self._dtype, copy=True), bias)
+
+    def _half_split(self, tensor: torch.Tensor, num_heads: int) -> torch.Tensor:
+        return half_split_rotary(tensor, num_heads, self._config.head_dim, self._config.rope.dim)
 
 
 def half_split_rotary(tensor: torch.Tensor, num_heads: int, head_dim: int, rotary_dim: int) -> torch.Tensor:
@@ -108,28 +146,25 @@ class _Reader:
     """The checked files of one workspace; `read(name)` gives a joined tensor on the CPU, mapped where no join is needed."""
 
     def __init__(self, config: ModelConfig, folder: Path) -> None:
-        if config.weight_type == "int4":
-            raise WorkspaceError(
-                f"{folder}: weight_type is int4; serving int4 weights is not part of this version, convert the 16 bit checkpoint"
-            )
         if not (folder / "config.ini").is_file():
             raise WorkspaceError(f"{folder}: holds no config.ini; make a workspace with 'turbotriton convert'")
         self._config = config
         self._folder = folder
-        self._dtype = DTYPES[config.weight_type]
+        self._dtypes = STORED_DTYPES | {Storage.FLOAT: DTYPES[config.float_type]}
         self._tp = config.tp
-        if config.tp > 1 and not (folder / f"layers.0.attention.w_qkv.{config.tp - 1}.weight").exists():
+        int4 = config.weight_type == "int4"  # cannot be sliced at load: its tiles and groups belong to a rank
+        if config.tp > 1 and not int4 and not (folder / f"layers.0.attention.w_qkv.{config.tp - 1}.weight").exists():
             # LMDeploy lets tensor_para_size be raised after converting: the unsliced ".0" files then stand for all ranks.
             logger.info("%s: tensor_para_size is %d and the files are unsliced; reading rank 0 alone", folder, config.tp)
             self._tp = 1
-        self._specs = {spec.name: spec for spec in dense_tensor_specs(dataclasses.replace(config, tp=self._tp))}
+        self._specs = {spec.name: spec for spec in tensor_specs(dataclasses.replace(config, tp=self._tp))}
         self._check_sizes()
 
     def _check_sizes(self) -> None:
         manifest = self._manifest_sizes()
         for spec in self._specs.values():
             shape = spec.rank_shape(self._tp)
-            expected = int(np.prod(shape)) * self._dtype.itemsize
+            expected = spec.rank_bytes(self._tp, self._dtypes[Storage.FLOAT].itemsize)
             for name in spec.file_names(self._tp):
                 path = self._folder / name
                 if not path.is_file():
@@ -158,13 +193,17 @@ class _Reader:
 
     def read(self, name: str) -> torch.Tensor:
         spec = self._specs[name]
-        parts = [self._map(file, spec.rank_shape(self._tp)) for file in spec.file_names(self._tp)]
+        parts = [self._map(file, spec) for file in spec.file_names(self._tp)]
         return _join(self._config, spec, parts)
 
-    def _map(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    def _map(self, name: str, spec: TensorSpec) -> torch.Tensor:
+        """One rank's values; int4 ones unpacked to a byte each."""
+        shape = spec.rank_shape(self._tp)
         # mode "c": private pages, so torch gets writable memory and the file stays as it is
         raw = torch.from_numpy(np.memmap(self._folder / name, dtype=np.uint8, mode="c"))
-        return raw.view(self._dtype).view(shape)
+        if spec.storage is Storage.NIBBLES:
+            return unpack_tiles(raw, *shape)
+        return raw.view(self._dtypes[spec.storage]).view(shape)
 
 
 def _join(config: ModelConfig, spec: TensorSpec, parts: list[torch.Tensor]) -> torch.Tensor:

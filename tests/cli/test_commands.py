@@ -29,6 +29,10 @@ RUN_IN = {
     "list": "tests/cli/test_list.py::test_prints_the_template_names_one_a_line",
     "check_env": "tests/cli/test_check_env.py::test_prints_and_writes_what_the_machine_has",
 }
+RUN_IN |= {
+    f"lite {name}": "tests/quant/test_process.py::test_the_lite_commands_run_as_processes"
+    for name in ("calibrate", "auto_awq", "smooth_quant", "kv_qparams", "report")
+}
 COMMANDS = [" ".join(words) for words in leaf_commands()]
 
 

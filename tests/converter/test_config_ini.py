@@ -225,7 +225,7 @@ def test_qwens_sliding_window(convert: Any, released: Any, tmp_path: Path, chang
         ({"rope_scaling": {"type": "linear"}}, "factor"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "original_max_position_embeddings"),
         ({"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8}, "1 of 2 layers"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "bitsandbytes"),
         ({"num_hidden_layers": "two"}, "num_hidden_layers"),
         ({"rms_norm_eps": None}, "rms_norm_eps"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,6 +47,28 @@ def _command(entry: Path) -> str:
         return (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
     except OSError:
         return ""
+
+
+@contextmanager
+def throttled(pid: int, share: float = 0.1) -> Iterator[None]:
+    """The process runs `share` of the time only, in slices of 100 ms."""
+    done = threading.Event()
+
+    def alternate() -> None:
+        while not done.is_set():
+            os.kill(pid, signal.SIGCONT)
+            time.sleep(0.1 * share)
+            os.kill(pid, signal.SIGSTOP)
+            done.wait(0.1 * (1 - share))
+
+    thread = threading.Thread(target=alternate, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        os.kill(pid, signal.SIGCONT)
 
 
 @contextmanager

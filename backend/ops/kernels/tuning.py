@@ -4,7 +4,7 @@ A tile never depends on the tokens of a prefill or on context lengths, so a kern
 three sizes of batches (many programs, some, few): all when a model is loaded, none on the request path.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from turbotriton.contract.errors import ConfigError
 
@@ -21,10 +21,13 @@ __all__ = [
     "greedy_sample_config",
     "next_power_of_2",
     "prefill_attention_config",
+    "quantized_decode_attention_config",
     "rms_norm_config",
     "rotary_config",
     "silu_and_mul_config",
     "skinny_linear_config",
+    "w4a16_linear_config",
+    "w8a8_linear_config",
 ]
 
 MAX_HIDDEN = 32768  # one row in the registers of 16 warps: 64 fp32 values a thread
@@ -105,6 +108,19 @@ class PrefillAttentionConfig:
     block_d: int  # head_dim, padded
     num_warps: int
     num_stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class GemmConfig:
+    block_m: int  # rows a program
+    block_n: int  # columns of y
+    block_k: int  # inputs a step; with groups it divides one
+    num_warps: int
+    num_stages: int
+
+
+#: More rows than these: the weights are dequantised for one linear layer at a time, and torch multiplies. Not measured yet.
+MAX_W4A16_ROWS = 128
 
 
 def next_power_of_2(value: int) -> int:
@@ -207,6 +223,31 @@ def decode_attention_config(
     return DecodeAttentionConfig(block_g, block_n, block_d, num_splits, min_split_tokens, num_warps, num_stages)
 
 
+def quantized_decode_attention_config(
+    batch: int,
+    num_kv_heads: int,
+    group_size: int,
+    head_dim: int,
+    element_bytes: int,
+    max_context: int,
+    num_sms: int,
+    compute_capability: int,
+    bits: int,
+) -> DecodeAttentionConfig:
+    """As for dense pages; block_d is half a head, the two halves being tiles of their own. Widened tiles live in registers: 64 keys
+    spilled with 8 bits, before sm_90, and where half a head is no power of two. No measurement of speed yet. element_bytes: of q.
+    """
+    dense = decode_attention_config(batch, num_kv_heads, group_size, head_dim, element_bytes, max_context, num_sms)
+    half = ceil_div(head_dim, 2)
+    block_half = max(16, next_power_of_2(half))
+    if element_bytes == 4:
+        return replace(dense, block_d=block_half, block_n=FP32_BLOCK_N, num_warps=8 if block_half > 64 else 4)
+    roomy = bits == 4 and compute_capability >= 90 and block_half <= 64 and half == block_half
+    block_n = 64 if roomy else 32
+    min_split_tokens = max(dense.min_split_tokens, block_n)
+    return replace(dense, block_d=block_half, block_n=block_n, min_split_tokens=min_split_tokens, num_warps=4)
+
+
 def prefill_attention_config(
     group_size: int, head_dim: int, element_bytes: int, compute_capability: int
 ) -> PrefillAttentionConfig:
@@ -233,3 +274,22 @@ def prefill_attention_config(
     else:
         block_m, block_n, num_warps = 64, 32, 4
     return PrefillAttentionConfig(max(block_m, next_power_of_2(group_size)), block_n, block_d, num_warps, num_stages)
+
+
+def w4a16_linear_config(num_rows: int, n: int, group_size: int, element_bytes: int) -> GemmConfig:
+    """Narrow column blocks, so that a matrix of few columns still fills the device. Without measurements of speed."""
+    block_k = group_size & -group_size  # the largest power of two in it
+    if block_k < 32:
+        raise ConfigError(f"group_size is {group_size}; the W4A16 kernel takes multiples of 32: run on the reference ops")
+    if element_bytes == 4:
+        return GemmConfig(MIN_DOT_ROWS, 32, 32, num_warps=4, num_stages=2)
+    block_m = _clamp(next_power_of_2(num_rows), MIN_DOT_ROWS, 64)
+    return GemmConfig(block_m, 32 if n <= 8192 else 64, min(block_k, 128), num_warps=4, num_stages=4)
+
+
+def w8a8_linear_config(num_rows: int, n: int) -> GemmConfig:
+    """Square-ish tiles from 128 rows on; below, the weight's bytes bound it. Without measurements of speed."""
+    block_m = _clamp(next_power_of_2(num_rows), MIN_DOT_ROWS, 128)
+    if block_m == 128:
+        return GemmConfig(128, 128, 128, num_warps=8, num_stages=3)
+    return GemmConfig(block_m, 32 if n <= 8192 else 64, 128, num_warps=4, num_stages=4)

@@ -4,33 +4,64 @@ from collections.abc import Callable
 
 import torch
 
-from ..operands import AttentionBatch
+from ..operands import AttentionBatch, KvPages
+from .kv_pages import gathered_pages, page_shape
 from .primitives import paged_decode_attention as reference_paged_decode_attention
 from .primitives import paged_prefill_attention as reference_paged_prefill_attention
 
-__all__ = ["attention"]
+__all__ = ["attention", "quantized_decode_attention"]
 
 PagedAttention = Callable[..., torch.Tensor]
 
 
+def quantized_decode_attention(
+    q: torch.Tensor,
+    k_pages: KvPages,
+    v_pages: KvPages,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    scale: float,
+    sliding_window: int = 0,
+) -> torch.Tensor:
+    """As `paged_decode_attention`, over the values that the pages stand for, in fp32."""
+    k, v, tables = dense_pages(k_pages, v_pages, block_tables, torch.float32)
+    return reference_paged_decode_attention(q, k, v, tables, context_lens, scale, sliding_window)
+
+
+def dense_pages(
+    k_pages: KvPages, v_pages: KvPages, block_tables: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The blocks that the tables name, as pages in `dtype`, and tables of their new places."""
+    assert not isinstance(k_pages, torch.Tensor)
+    assert not isinstance(v_pages, torch.Tensor)
+    used, place = torch.unique(block_tables, return_inverse=True)
+    k, v = (gathered_pages(pages, used.long()).to(dtype) for pages in (k_pages, v_pages))
+    return k, v, place.int()
+
+
 def attention(
     q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    k_cache: KvPages,
+    v_cache: KvPages,
     batch: AttentionBatch,
     scale: float,
     sliding_window: int,
     *,
     paged_decode_attention: PagedAttention = reference_paged_decode_attention,
     paged_prefill_attention: PagedAttention = reference_paged_prefill_attention,
+    quantized_decode_attention: PagedAttention = quantized_decode_attention,
 ) -> torch.Tensor:
     n = batch.num_decodes
     tables, lens = batch.block_tables, batch.context_lens
     parts = []
     if n:
-        num_blocks = -(-batch.max_decode_context // k_cache.shape[2])
-        parts.append(paged_decode_attention(q[:n], k_cache, v_cache, tables[:n, :num_blocks], lens[:n], scale, sliding_window))
+        decode = paged_decode_attention if isinstance(k_cache, torch.Tensor) else quantized_decode_attention
+        num_blocks = -(-batch.max_decode_context // page_shape(k_cache)[2])
+        parts.append(decode(q[:n], k_cache, v_cache, tables[:n, :num_blocks], lens[:n], scale, sliding_window))
     if batch.prefills:
-        starts = batch.cu_seqlens_q
-        parts.append(paged_prefill_attention(q[n:], k_cache, v_cache, tables[n:], lens[n:], starts, scale, sliding_window))
+        # quantised pages of the chunks' sequences are widened first: arithmetic, not memory, bounds a prefill
+        k, v, mine = k_cache, v_cache, tables[n:]
+        if not isinstance(k_cache, torch.Tensor):
+            k, v, mine = dense_pages(k_cache, v_cache, mine, q.dtype)
+        parts.append(paged_prefill_attention(q[n:], k, v, mine, lens[n:], batch.cu_seqlens_q, scale, sliding_window))
     return torch.cat(parts) if len(parts) != 1 else parts[0]

@@ -7,7 +7,9 @@ from collections.abc import Callable
 
 import torch
 
-from ..operands import AttentionBatch, LinearWeight, NormWeight, QkvWeights
+from ..operands import AttentionBatch, KvPages, LinearWeight, NormWeight, QkvWeights
+from .kv_pages import page_shape, rotary_store_quantized_kv
+from .linear import linear
 from .primitives import rms_norm, rotary_store_kv, silu_and_mul
 
 __all__ = [
@@ -27,19 +29,12 @@ NormLinear = Callable[[torch.Tensor, torch.Tensor | None, NormWeight, LinearWeig
 RotaryStoreKv = Callable[..., torch.Tensor]
 
 
-def linear(x: torch.Tensor, weight: LinearWeight) -> torch.Tensor:
-    """x: [num_tokens, in_features] -> [num_tokens, out_features]."""
-    if weight.bias is None:
-        return x @ weight.weight
-    return torch.addmm(weight.bias, x, weight.weight)
-
-
 def embed(token_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.embedding(token_ids, weight)
 
 
 def norm_linear(
-    x: torch.Tensor, residual: torch.Tensor | None, norm: NormWeight, weight: LinearWeight
+    x: torch.Tensor, residual: torch.Tensor | None, norm: NormWeight, weight: LinearWeight, *, linear: Linear = linear
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(linear of rms_norm(x + residual), x + residual); without a residual x itself."""
     y, residual = rms_norm(x, norm.weight, norm.eps, residual)
@@ -51,15 +46,16 @@ def norm_qkv_rotary_store(
     residual: torch.Tensor | None,
     weights: QkvWeights,
     batch: AttentionBatch,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    k_cache: KvPages,
+    v_cache: KvPages,
     *,
     norm_linear: NormLinear = norm_linear,
     rms_norm: RmsNorm = rms_norm,
     rotary_store_kv: RotaryStoreKv = rotary_store_kv,
+    rotary_store_quantized_kv: RotaryStoreKv = rotary_store_quantized_kv,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     qkv, residual = norm_linear(x, residual, weights.norm, weights.qkv)  # [num_tokens, (num_heads + 2 num_kv_heads) * head_dim]
-    num_kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
+    _, num_kv_heads, _, head_dim = page_shape(k_cache)
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
     if weights.q_norm is not None and weights.k_norm is not None:
         heads = qkv.view(qkv.shape[0], -1, head_dim)
@@ -68,7 +64,8 @@ def norm_qkv_rotary_store(
             (weights.k_norm, heads[:, num_heads : num_heads + num_kv_heads]),
         ):
             part.copy_(rms_norm(part.reshape(-1, head_dim), gain.weight, gain.eps, None)[0].view(part.shape))
-    q = rotary_store_kv(qkv, batch.cos, batch.sin, batch.q_scale, k_cache, v_cache, batch.slot_mapping, num_heads, num_kv_heads)
+    store = rotary_store_kv if isinstance(k_cache, torch.Tensor) else rotary_store_quantized_kv
+    q = store(qkv, batch.cos, batch.sin, batch.q_scale, k_cache, v_cache, batch.slot_mapping, num_heads, num_kv_heads)
     return q, residual
 
 
@@ -77,7 +74,7 @@ def output_projection(attended: torch.Tensor, weight: LinearWeight, *, linear: L
 
 
 def norm_gate_up_silu(
-    x: torch.Tensor, residual: torch.Tensor, norm: NormWeight, weight: LinearWeight
+    x: torch.Tensor, residual: torch.Tensor, norm: NormWeight, weight: LinearWeight, *, norm_linear: NormLinear = norm_linear
 ) -> tuple[torch.Tensor, torch.Tensor]:
     gate_up, residual = norm_linear(x, residual, norm, weight)
     return silu_and_mul(gate_up), residual

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from turbotriton.contract.chat_templates import CAPABILITIES, ChatTemplateConfig, read_template_config
 from turbotriton.contract.errors import ConfigError, InvalidInputError
 
-from .hub import MODEL_PATH_HELP, add_hub_options
+from .hub import MODEL_FORMATS, MODEL_PATH_HELP, add_hub_options
 
 if TYPE_CHECKING:
     from turbotriton.backend.pipeline.inference import Pipeline
@@ -50,7 +50,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--session-len", type=int, help="most tokens of the conversation (default: the model's)")
     add("--max-batch-size", type=int, default=128, help="most requests running at once")
     add("--cache-max-entry-count", type=float, default=0.8, help="KV cache: share of free memory below 1, else number of blocks")
-    add("--model-format", choices=("hf", "llama", "awq"), help="format of a checkpoint (default: by its files)")
+    add("--model-format", choices=MODEL_FORMATS, help="format of a checkpoint (default: by its files)")
     add("--quant-policy", type=int, choices=(0, 4, 8), default=0, help="bits of the KV cache; 0: as the weights")
     add("--rope-scaling-factor", type=float, default=0.0, help="0: the model's own")
     add("--tp", type=int, default=1, help="GPUs; this version runs on one")

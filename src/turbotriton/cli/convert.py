@@ -5,7 +5,7 @@ from pathlib import Path
 
 from turbotriton.contract.errors import ConfigError
 
-from .hub import add_hub_options, resolve_model_path
+from .hub import MODEL_FORMATS, add_hub_options, resolve_model_path
 
 __all__ = ["add_parser"]
 
@@ -14,16 +14,21 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = subparsers.add_parser(
         "convert",
         help="turn a checkpoint into a workspace that tritonserver serves",
-        description="Turn a Hugging Face, Meta or AutoAWQ checkpoint into a workspace with TurboMind weight files.",
+        description="Turn a Hugging Face, Meta or quantised checkpoint (AutoAWQ, GPTQ, SmoothQuant, FP8) into a workspace with "
+        "TurboMind weight files.",
     )
     add = parser.add_argument
     add("model_name", metavar="MODEL_NAME", nargs="?", help="name of the model; LMDeploy's names also set its session_len")
     add("model_path", metavar="MODEL_PATH", nargs="?", help="folder of the checkpoint, or its hub id")
-    add("--model-format", choices=("hf", "llama", "awq"), help="format of the checkpoint (default: by its files)")
+    add(
+        "--model-format",
+        choices=MODEL_FORMATS,
+        help="format of the checkpoint (default: by its files)",
+    )
     add("--tp", type=int, default=1, help="ranks to split the weights for, a power of two")
     add("--tokenizer-path", type=Path, help="tokenizer file or folder, where the checkpoint has none")
     add("--dst-path", type=Path, default=Path("workspace"), help="folder of the workspace")
-    add("--quant-path", type=Path, help="folder or file of the int4 weights, if they are not in MODEL_PATH")
+    add("--quant-path", type=Path, help="folder or file of the quantised weights, if they are not in MODEL_PATH")
     add("--group-size", type=int, default=0, help="group size of int4 weights (0: by config.json)")
     add(
         "--dtype",

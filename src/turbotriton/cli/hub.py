@@ -11,8 +11,16 @@ from turbotriton.contract.errors import InvalidInputError
 if TYPE_CHECKING:
     from .running_server import RunningServer
 
-__all__ = ["MODEL_PATH_HELP", "add_hub_options", "add_served_model_options", "resolve_model_path", "served_model"]
+__all__ = [
+    "MODEL_FORMATS",
+    "MODEL_PATH_HELP",
+    "add_hub_options",
+    "add_served_model_options",
+    "resolve_model_path",
+    "served_model",
+]
 
+MODEL_FORMATS = ("hf", "llama", "awq", "gptq", "smooth_quant", "fp8")
 MODEL_PATH_HELP = "workspace, folder of a checkpoint, or hub id such as Qwen/Qwen1.5-1.8B-Chat"
 
 
@@ -36,7 +44,7 @@ def add_served_model_options(parser: argparse.ArgumentParser) -> None:
     """For commands whose X may be a running server, or a model that they serve themselves."""
     group = parser.add_argument_group("model", "where X is a checkpoint, which is converted first")
     group.add_argument("--model-name", help="name to convert and serve it under (default: the last part of X)")
-    group.add_argument("--model-format", choices=("hf", "llama", "awq"), help="format of the checkpoint (default: by its files)")
+    group.add_argument("--model-format", choices=MODEL_FORMATS, help="format of the checkpoint (default: by its files)")
     add_hub_options(parser)
 
 

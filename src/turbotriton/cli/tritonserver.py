@@ -34,6 +34,7 @@ ENGINE_FLAGS: dict[str, tuple[type, str]] = {
     "num_tokens_per_iter": (int, "token budget of one step"),
     "compute_dtype": (str, "auto, fp16, bf16 or fp32"),
     "device": (str, "auto, cpu, cuda or cuda:N"),
+    "quant_policy": (int, "bits of keys and values: 8, 4, or 0 for 16"),
     "enable_prefix_caching": (int, "1 or 0"),
     "cuda_graphs": (int, "1 or 0: decode steps on a GPU replay captured graphs"),
     "max_queued_requests": (int, "requests that may wait before new ones are refused"),

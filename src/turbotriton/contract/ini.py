@@ -31,7 +31,10 @@ __all__ = [
 
 T = typing.TypeVar("T")
 
-WEIGHT_TYPES = ("fp16", "bf16", "fp32", "int4")
+FLOAT_TYPES = ("fp16", "bf16", "fp32")
+WEIGHT_TYPES = (*FLOAT_TYPES, "int4", "int8", "fp8")
+#: 0: KV in compute_dtype;  8, 4: that many bits, a scale a token and head (4 with scale files in the workspace: docs/weights.md)
+QUANT_POLICIES = (0, 4, 8)
 COMPUTE_DTYPES = ("auto", "fp16", "bf16", "fp32")
 ROPE_SCALING_TYPES = ("none", "linear", "dynamic", "qwen", "llama3", "yarn")
 
@@ -98,7 +101,8 @@ class TurbotritonSection:
     beta_slow: float = 1.0  # yarn
     attention_factor: float = 0.0  # yarn: multiplies cos and sin; 0: 0.1 ln(factor) + 1
     yarn_truncate: int = 1  # yarn: round the correction range to whole dimensions
-    compute_dtype: str = "auto"  # auto: the weights' dtype on a GPU, fp32 on a CPU
+    float_type: str = "fp16"  # weight_type int8, fp8: type of norms, embeddings, head and biases
+    compute_dtype: str = "auto"  # auto: the weights' dtype (int4: fp16; int8, fp8: float_type) on a GPU, fp32 on a CPU
     device: str = "auto"  # auto: cuda if there is one, else cpu
     enable_prefix_caching: int = 1
     cuda_graphs: int = 1  # decode steps on a GPU replay captured graphs
@@ -165,6 +169,7 @@ class ModelConfig:
     qk_norm: bool
     sliding_window: int  # 0: off
     use_logn_attn: bool  # q *= max(1, ln(position + 1) / ln(max_position_embeddings))
+    float_type: str = "fp16"  # of what is not quantised; weight_type itself where that is one
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "inter_size", "vocab_size", "tp"):
@@ -174,6 +179,10 @@ class ModelConfig:
             raise WorkspaceError(f"config.ini: head_num {self.num_heads} is no multiple of kv_head_num {self.num_kv_heads}")
         if self.weight_type not in WEIGHT_TYPES:
             raise WorkspaceError(f"config.ini: weight_type is {self.weight_type!r}; this version reads {', '.join(WEIGHT_TYPES)}")
+        if self.float_type not in FLOAT_TYPES:
+            raise WorkspaceError(f"config.ini: float_type is {self.float_type!r}; it must be one of {', '.join(FLOAT_TYPES)}")
+        if self.weight_type == "int4" and self.group_size < 1:
+            raise WorkspaceError(f"config.ini: group_size is {self.group_size}; int4 weights need it, usually 128")
         if self.rope.scaling_type not in ROPE_SCALING_TYPES:
             raise WorkspaceError(
                 f"config.ini: rope_scaling_type is {self.rope.scaling_type!r}; it must be one of {', '.join(ROPE_SCALING_TYPES)}"
@@ -189,7 +198,7 @@ class EngineConfig:
     cache_max_entry_count: float = 0.8  # below 1: share of free device memory for KV; >= 1: number of blocks
     cache_block_seq_len: int = 64  # tokens a KV block
     num_tokens_per_iter: int = 0  # token budget of a step; 0: 8192 on a GPU, 512 on a CPU
-    quant_policy: int = 0  # 0: KV in compute_dtype
+    quant_policy: int = 0  # one of QUANT_POLICIES
     compute_dtype: str = "auto"
     device: str = "auto"
     enable_prefix_caching: bool = True
@@ -217,7 +226,7 @@ class EngineConfig:
         )
         check(self.num_tokens_per_iter >= 0, "num_tokens_per_iter", "0 (choose) or a positive token count")
         check(not self.deterministic, "deterministic", "0 in this version (outputs may differ in last bits with the batch)")
-        check(self.quant_policy == 0, "quant_policy", "0 in this version (KV in 16 or 32 bit)")
+        check(self.quant_policy in QUANT_POLICIES, "quant_policy", "0 (16 or 32 bit KV), 8 (8 bit) or 4 (4 bit)")
         check(self.compute_dtype in COMPUTE_DTYPES, "compute_dtype", f"one of {', '.join(COMPUTE_DTYPES)}")
         check(
             self.device in ("auto", "cpu", "cuda") or (self.device.startswith("cuda:") and self.device[5:].isdigit()),
@@ -273,6 +282,7 @@ class WorkspaceConfig:
             qk_norm=bool(tt.qk_norm),
             sliding_window=tt.sliding_window,
             use_logn_attn=bool(lm.use_logn_attn),
+            float_type=_float_type(lm.weight_type, tt.float_type),
         )
 
     def engine_config(self, override: Callable[[str], str | None] = lambda name: None) -> EngineConfig:
@@ -295,6 +305,12 @@ class WorkspaceConfig:
         for name in ("enable_prefix_caching", "cuda_graphs", "deterministic"):
             values[name] = bool(values[name])
         return EngineConfig(**values)  # type: ignore[arg-type]
+
+
+def _float_type(weight_type: str, stated: str) -> str:
+    if weight_type in FLOAT_TYPES:
+        return weight_type
+    return "fp16" if weight_type == "int4" else stated
 
 
 def _implied_rope_scaling(llama: LlamaSection) -> str:

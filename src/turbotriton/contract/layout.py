@@ -22,7 +22,8 @@ With H hidden_size, D head_dim, NH heads, KV kv heads, I inter_size, V vocab_siz
 q and k columns (and biases, and q_norm/k_norm entries) are stored interleaved for rotary: within the first `rotary` dims of a
 head, new column 2i + s = Hugging Face column s * rotary/2 + i (s in 0, 1); the rest of the head stays as it is.
 
-weight_type int4 replaces each linear's `.weight` by `.qweight` and `.scales_zeros` and fuses w1 and w3 into w13: docs/weights.md.
+weight_type int4 replaces each linear's `.weight` by `.qweight` and `.scales_zeros` and fuses w1 and w3 into w13; int8 and fp8 (ours)
+keep `.weight`, a byte a value, and add `.scale`: docs/weights.md.
 
 manifest.json, beside the tensors: {"version": 1, "files": {name: {"size": bytes, "sha256": hex}}} for every tensor file.
 config.ini is not in it: people edit it.
@@ -42,7 +43,9 @@ __all__ = [
     "TensorSpec",
     "dense_tensor_specs",
     "int4_tensor_specs",
+    "kv_scale_file",
     "padded_vocab_size",
+    "scaled_tensor_specs",
     "tensor_specs",
 ]
 
@@ -63,6 +66,13 @@ class Storage(enum.Enum):
     FLOAT = "float"  # values of the workspace's dtype (fp16 where weight_type is int4)
     NIBBLES = "int4"  # 4 bit values of a [in, out] matrix in 32 x 32 tiles, 512 bytes each
     SCALES_ZEROS = "scales_zeros"  # uint32: fp16 scale in the high half, fp16 of 64 + zero in the low one
+    INT8 = "int8"
+    FP8 = "fp8"  # float8 e4m3
+    SCALE = "scale"  # fp32
+
+
+#: Bytes of a value where the workspace's float type does not decide.
+VALUE_BYTES = {Storage.SCALES_ZEROS: 4, Storage.INT8: 1, Storage.FP8: 1, Storage.SCALE: 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +89,7 @@ class TensorSpec:
         values = math.prod(self.rank_shape(tp))
         if self.storage is Storage.NIBBLES:
             return values // 2
-        return values * (4 if self.storage is Storage.SCALES_ZEROS else float_size)
+        return values * VALUE_BYTES.get(self.storage, float_size)
 
     def file_names(self, tp: int) -> list[str]:
         if self.split is Split.NONE:
@@ -93,6 +103,11 @@ class TensorSpec:
         if self.split in (Split.COLUMNS, Split.QKV_COLUMNS):
             return (*self.shape[:-1], self.shape[-1] // tp)
         return self.shape
+
+
+def kv_scale_file(layer: int, rank: int) -> str:
+    """Static KV scales of a layer and rank, which LMDeploy v0.3's kv_qparams adds to a finished workspace; in no manifest."""
+    return f"layers.{layer}.past_kv_scale.{rank}.weight"
 
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:
@@ -142,6 +157,22 @@ def int4_tensor_specs(config: ModelConfig) -> Iterator[TensorSpec]:
         yield TensorSpec(f"{linear}.{{rank}}.scales_zeros", (rows // group_size, columns), spec.split, Storage.SCALES_ZEROS)
 
 
+def scaled_tensor_specs(config: ModelConfig, storage: Storage) -> Iterator[TensorSpec]:
+    """Every tensor of an int8 or fp8 workspace: the dense ones, each linear's values in a byte, with a scale an output."""
+    for spec in dense_tensor_specs(config):
+        linear = spec.name.removesuffix(".{rank}.weight")
+        if linear == spec.name:
+            yield spec
+            continue
+        yield TensorSpec(spec.name, spec.shape, spec.split, storage)
+        split = Split.COPY if spec.split is Split.ROWS else spec.split  # outputs are whole in every rank of a row split
+        yield TensorSpec(f"{linear}.{{rank}}.scale", (spec.shape[1],), split, Storage.SCALE)
+
+
 def tensor_specs(config: ModelConfig) -> Iterator[TensorSpec]:
     """Every tensor file's description, whatever the weight_type."""
-    return int4_tensor_specs(config) if config.weight_type == "int4" else dense_tensor_specs(config)
+    if config.weight_type == "int4":
+        return int4_tensor_specs(config)
+    if config.weight_type in ("int8", "fp8"):
+        return scaled_tensor_specs(config, Storage.INT8 if config.weight_type == "int8" else Storage.FP8)
+    return dense_tensor_specs(config)

@@ -28,7 +28,16 @@ MODULES = (
     "greedy_sample",
     "stage_decode",
 )
-POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32"}
+POINTERS = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
+    torch.int8: "*i8",
+    torch.float8_e4m3fn: "*fp8e4nv",
+}
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 
 # the main shape on every architecture, the largest and oddest tiles once

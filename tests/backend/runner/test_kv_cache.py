@@ -7,7 +7,7 @@ import torch
 from tests.backend.runner.test_weights import HF
 from tests.backend.workspace import hf_workspace_config
 
-from turbotriton.backend.runner.kv_cache import allocate_kv_cache, free_memory_bytes, num_kv_blocks
+from turbotriton.backend.runner.kv_cache import allocate_kv_cache, free_memory_bytes, kv_block_bytes, num_kv_blocks
 from turbotriton.contract.errors import ConfigError
 from turbotriton.contract.ini import EngineConfig
 
@@ -17,7 +17,8 @@ BLOCK_BYTES = 2 * 2 * 4 * 16 * 8 * 2  # k and v, layers, kv heads, tokens, head_
 
 
 def blocks(count, free_bytes=10**9, *, cap=False):
-    return num_kv_blocks(MODEL, dataclasses.replace(ENGINE, cache_max_entry_count=count), free_bytes, torch.float16, cap=cap)
+    assert kv_block_bytes(MODEL, ENGINE, torch.float16, 0) == BLOCK_BYTES
+    return num_kv_blocks(dataclasses.replace(ENGINE, cache_max_entry_count=count), free_bytes, BLOCK_BYTES, cap=cap)
 
 
 def test_a_count_of_one_or_more_is_the_number_of_blocks():
@@ -41,10 +42,11 @@ def test_a_pool_below_one_sequence_is_refused_with_the_remedy():
 
 def test_the_pool_has_the_layout_of_the_ops_and_starts_finite():
     cache = allocate_kv_cache(MODEL, ENGINE, torch.device("cpu"), torch.float16)
-    assert cache.k.shape == cache.v.shape == (2, 9, 4, 16, 8)
     assert cache.num_blocks == 9
-    assert not cache.k.any()
-    assert not cache.v.any()
+    assert len(cache.k) == len(cache.v) == 2
+    for pages in (*cache.k, *cache.v):
+        assert pages.shape == (9, 4, 16, 8)
+        assert not pages.any()
 
 
 def test_free_host_memory_is_read():

@@ -134,10 +134,10 @@ def test_a_broken_manifest_is_refused(tensors, tmp_path, text):
         load(folder, config)
 
 
-def test_int4_weights_are_refused_with_the_remedy(tensors, tmp_path):
+def test_int4_weights_without_a_group_size_are_refused(tensors, tmp_path):
     _, folder = broken(tmp_path, tensors)
-    int4 = hf_workspace_config(HF, weight_type="int4", group_size=128)
-    with pytest.raises(WorkspaceError, match="serving int4 weights is not part of this version"):
+    int4 = hf_workspace_config(HF, weight_type="int4", group_size=0)
+    with pytest.raises(WorkspaceError, match="group_size is 0"):
         load(folder, int4)
 
 

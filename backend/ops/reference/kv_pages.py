@@ -1,0 +1,78 @@
+"""Storing into and reading from one layer's keys (or values), whatever their format. The formulas stand in `ops/operands.py`."""
+
+import torch
+
+from ..operands import KvPages, QuantizedPages, StaticInt8Pages
+from .primitives import rotary_store_kv
+
+__all__ = ["gathered_pages", "page_shape", "quantized_tokens", "rotary_store_quantized_kv", "store_pages"]
+
+
+def page_shape(pages: KvPages) -> tuple[int, int, int, int]:
+    """(num_blocks, num_kv_heads, block_size, head_dim)."""
+    data = pages if isinstance(pages, torch.Tensor) else pages.data
+    num_blocks, num_kv_heads, block_size, width = data.shape
+    return num_blocks, num_kv_heads, block_size, width * 8 // pages.bits if isinstance(pages, QuantizedPages) else width
+
+
+def rotary_store_quantized_kv(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    q_scale: torch.Tensor | None,
+    k_cache: KvPages,
+    v_cache: KvPages,
+    slot_mapping: torch.Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+) -> torch.Tensor:
+    """As `rotary_store_kv`, with keys and values rounded to the compute dtype and then quantised."""
+    head_dim = page_shape(k_cache)[3]
+    k, v = (qkv.new_empty((qkv.shape[0], num_kv_heads, 1, head_dim)) for _ in range(2))  # blocks of one token
+    slots = torch.arange(qkv.shape[0], device=qkv.device)
+    q = rotary_store_kv(qkv, cos, sin, q_scale, k, v, slots, num_heads, num_kv_heads)
+    store_pages(k_cache, slot_mapping, k.squeeze(2))
+    store_pages(v_cache, slot_mapping, v.squeeze(2))
+    return q
+
+
+def store_pages(pages: KvPages, slot_mapping: torch.Tensor, values: torch.Tensor) -> None:
+    """values: [num_tokens, num_kv_heads, head_dim], the compute dtype; written at slot_mapping: [num_tokens], -1 stores nothing."""
+    if bool((slot_mapping < 0).any()):
+        kept = slot_mapping >= 0
+        slot_mapping, values = slot_mapping[kept], values[kept]
+    block_size = page_shape(pages)[2]
+    block, offset = slot_mapping // block_size, slot_mapping % block_size
+    if isinstance(pages, torch.Tensor):
+        pages[block, :, offset] = values.to(pages.dtype)
+    elif isinstance(pages, StaticInt8Pages):
+        scaled = (values.float() - pages.zero[:, None]) / pages.scale[:, None] + 128
+        pages.data[block, :, offset] = scaled.round().clamp(0, 255).to(torch.uint8)
+    else:
+        data, params = quantized_tokens(values, pages.bits, pages.params.dtype)
+        pages.data[block, :, offset] = data
+        pages.params[block, :, offset] = params
+
+
+def quantized_tokens(values: torch.Tensor, bits: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """values: [..., head_dim] -> (uint8 [..., head_dim * bits / 8], params [..., 2] in `dtype`), as QuantizedPages holds them."""
+    wide, steps = values.float(), 2**bits - 1
+    low, high = wide.aminmax(dim=-1, keepdim=True)
+    params = torch.cat(((high - low) / steps, low), dim=-1).to(dtype)
+    scale, zero = params.float().chunk(2, dim=-1)
+    q = ((wide - zero) / scale.where(scale > 0, torch.inf)).round().clamp(0, steps).to(torch.uint8)
+    if bits == 4:
+        first, second = q.chunk(2, dim=-1)
+        q = first | (second << 4)
+    return q, params
+
+
+def gathered_pages(pages: QuantizedPages | StaticInt8Pages, blocks: torch.Tensor) -> torch.Tensor:
+    """The values of `blocks`: [num] int64 -> [num, num_kv_heads, block_size, head_dim], fp32."""
+    data = pages.data[blocks]
+    if isinstance(pages, StaticInt8Pages):
+        return (data.float() - 128) * pages.scale[:, None, None] + pages.zero[:, None, None]
+    if pages.bits == 4:
+        data = torch.cat((data & 0xF, data >> 4), dim=-1)
+    scale, zero = pages.params[blocks].float().chunk(2, dim=-1)
+    return data.float() * scale + zero

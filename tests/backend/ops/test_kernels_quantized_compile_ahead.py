@@ -1,0 +1,105 @@
+"""The kernels over quantised pages, compiled for real devices without one: no spills, no more shared memory than any gives."""
+
+import pytest
+import torch
+import triton
+from tests.backend.ops.test_kernels_compile_ahead import (
+    BF16,
+    FP16,
+    FP32,
+    SHARED_LIMIT_BYTES,
+    Recorder,
+    resource_usage,
+    source_of,
+)
+from triton.backends.compiler import GPUTarget
+
+from turbotriton.backend.ops.kernels import quantized_decode_attention as attention
+from turbotriton.backend.ops.kernels import rotary_store_quantized_kv as store
+from turbotriton.backend.ops.kernels import w4a16_linear as w4a16
+from turbotriton.backend.ops.kernels import w8a8_linear as w8a8
+from turbotriton.backend.ops.operands import Fp8Weight, QuantizedPages, StaticInt8Pages, W4A16Weight, W8A8Weight
+
+NUM_HEADS, NUM_KV_HEADS, BLOCK_SIZE = 32, 8, 64
+CASES = [
+    (90, BF16, 128, "8"), (90, BF16, 128, "4"),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        (90, BF16, 128, "static"), (80, BF16, 128, "8"), (80, BF16, 128, "4"), (80, BF16, 128, "static"), (100, BF16, 128, "4"),
+        (90, FP16, 256, "8"), (80, FP16, 256, "4"), (90, FP16, 80, "4"), (90, FP32, 128, "8"), (80, FP32, 256, "4"),
+    )),
+]  # fmt: skip
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    recorded = []
+    for module in (attention, store, w4a16, w8a8):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Recorder(getattr(module, name), recorded))
+    return recorded
+
+
+def pages(kind, dtype, head_dim):
+    width = head_dim // 2 if kind == "4" else head_dim
+    data = torch.empty((4, NUM_KV_HEADS, BLOCK_SIZE, width), dtype=torch.uint8)
+    if kind == "static":
+        return StaticInt8Pages(data, torch.empty(NUM_KV_HEADS), torch.empty(NUM_KV_HEADS))
+    return QuantizedPages(data, torch.empty((4, NUM_KV_HEADS, BLOCK_SIZE, 2), dtype=dtype), int(kind))
+
+
+@pytest.mark.parametrize(("capability", "dtype", "head_dim", "kind"), CASES, ids=lambda value: str(value).removeprefix("torch."))
+def test_every_kernel_compiles_without_spills(capability, dtype, head_dim, kind, launches, monkeypatch, tmp_path):
+    qkv, angle = torch.empty((16, (NUM_HEADS + 2 * NUM_KV_HEADS) * head_dim), dtype=dtype), torch.empty((16, head_dim // 2))
+    slots = torch.empty(16, dtype=torch.int64)
+    k, v = (pages(kind, dtype, head_dim) for _ in "kv")
+    store.rotary_store_quantized_kv(qkv, angle, angle, None, k, v, slots, NUM_HEADS, NUM_KV_HEADS)
+    tables, lens = torch.empty((16, 128), dtype=torch.int32), torch.empty(16, dtype=torch.int32)
+    monkeypatch.setattr(attention, "compute_capability", lambda device: capability)
+    for module in (attention, store):
+        monkeypatch.setattr(module, "has_pdl", lambda device: capability >= 90)
+    for count in (1, 132):  # one split, then several
+        monkeypatch.setattr(attention, "num_sms", lambda device, count=count: count)
+        attention.quantized_decode_attention(torch.empty((16, NUM_HEADS, head_dim), dtype=dtype), k, v, tables, lens, 0.1)
+    names = [kernel.__name__ for kernel, _ in launches]
+    assert names == ["_rotary_store_quantized_kv_kernel", *["_quantized_split_kernel"] * 2, "_reduce_kernel"]
+    compile_all(launches, capability, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [(90, BF16), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((80, FP16), (100, BF16), (90, FP32)))],
+    ids=str,
+)
+def test_w4a16_kernels_compile_without_spills(capability, dtype, launches, monkeypatch, tmp_path):
+    monkeypatch.setattr(w4a16, "has_pdl", lambda device: capability >= 90)
+    for k, n in ((4096, 6144), (14336, 4096), (4096, 28672)):
+        parts = torch.empty((k // 2, n), dtype=torch.uint8), torch.empty((k // 128, n), dtype=FP16)
+        weight = W4A16Weight(*parts, torch.empty((k // 128, n), dtype=torch.uint8))
+        for num_rows in (1, 33, 128):
+            w4a16.w4a16_linear(torch.empty((num_rows, k), dtype=dtype), weight)
+        w4a16.dequantize_w4a16(weight, dtype)
+    compile_all(launches[:8] if dtype is BF16 else launches[:4], capability, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [(90, torch.int8), pytest.param(90, torch.float8_e4m3fn, marks=pytest.mark.slow)], ids=str
+)
+def test_w8a8_kernels_compile_without_spills(capability, dtype, launches, monkeypatch, tmp_path):
+    monkeypatch.setattr(w8a8, "has_pdl", lambda device: capability >= 90)
+    k, n = 4096, 6144
+    kind = W8A8Weight if dtype is torch.int8 else Fp8Weight
+    weight = kind(torch.empty((n, k), dtype=dtype).t(), torch.empty(n))
+    for num_rows in (1, 64, 128):
+        w8a8.w8a8_linear(torch.empty((num_rows, k), dtype=BF16), weight)
+    compile_all(launches[1:], capability, tmp_path)
+
+
+def compile_all(launches, capability, tmp_path):
+    for kernel, arguments in launches:
+        options = {name: arguments[name] for name in ("num_warps", "num_stages") if name in arguments}
+        compiled = triton.compile(source_of(kernel, arguments), target=GPUTarget("cuda", capability, 32), options=options)
+        usage = resource_usage(compiled.asm["cubin"], tmp_path)
+        assert usage["STACK"] == usage["LOCAL"] == 0, f"{kernel.__name__} spills: {usage}"
+        assert compiled.metadata.shared <= SHARED_LIMIT_BYTES[capability], (
+            f"{kernel.__name__}: {compiled.metadata.shared} bytes shared"
+        )
