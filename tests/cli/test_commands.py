@@ -17,6 +17,11 @@ from turbotriton.demo import checkpoint_path
 #: Command -> a page whose blocks are run (tests/e2e/test_pages.py), or a test.
 RUN_IN = {
     "chat": "docs/tutorial.md",
+    "lite auto_awq": "docs/lite.md",
+    "lite smooth_quant": "docs/lite.md",
+    "lite calibrate": "docs/lite.md",
+    "lite kv_qparams": "docs/lite.md",
+    "lite report": "docs/lite.md",
     "convert": "docs/tutorial.md",
     "serve tritonserver": "docs/tutorial.md",
     "serve api_server": "docs/tutorial.md",

@@ -45,7 +45,9 @@ def test_the_tutorial(tmp_path: Path, visitor: Visitor, ports: dict[int, int]) -
     assert f"http://127.0.0.1:{ports[6006]}" in visitor.urls
 
 
-@pytest.mark.parametrize("page", ["bench.md", "grpc.md", "plan.md", "triton_client.md"])
+@pytest.mark.parametrize(
+    "page", ["bench.md", "grpc.md", pytest.param("lite.md", marks=pytest.mark.slow), "plan.md", "triton_client.md"]
+)
 def test_a_page_about_an_interface(page: str, tmp_path: Path, ports: dict[int, int], demo_server: TritonServer) -> None:
     _run(page, tmp_path, ports, demo_server)
 
