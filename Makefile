@@ -5,6 +5,8 @@ TORCH_INDEX ?=
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.setup-done
+# two files of tests at a time, each file's tests in their order; make test PARALLEL= runs one after the other
+PARALLEL ?= -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test ci lint format typecheck clean
@@ -33,10 +35,10 @@ demo: setup ## convert the bundled model, serve it with tritonserver, ask it, ch
 	$(BIN)/turbotriton demo
 
 test: setup ## the test suite without the slow tests: no GPU, no network
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 ci: setup lint typecheck ## all that CI runs
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 lint: setup ## ruff: format and rules
 	$(BIN)/ruff format --check .

@@ -1,10 +1,10 @@
 """How the kernel tests run: on a GPU, and on any CPU under triton's interpreter.
 
 A case takes the fixture `target`. Its CPU variants carry the marker `interpreted`: TRITON_INTERPRET must stand in the environment
-before anything imports triton, which an ordinary test run cannot promise, so the first of them runs all that were selected in one
-child pytest with the variable set, and each then reports its own outcome from there.
+before anything imports triton, which an ordinary test run cannot promise, so the first of a file runs all of that file that were selected
+in one child pytest with the variable set, and each then reports its own outcome from there.
 
-    parent: selected `interpreted` items ──one child, TRITON_INTERPRET=1──> {node id: failure text or ""} ──> each item
+    parent: selected `interpreted` items of a file ──one child, TRITON_INTERPRET=1──> {node id: failure text or ""} ──> each item
 """
 
 import json
@@ -21,7 +21,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[3]
 REPORT_VARIABLE = "TURBOTRITON_TEST_INTERPRETED_REPORT"  # set for the child only: where it writes its outcomes
 CHILD_SECONDS = 280
-OUTCOMES = pytest.StashKey[dict[str, str]]()
+OUTCOMES = pytest.StashKey[dict[Path, dict[str, str]]]()
 GUARD = 64  # elements before and after every output
 
 # fp16 and fp32 only: in triton 3.9 the interpreter's tl.dot on bf16 returned garbage
@@ -62,10 +62,12 @@ def _runs_in_child(item: pytest.Item) -> bool:
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     if not _runs_in_child(pyfuncitem):
         return None
-    session = pyfuncitem.session
-    if OUTCOMES not in session.stash:
-        session.stash[OUTCOMES] = _run_interpreted([item.nodeid for item in session.items if "interpreted" in item.keywords])
-    failure = session.stash[OUTCOMES].get(pyfuncitem.nodeid, "the child ended before this case: it crashed or ran out of time")
+    session, path = pyfuncitem.session, pyfuncitem.path
+    outcomes = session.stash.setdefault(OUTCOMES, {})
+    if path not in outcomes:
+        mine = [item.nodeid for item in session.items if "interpreted" in item.keywords and item.path == path]
+        outcomes[path] = _run_interpreted(mine)
+    failure = outcomes[path].get(pyfuncitem.nodeid, "the child ended before this case: it crashed or ran out of time")
     if failure:
         pytest.fail(failure, pytrace=False)
     return True
