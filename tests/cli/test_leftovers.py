@@ -88,15 +88,13 @@ def test_region_that_a_process_still_maps_stays(region: Path) -> None:
     assert not region.exists()
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        shared_memory_prefix() + "of-a-living-process",
-        f"turbotriton_1_{dead_pid()}_of-another-pid-namespace",
-        "turbotriton_without_an_owner",
-    ],
-)
-def test_other_regions_stay(name: str) -> None:
+@pytest.mark.parametrize("whose", ["a living process", "another pid namespace", "nobody"])
+def test_other_regions_stay(whose: str) -> None:
+    name = {
+        "a living process": shared_memory_prefix() + "of-a-living-process",
+        "another pid namespace": f"turbotriton_1_{dead_pid()}_of-another-pid-namespace",
+        "nobody": "turbotriton_without_an_owner",
+    }[whose]
     path = SHARED_MEMORY / f"{name}{uuid.uuid4()}"
     path.touch()
     try:
