@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from turbotriton.backend.ops.packing import pack_tiles
+from turbotriton.contract.chat_templates import guess_template_name
 from turbotriton.contract.errors import CheckpointError, ConfigError
 from turbotriton.contract.ini import ModelConfig, write_workspace_config
 from turbotriton.contract.layout import Storage, TensorSpec, tensor_specs
@@ -51,7 +52,11 @@ def convert_checkpoint(options: ConvertOptions) -> Layout:
         layout = Layout(temporary, options.served_name or options.model_name, options.doors)
         layout.weights.mkdir(parents=True)
         tokenizer = write_tokenizer(
-            options.model_path, options.tokenizer_path, layout.tokenizer, copy_code=options.trust_remote_code
+            options.model_path,
+            options.tokenizer_path,
+            layout.tokenizer,
+            copy_code=options.trust_remote_code,
+            template_name=guess_template_name(options.model_name, str(options.model_path)),
         )
         workspace = workspace_config(checkpoint, tokenizer, options)
         _write_weights(checkpoint, workspace.model_config(), layout.weights, show_progress=options.show_progress)

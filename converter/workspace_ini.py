@@ -81,4 +81,4 @@ def _token_ids(checkpoint: Checkpoint, tokenizer: TokenizerFolder, options: Conv
                 "config.json, found none"
             )
         start, end = found_start if found_start is not None else 0, found_end
-    return start, end, list(dict.fromkeys((end, *others)))
+    return start, end, list(dict.fromkeys((end, *others, *tokenizer.stop_token_ids)))

@@ -86,7 +86,10 @@ def _workspace_files(root: Path) -> ModelFiles:
 
 
 def _find_tokenizer(root: Path, weights: Path) -> Path:
-    repositories = [root / "model_repository", *weights.resolve().parents[2:3]]  # of .../<door>/1/weights
+    repositories = [root / "model_repository"]
+    version = weights.resolve().parent
+    if version.name == "1":  # <repository>/<door>/1/weights
+        repositories.append(version.parent.parent)
     places = [root / "triton_models" / "tokenizer", weights.parent / "tokenizer"]
     places += [place for repository in repositories for place in sorted(repository.glob("*/1/tokenizer"))]
     found = next((place for place in places if place.is_dir()), None)

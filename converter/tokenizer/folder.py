@@ -2,10 +2,11 @@
 
 After `write_tokenizer` the folder holds tokenizer.json (copied, or converted from SentencePiece, tiktoken or vocab.json with
 merges.txt and compared on a text) and a tokenizer_config.json with bos_token, eos_token and chat_template where the checkpoint
-has them anywhere.
+has them anywhere; where it has no template, that of the row that the model's name or path stands for.
 """
 
 import json
+import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from turbotriton.contract.chat_templates import find_template
 from turbotriton.contract.errors import CheckpointError
+from turbotriton.contract.row_jinja import row_jinja
 
 from .from_sentencepiece import tokenizer_from_sentencepiece
 from .from_tiktoken import LLAMA3, QWEN, is_tiktoken, tokenizer_from_tiktoken
@@ -21,18 +24,26 @@ from .from_vocab import tokenizer_from_vocab
 
 __all__ = ["TokenizerFolder", "write_tokenizer"]
 
+logger = logging.getLogger(__name__)
+
 SPECIAL_KEYS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizerFolder:
+    """stop_token_ids: those of the stop words that the template's row names, where a row stands in for a missing template."""
+
     bos_token_id: int | None
     eos_token_id: int | None
     chat_template: str | None
+    stop_token_ids: tuple[int, ...] = ()
 
 
-def write_tokenizer(model_path: Path, tokenizer_path: Path | None, target: Path, *, copy_code: bool) -> TokenizerFolder:
+def write_tokenizer(
+    model_path: Path, tokenizer_path: Path | None, target: Path, *, copy_code: bool, template_name: str | None = None
+) -> TokenizerFolder:
     """Fills `target` (made here). `tokenizer_path`: a folder or one file that replaces the checkpoint's tokenizer.
+    `template_name`: the row that becomes the chat template where the checkpoint has none.
 
     As LMDeploy does, every *.json of the checkpoint is copied, *.py only with `copy_code`. Raises CheckpointError.
     """
@@ -55,13 +66,28 @@ def write_tokenizer(model_path: Path, tokenizer_path: Path | None, target: Path,
         tokenizer = Tokenizer.from_file(str(target / "tokenizer.json"))
     except Exception as error:  # noqa: BLE001 - the tokenizers library raises bare Exception
         raise CheckpointError(f"{given or folder / 'tokenizer.json'}: cannot be read ({error}); download it again") from None
-    if _add_special_tokens(config, target, tokenizer):
+    stop_token_ids = _use_row(template_name, config, tokenizer)
+    if _add_special_tokens(config, target, tokenizer) or stop_token_ids is not None:
         (target / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return TokenizerFolder(
         bos_token_id=_token_id(tokenizer, config.get("bos_token")),
         eos_token_id=_token_id(tokenizer, config.get("eos_token")),
         chat_template=config.get("chat_template"),
+        stop_token_ids=stop_token_ids or (),
     )
+
+
+def _use_row(name: str | None, config: dict[str, Any], tokenizer: Tokenizer) -> tuple[int, ...] | None:
+    """Puts the row's Jinja into a `config` that has no chat template; -> ids of its stop words, or None: nothing was done."""
+    row = find_template(name or "")
+    if row is None or row.capability != "chat" or config.get("chat_template"):
+        return None
+    bos = _token_id(tokenizer, config.get("bos_token"))
+    adds_bos = bos is not None and (bool(config.get("add_bos_token")) or tokenizer.encode("a").ids[:1] == [bos])
+    config["chat_template"] = row_jinja(row, adds_bos=adds_bos)
+    logger.info("the checkpoint has no chat template: taking the one of %r (turbotriton list)", row.name)
+    ids = (tokenizer.token_to_id(word) for word in row.stop_words)
+    return tuple(token_id for token_id in ids if token_id is not None)
 
 
 def _replace_tokenizer(path: Path, target: Path) -> None:

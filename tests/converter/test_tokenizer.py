@@ -14,6 +14,8 @@ from tokenizers import Tokenizer, pre_tokenizers
 from turbotriton.contract.errors import CheckpointError
 from turbotriton.converter.tokenizer import write_tokenizer
 from turbotriton.converter.tokenizer.from_tiktoken import LLAMA3, QWEN
+from turbotriton.text.chat_template import ChatTemplate
+from turbotriton.text.detokenizer import TextTokenizer
 
 SENTENCEPIECE = ("internlm", "internlm2", "yi", "mistral_v03")
 
@@ -211,3 +213,39 @@ def test_a_model_that_sentencepiece_refuses_is_refused(assets: Path, llama: Path
     (llama / "tokenizer.model").write_bytes(raw.replace(b"<0x41>", b"<0x4_>"))
     with pytest.raises(CheckpointError, match=r"llama/tokenizer\.model: is no SentencePiece model .*<0x4_>"):
         write_tokenizer(llama, None, tmp_path / "t", copy_code=False)
+
+
+@pytest.fixture
+def bare_llama(llama: Path) -> Path:
+    """A checkpoint without a chat template."""
+    path = llama / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    del config["chat_template"]
+    path.write_text(json.dumps(config))
+    return llama
+
+
+def test_a_checkpoint_without_a_template_gets_that_of_its_row(bare_llama: Path, tmp_path: Path) -> None:
+    """With BOS where the tokenizer adds it, and the row's stop words that are tokens."""
+    result = write_tokenizer(bare_llama, None, tmp_path / "t", copy_code=False, template_name="ultracm")
+    config = json.loads((tmp_path / "t/tokenizer_config.json").read_text())
+    assert config["chat_template"] == result.chat_template
+    assert result.stop_token_ids == (2,)  # </s>
+    tokenizer = TextTokenizer.load(tmp_path / "t")
+    assert tokenizer.chat_template is not None
+    template = ChatTemplate(tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token)
+    messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}]
+    assert template.render(messages) == "<s>User: S</s>\nUser: Q</s>\nAssistant: "
+
+
+@pytest.mark.parametrize("name", [None, "llama", "no-such-row"])
+def test_no_row_and_rows_of_base_models_give_no_template(bare_llama: Path, tmp_path: Path, name: str | None) -> None:
+    result = write_tokenizer(bare_llama, None, tmp_path / "t", copy_code=False, template_name=name)
+    assert (result.chat_template, result.stop_token_ids) == (None, ())
+    assert "chat_template" not in json.loads((tmp_path / "t/tokenizer_config.json").read_text())
+
+
+def test_a_checkpoints_own_template_wins_over_the_row(llama: Path, tmp_path: Path) -> None:
+    (llama / "chat_template.jinja").write_text("{{ messages }}")
+    result = write_tokenizer(llama, None, tmp_path / "t", copy_code=False, template_name="ultracm")
+    assert (result.chat_template, result.stop_token_ids) == ("{{ messages }}", ())

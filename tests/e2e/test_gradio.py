@@ -66,7 +66,7 @@ def test_a_conversation_streams_with_its_speed(chat: ChatPage, demo_server: Trit
 def test_stop_returns_the_answers_blocks_at_the_engine(chat: ChatPage, demo_server: TritonServer) -> None:
     """The engine is slowed down, so that the answer is still being made when Stop is clicked."""
     set_endless(chat)
-    with throttled(engine_pid(demo_server)):
+    with throttled(engine_pid(demo_server), share=0.03):
         chat.ask("Tell me a long story.")
         wait_until(lambda: metric(demo_server, "turbotriton_kv_cache_usage") > 0, "blocks being held", timeout_s=10)
         chat.stop_button.click()

@@ -5,8 +5,16 @@ from pathlib import Path
 import pytest
 from tests.text.tokenizers import released_tokenizer
 
-from turbotriton.contract.chat_templates import ROWS, SYSTEM_TEXT, find_template, guess_template_name, listed_template_names
+from turbotriton.contract.chat_templates import (
+    ROWS,
+    SYSTEM_TEXT,
+    TemplateRow,
+    find_template,
+    guess_template_name,
+    listed_template_names,
+)
 from turbotriton.contract.errors import InvalidInputError
+from turbotriton.contract.row_jinja import row_jinja
 from turbotriton.text.chat_template import ChatTemplate
 from turbotriton.text.prompt_format import PromptFormat, choose_format
 from turbotriton.text.row_template import RowTemplate
@@ -143,3 +151,23 @@ def test_mistrals_markers_are_the_released_ones_but_for_spaces(assets: Path) -> 
     own = ChatTemplate(tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token).render(TWO)
     by_row = "<s>" + RowTemplate(find_template("mistral")).render(TWO)  # type: ignore[arg-type]
     assert by_row.replace(" ", "") == own.replace(" ", "")
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.capability == "chat"], ids=lambda row: row.name)
+@pytest.mark.parametrize("messages", [ONE, TWO, WITH_SYSTEM], ids=["one", "two", "system"])
+def test_a_row_as_jinja_renders_alike(row: TemplateRow, messages: list[dict[str, str]]) -> None:
+    for ask in (True, False):
+        wanted = RowTemplate(row).render(messages, add_generation_prompt=ask)
+        assert ChatTemplate(row_jinja(row, adds_bos=False)).render(messages, add_generation_prompt=ask) == wanted
+        with_bos = ChatTemplate(row_jinja(row, adds_bos=True), "<|begin_of_text|>").render(messages, add_generation_prompt=ask)
+        assert with_bos == (wanted if row.begin else "<|begin_of_text|>" + wanted)
+
+
+def test_a_row_as_jinja_keeps_contents_as_they_are_and_refuses_other_roles() -> None:
+    row = find_template("llama2")
+    assert row is not None
+    template = ChatTemplate(row_jinja(row, adds_bos=False))
+    content = "BEGIN {{ 1 + 1 }} 'quoted' \\n {% raw %}"
+    assert content in template.render([{"role": "user", "content": content}])
+    with pytest.raises(InvalidInputError, match="knows system, user and assistant"):
+        template.render([{"role": "tool", "content": "42"}])

@@ -125,7 +125,8 @@ def test_a_workspace_is_used_as_it_is(workspace: Path, conversions: list[Path]) 
 
 
 def test_weights_without_a_tokenizer_are_refused(workspace: Path, tmp_path: Path) -> None:
-    alone = Path(shutil.copytree(workspace / "model_repository/turbomind/1/weights", tmp_path / "a/weights"))
+    alone = Path(shutil.copytree(workspace / "model_repository/turbomind/1/weights", tmp_path / "b/a/weights"))
+    (tmp_path / "other/1/tokenizer").mkdir(parents=True)  # near by, and not theirs
     with pytest.raises(WorkspaceError, match="no tokenizer"):
         open_model(alone, OPTIONS)
 
