@@ -24,6 +24,7 @@ __all__ = [
     "QuantizedPages",
     "SamplingBatch",
     "StaticInt8Pages",
+    "W4A16Tiles",
     "W4A16Weight",
     "W8A8Weight",
 ]
@@ -47,7 +48,7 @@ class DenseWeight:
 
 @dataclass(frozen=True, slots=True)
 class W4A16Weight:
-    """y = x W (+ b) with W = (nibble - zero) * scale, each value rounded once to the compute dtype (AWQ, arXiv:2306.00978).
+    """y = x W (+ b) with W = (nibble - zero) * scale (AWQ, arXiv:2306.00978); scale, then each value are rounded to the compute dtype.
 
     qweight: [in_features / 2, out_features], uint8: rows 2i (low half) and 2i + 1 (high half), see `packing.pack_rows`
     scales:  [in_features / group_size, out_features], fp16      zeros: the same shape, uint8, 0..15
@@ -66,6 +67,40 @@ class W4A16Weight:
     @property
     def num_elements(self) -> int:
         return 2 * self.qweight.numel()
+
+
+@dataclass(frozen=True, slots=True)
+class W4A16Tiles:
+    """The values of a W4A16Weight in the order of a matrix instruction's registers: `packing.pack_fragments`.
+
+    words:  [out_features / 16, in_features / 64, 32, 4], int32: strips of 16 outputs, lanes, words
+    params: [in_features / group_size, out_features], int32: bits of scale << 16 | bits of -(offset + zero), both of `dtype`
+    bias:   [out_features], `dtype`, in natural order, or None
+    dtype:  float16 or bfloat16, what the values are widened to
+    gated:  columns are [gate | up]; words and params hold them as strips of 8 gates and the 8 ups of the same columns
+    """
+
+    words: torch.Tensor
+    params: torch.Tensor
+    bias: torch.Tensor | None
+    dtype: torch.dtype
+    gated: bool = False
+
+    @property
+    def in_features(self) -> int:
+        return 64 * self.words.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.params.shape[1]
+
+    @property
+    def group_size(self) -> int:
+        return self.in_features // self.params.shape[0]
+
+    @property
+    def num_elements(self) -> int:
+        return self.in_features * self.out_features
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +140,7 @@ class Fp8Weight:
 
 
 #: A linear layer's weight; an op dispatches on the type.
-LinearWeight = DenseWeight | W4A16Weight | W8A8Weight | Fp8Weight
+LinearWeight = DenseWeight | W4A16Weight | W4A16Tiles | W8A8Weight | Fp8Weight
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,10 @@ Values are u4 matrices [k, m]: k inputs, m outputs, 0..15 in uint8 ("nibbles" be
                    k in tile = k16*16 + k8*8 + kp*2 + k1        m in tile = m16*16 + m8*8 + m1
                    lane = m1*4 + kp          word = k16*2 + m16          nibble = k1*4 + k8*2 + m8   (0 is the least significant)
     our ops    uint8 [k/2, m]: row 2i in the low half, row 2i + 1 in the high one
+    fragments  int32 [m/16, k/64, lane 32, word 4], for our kernels: a lane's share of four 16 x 16 operands of mma.m16n8k16 and
+               wgmma, so that a shift by 0, 4, 8 or 12 and a mask leave two neighbouring inputs in the halves of a register:
+                   k in 64 = k32*32 + k16*16 + k8*8 + kp*2 + k1   m in strip = m8*8 + m1
+                   lane = m1*4 + kp          word = k32*2 + m8          bit = k1*16 + k8*8 + k16*4
 """
 
 import torch
@@ -16,8 +20,11 @@ import torch
 __all__ = [
     "TILE",
     "deinterleave_w13",
+    "fragment_params",
+    "interleave_gate_up",
     "interleave_w13",
     "pack_awq",
+    "pack_fragments",
     "pack_rows",
     "pack_scales_zeros",
     "pack_tiles",
@@ -114,3 +121,33 @@ def pack_rows(nibbles: torch.Tensor) -> torch.Tensor:
 def unpack_rows(packed: torch.Tensor) -> torch.Tensor:
     """Inverse of `pack_rows`."""
     return torch.stack((packed & 0xF, packed >> 4), dim=1).flatten(0, 1)
+
+
+def pack_fragments(nibbles: torch.Tensor) -> torch.Tensor:
+    """uint8 [k, m] of values 0..15, k a multiple of 64 and m of 16 -> int32 [m/16, k/64, 32, 4]."""
+    k, m = nibbles.shape
+    # axes:                    0 strip  1 m8 2 m1 3 k64 4 k32 5 k16 6 k8 7 kp 8 k1
+    parts = nibbles.t().reshape(m // 16, 2, 8, k // 64, 2, 2, 2, 4, 2)
+    words = torch.zeros((m // 16, 2, 8, k // 64, 2, 4), dtype=torch.int32, device=nibbles.device)
+    for k16 in range(2):
+        for k8 in range(2):
+            for k1 in range(2):
+                words |= parts[:, :, :, :, :, k16, k8, :, k1].to(torch.int32) << (k1 * 16 + k8 * 8 + k16 * 4)
+    return words.permute(0, 3, 2, 5, 4, 1).reshape(m // 16, k // 64, 32, 4)  # strip k64 (m1 kp) (k32 m8)
+
+
+def fragment_params(scales: torch.Tensor, zeros: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[k/g, m] scales (any float) and zeros (0..15) -> int32 [k/g, m]: scale << 16 | -(offset + zero), both as bits of `dtype`.
+
+    dtype: float16 (offset 1024) or bfloat16 (offset 128): the numbers whose last mantissa bits count units.
+    """
+    offset = {torch.float16: 1024, torch.bfloat16: 128}[dtype]
+    high = scales.to(dtype).view(torch.int16).to(torch.int32) << 16
+    low = (-(zeros.float() + offset)).to(dtype).view(torch.int16).to(torch.int32) & 0xFFFF
+    return (high | low).contiguous()
+
+
+def interleave_gate_up(columns: torch.Tensor) -> torch.Tensor:
+    """[..., gate | up] -> the same columns as strips of 8 gates and 8 ups: 16i + j is gate 8i + j, 16i + 8 + j is up 8i + j."""
+    strips = columns.view(*columns.shape[:-1], 2, -1, 8)
+    return strips.transpose(-3, -2).flatten(-3)

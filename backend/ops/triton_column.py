@@ -10,7 +10,7 @@ from typing import TypeGuard
 
 import torch
 
-from .kernels import skinny_linear
+from .kernels import narrow_linear, skinny_linear
 from .kernels.greedy_sample import greedy_sample
 from .kernels.paged_decode_attention import paged_decode_attention
 from .kernels.paged_prefill_attention import paged_prefill_attention
@@ -20,10 +20,17 @@ from .kernels.rotary_store_kv import rotary_store_kv
 from .kernels.rotary_store_quantized_kv import rotary_store_quantized_kv
 from .kernels.silu_and_mul import silu_and_mul
 from .kernels.stage_decode import stage_decode
-from .kernels.tuning import MAX_SKINNY_NORM_ELEMENTS, MAX_W4A16_ROWS, next_power_of_2
-from .kernels.w4a16_linear import dequantize_w4a16, w4a16_linear
+from .kernels.tuning import (
+    MANY_OUTPUTS,
+    MAX_NARROW_GATED_ROWS,
+    MAX_NARROW_ROWS,
+    MAX_SKINNY_NORM_ELEMENTS,
+    MAX_W4A16_ROWS,
+    next_power_of_2,
+)
+from .kernels.w4a16_linear import dequantize_w4a16, w4a16_gate_up, w4a16_linear
 from .kernels.w8a8_linear import w8a8_linear
-from .operands import DenseWeight, LinearWeight, NormWeight, SamplingBatch, W4A16Weight, W8A8Weight
+from .operands import DenseWeight, LinearWeight, NormWeight, SamplingBatch, W4A16Tiles, W8A8Weight
 from .reference import units
 from .reference.attention import attention
 from .reference.sample import sample as reference_sample
@@ -32,8 +39,20 @@ from .table import REFERENCE
 __all__ = ["TRITON", "UNITS_WITH_REFERENCE_PARTS"]
 
 
+def _has_rows_stored(weight: LinearWeight, x: torch.Tensor, max_rows: int) -> TypeGuard[DenseWeight]:
+    """A dense weight stored by outputs, and not too many rows."""
+    return isinstance(weight, DenseWeight) and x.shape[0] <= max_rows and weight.weight.stride(0) == 1
+
+
 def _is_skinny(weight: LinearWeight, x: torch.Tensor) -> TypeGuard[DenseWeight]:
-    return isinstance(weight, DenseWeight) and x.shape[0] <= skinny_linear.MAX_SKINNY_ROWS and weight.weight.stride(0) == 1
+    return _has_rows_stored(weight, x, skinny_linear.MAX_SKINNY_ROWS)
+
+
+def _is_narrow(weight: LinearWeight, x: torch.Tensor) -> TypeGuard[DenseWeight]:
+    if not _has_rows_stored(weight, x, MAX_NARROW_ROWS) or x.element_size() != 2:
+        return False
+    k, n = weight.weight.shape
+    return k > n or n > MANY_OUTPUTS
 
 
 def _norm_fits(x: torch.Tensor) -> bool:
@@ -43,10 +62,12 @@ def _norm_fits(x: torch.Tensor) -> bool:
 def linear(x: torch.Tensor, weight: LinearWeight) -> torch.Tensor:
     if _is_skinny(weight, x):
         return skinny_linear.linear(x, weight.weight, weight.bias)
-    if isinstance(weight, W4A16Weight):
-        if x.shape[0] <= MAX_W4A16_ROWS:
+    if _is_narrow(weight, x):
+        return narrow_linear.linear(x, weight.weight, weight.bias)
+    if isinstance(weight, W4A16Tiles):
+        if x.shape[0] <= MAX_W4A16_ROWS and not weight.gated:
             return w4a16_linear(x, weight)
-        return units.linear(x, DenseWeight(dequantize_w4a16(weight, x.dtype), weight.bias))
+        return units.linear(x, DenseWeight(dequantize_w4a16(weight), weight.bias))
     if isinstance(weight, W8A8Weight):
         return w8a8_linear(x, weight)
     return units.linear(x, weight)
@@ -66,6 +87,12 @@ def norm_gate_up_silu(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if _is_skinny(weight, x) and _norm_fits(x):
         return skinny_linear.norm_gate_up(x, residual, norm.weight, norm.eps, weight.weight, weight.bias)
+    if isinstance(weight, W4A16Tiles) and x.shape[0] <= MAX_W4A16_ROWS:
+        y, residual = rms_norm(x, norm.weight, norm.eps, residual)
+        return w4a16_gate_up(y, weight), residual
+    if _has_rows_stored(weight, x, MAX_NARROW_GATED_ROWS) and x.element_size() == 2:
+        y, residual = rms_norm(x, norm.weight, norm.eps, residual)
+        return narrow_linear.gate_up(y, weight.weight, weight.bias), residual
     gate_up, residual = norm_linear(x, residual, norm, weight)
     return silu_and_mul(gate_up), residual
 

@@ -64,8 +64,9 @@ class ModelRunner:
         if device.type == "cuda" and dtype is torch.float32:
             torch.set_float32_matmul_precision("highest")  # fp32 means fp32: no TF32
         with torch.inference_mode():
-            weights = load_weights(model, weights_dir, device, dtype)
-            self._decoder = Decoder(model, weights, REFERENCE if reference_ops else ops_for(device))
+            ops = REFERENCE if reference_ops else ops_for(device)
+            weights = load_weights(model, weights_dir, device, dtype, for_kernels=ops is not REFERENCE)
+            self._decoder = Decoder(model, weights, ops)
             self._slots = SlotState(model, engine, device)
             self._sampler = SamplerState(engine.max_batch_size, model.vocab_size, model.eos_token_ids, device)
             scales = read_kv_scales(model, weights_dir) if engine.quant_policy == 4 else None

@@ -23,10 +23,19 @@ from turbotriton.backend.ops.operands import (
     LinearWeight,
     NormWeight,
     QkvWeights,
+    W4A16Tiles,
     W4A16Weight,
     W8A8Weight,
 )
-from turbotriton.backend.ops.packing import deinterleave_w13, pack_rows, unpack_scales_zeros, unpack_tiles
+from turbotriton.backend.ops.packing import (
+    deinterleave_w13,
+    fragment_params,
+    interleave_gate_up,
+    pack_fragments,
+    pack_rows,
+    unpack_scales_zeros,
+    unpack_tiles,
+)
 from turbotriton.contract.errors import WorkspaceError
 from turbotriton.contract.ini import ModelConfig
 from turbotriton.contract.layout import MANIFEST_NAME, Split, Storage, TensorSpec, tensor_specs
@@ -55,9 +64,14 @@ def find_weights_dir(path: Path) -> Path:
     )
 
 
-def load_weights(config: ModelConfig, folder: Path, device: torch.device, dtype: torch.dtype) -> ModelWeights:
-    """`folder` holds config.ini's tensors; ranks are joined on `device`, floats converted to `dtype`. Raises WorkspaceError."""
-    loader = _Loader(config, _Reader(config, folder), device, dtype)
+def load_weights(
+    config: ModelConfig, folder: Path, device: torch.device, dtype: torch.dtype, *, for_kernels: bool = False
+) -> ModelWeights:
+    """`folder` holds config.ini's tensors; ranks are joined on `device`, floats converted to `dtype`. Raises WorkspaceError.
+
+    for_kernels: 4 bit weights as W4A16Tiles, where dtype and shape allow, which the reference ops do not take.
+    """
+    loader = _Loader(config, _Reader(config, folder), device, dtype, for_kernels)
     embeddings = loader.floats("tok_embeddings.weight")
     head = embeddings if config.tie_word_embeddings else loader.floats("output.weight")
     layers = tuple(loader.layer(f"layers.{i}") for i in range(config.num_layers))
@@ -72,8 +86,11 @@ def _dense(weight: torch.Tensor, bias: torch.Tensor | None = None) -> DenseWeigh
 class _Loader:
     """Tensors of the files as the ops take them. Nothing that it returns points into a file."""
 
-    def __init__(self, config: ModelConfig, reader: "_Reader", device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: ModelConfig, reader: "_Reader", device: torch.device, dtype: torch.dtype, for_kernels: bool
+    ) -> None:
         self._config, self._reader, self._device, self._dtype = config, reader, device, dtype
+        self._for_kernels = for_kernels
         self._qk_heads = config.num_heads + config.num_kv_heads
 
     def floats(self, name: str) -> torch.Tensor:
@@ -101,12 +118,17 @@ class _Loader:
             ),
             output=self._linear(f"{attention}.wo", bias=output_bias),
             ffn_norm=self.norm(f"{prefix}.ffn_norm.weight"),
-            gate_up=self._linear(*gate_up_files),
+            gate_up=self._linear(*gate_up_files, gated=True),
             down=self._linear(f"{ffn}.w2"),
         )
 
-    def _linear(self, *prefixes: str, bias: torch.Tensor | None = None, rotary_heads: int = 0) -> LinearWeight:
-        """One linear layer of the columns of all `prefixes`; the first `rotary_heads` heads of its columns are un-permuted."""
+    def _linear(
+        self, *prefixes: str, bias: torch.Tensor | None = None, rotary_heads: int = 0, gated: bool = False
+    ) -> LinearWeight:
+        """One linear layer of the columns of all `prefixes`; the first `rotary_heads` heads of its columns are un-permuted.
+
+        gated: the columns are [gate | up].
+        """
 
         def columns(kind: str) -> torch.Tensor:
             parts = [self._reader.read(f"{prefix}.{{rank}}.{kind}").to(self._device) for prefix in prefixes]
@@ -117,7 +139,7 @@ class _Loader:
             nibbles, (scales, zeros) = columns("qweight"), unpack_scales_zeros(columns("scales_zeros"))
             if prefixes[0].endswith("w13"):
                 nibbles, scales, zeros = (deinterleave_w13(part) for part in (nibbles, scales, zeros))
-            return W4A16Weight(pack_rows(nibbles), scales, zeros, bias)
+            return self._int4(nibbles, scales, zeros, bias, gated)
         if self._config.weight_type in ("int8", "fp8"):
             weight, scale = columns("weight").clone(), columns("scale").clone()
             if weight.is_cuda:  # stored by outputs, as 8 bit matrix instructions read it
@@ -126,6 +148,16 @@ class _Loader:
                 return W8A8Weight(weight, scale, bias)
             return Fp8Weight(weight.view(torch.float8_e4m3fn), scale, bias)
         return _dense(columns("weight").to(dtype=self._dtype, copy=True), bias)
+
+    def _int4(
+        self, nibbles: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bias: torch.Tensor | None, gated: bool
+    ) -> LinearWeight:
+        (k, m), num_groups = nibbles.shape, scales.shape[0]
+        if not self._for_kernels or self._dtype is torch.float32 or m % 64 or (k // num_groups) % 64:
+            return W4A16Weight(pack_rows(nibbles), scales, zeros, bias)
+        if gated:
+            nibbles, scales, zeros = (interleave_gate_up(part) for part in (nibbles, scales, zeros))
+        return W4A16Tiles(pack_fragments(nibbles), fragment_params(scales, zeros, self._dtype), bias, self._dtype, gated)
 
     def _half_split(self, tensor: torch.Tensor, num_heads: int) -> torch.Tensor:
         return half_split_rotary(tensor, num_heads, self._config.head_dim, self._config.rope.dim)

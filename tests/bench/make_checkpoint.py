@@ -1,8 +1,9 @@
 """Writes a workspace of random weights in the shape of a real model, for the benchmarks. One file a tensor, nothing is hashed.
 
-    PYTHONPATH=src python3 tests/bench/make_checkpoint.py --shape 1.8b --out /dev/shm/1.8b
+    PYTHONPATH=src python3 tests/bench/make_checkpoint.py --shape 1.8b --out /dev/shm/1.8b [--dtype bf16|int4|...]
 
-Norm gains are 1, matrices normal with a deviation that keeps activations and logits near 1. Values are made on the GPU if there is one.
+Norm gains are 1, matrices normal with a deviation that keeps activations and logits near 1; with --dtype int4 linear layers hold uniform
+4 bit values in groups of 128 of the same deviation, as an AWQ workspace does, and the rest is fp16. Made on the GPU if there is one.
 """
 
 import argparse
@@ -13,12 +14,15 @@ from pathlib import Path
 
 import torch
 
+from turbotriton.backend.ops.packing import pack_scales_zeros
 from turbotriton.contract.ini import LlamaSection, TurbotritonSection, WorkspaceConfig, write_workspace_config
-from turbotriton.contract.layout import dense_tensor_specs
+from turbotriton.contract.layout import Storage, TensorSpec, tensor_specs
 
 __all__ = ["SHAPES", "Shape", "make_checkpoint", "workspace_config"]
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "int4": torch.float16}
+GROUP_SIZE = 128
+UNIFORM_NIBBLE_DEVIATION = 4.61  # of 0..15
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ def workspace_config(name: str, dtype: str, session_len: int) -> WorkspaceConfig
         end_id=2,
         session_len=session_len,
         weight_type=dtype,
+        group_size=GROUP_SIZE if dtype == "int4" else 0,
         rotary_embedding=shape.head_dim,
         rope_theta=shape.rope_theta,
         size_per_head=shape.head_dim,
@@ -71,15 +76,26 @@ def make_checkpoint(name: str, folder: Path, dtype: str = "bf16", session_len: i
     write_workspace_config(folder / "config.ini", config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(seed)
-    for spec in dense_tensor_specs(config.model_config()):
-        if len(spec.shape) == 1:
-            values = torch.ones(spec.shape, device=device)
-        else:
-            fan_in = spec.shape[1] if spec.name in ("output.weight", "tok_embeddings.weight") else spec.shape[0]
-            values = torch.empty(spec.shape, device=device).normal_(generator=generator) / math.sqrt(fan_in)
-        stored = values.to(DTYPES[dtype]).cpu().view(torch.uint8).numpy()
+    for spec in tensor_specs(config.model_config()):
+        values = tensor_of(spec, dtype, generator)
+        stored = values.cpu().contiguous().view(torch.uint8).numpy()
         for file in spec.file_names(1):
             stored.tofile(folder / file)
+
+
+def tensor_of(spec: TensorSpec, dtype: str, generator: torch.Generator) -> torch.Tensor:
+    device = generator.device
+    if spec.storage is Storage.NIBBLES:
+        return torch.randint(0, 256, (math.prod(spec.shape) // 2,), dtype=torch.uint8, device=device, generator=generator)
+    if spec.storage is Storage.SCALES_ZEROS:
+        scale = 1 / (UNIFORM_NIBBLE_DEVIATION * math.sqrt(GROUP_SIZE * spec.shape[0]))
+        zeros = torch.randint(7, 9, spec.shape, device=device, generator=generator)
+        return pack_scales_zeros(torch.full(spec.shape, scale, device=device), zeros)
+    if len(spec.shape) == 1:
+        return torch.ones(spec.shape, dtype=DTYPES[dtype], device=device)
+    fan_in = spec.shape[1] if spec.name in ("output.weight", "tok_embeddings.weight") else spec.shape[0]
+    values = torch.empty(spec.shape, device=device).normal_(generator=generator) / math.sqrt(fan_in)
+    return values.to(DTYPES[dtype])
 
 
 def main() -> int:

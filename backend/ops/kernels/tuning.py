@@ -19,6 +19,7 @@ __all__ = [
     "ceil_div",
     "decode_attention_config",
     "greedy_sample_config",
+    "narrow_linear_config",
     "next_power_of_2",
     "prefill_attention_config",
     "quantized_decode_attention_config",
@@ -119,6 +120,31 @@ class GemmConfig:
     num_stages: int
 
 
+@dataclass(frozen=True, slots=True)
+class W4A16LinearConfig:
+    block_m: int  # rows of x a program, padded
+    block_k: int  # inputs a step; it divides a group
+    num_splits: int  # programs that share a tile's inputs
+    num_warps: int  # each takes 16 outputs
+    num_stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class NarrowLinearConfig:
+    block_m: int  # rows of x a program, padded
+    block_n: int  # outputs a program
+    block_k: int  # inputs a step
+    num_splits: int  # programs that share a tile's inputs
+    ahead: int  # steps that are prefetched before the kernel before this one has ended
+    num_warps: int
+    num_stages: int
+
+
+#: Dense layers of a batch of decodes with at most so many rows have a kernel of their own. With a gate, it saves the launch of SiLU; with
+#: more inputs than outputs, or with very many outputs, it reads faster than cuBLAS (H200: docs/perf-log.md).
+MAX_NARROW_GATED_ROWS = 128
+MAX_NARROW_ROWS = 64
+MANY_OUTPUTS = 65536
 #: More rows than these: the weights are dequantised for one linear layer at a time, and torch multiplies. Not measured yet.
 MAX_W4A16_ROWS = 128
 
@@ -181,6 +207,21 @@ def skinny_linear_config(
     products = num_warps * 32 * (32 if element_bytes == 4 else 64) // (2 if gated else 1)
     block_n = _clamp(products // (block_m * block_k), 1, 4)
     return SkinnyLinearConfig(block_m, block_n, block_k, num_warps, programs_per_sm=16 // num_warps)
+
+
+def narrow_linear_config(
+    num_rows: int, n: int, k: int, element_bytes: int, num_sms: int, *, gated: bool = False
+) -> NarrowLinearConfig:
+    """Splits so that 64 outputs a program fill the device twice, where enough steps are left to each. Measured on an H200."""
+    block_m = _clamp(next_power_of_2(num_rows), MIN_DOT_ROWS, 128)
+    if element_bytes == 4:
+        return NarrowLinearConfig(MIN_DOT_ROWS, 32, 32, 1, 0, num_warps=4, num_stages=2)
+    if gated:
+        block_k, num_stages = (64, 6) if block_m == 128 else (128, 4) if block_m < 64 else (64, 6)
+        return NarrowLinearConfig(block_m, 64, block_k, 1, 2, num_warps=4, num_stages=num_stages)
+    tiles = ceil_div(n, 64) * ceil_div(num_rows, block_m)
+    num_splits = _clamp(next_power_of_2(2 * num_sms // tiles + 1) // 2, 1, 4)
+    return NarrowLinearConfig(block_m, 64, 128, num_splits, 2, num_warps=4, num_stages=4)
 
 
 def greedy_sample_config(vocab_size: int) -> GreedySampleConfig:
@@ -251,9 +292,9 @@ def quantized_decode_attention_config(
 def prefill_attention_config(
     group_size: int, head_dim: int, element_bytes: int, compute_capability: int
 ) -> PrefillAttentionConfig:
-    """From sm_90 on: 128 rows on eight warps, two groups of four as Hopper's matrix instruction wants them. Before: fragments of
-    every operand live in registers, and 64 keys spilled (64 bytes a thread at head_dim 128). Past head_dim 128 eight warps share
-    64 rows; four spilled on every chip. Tiles and stages measured on an H200 only.
+    """From sm_90 on: 64 rows on four warps, what Hopper's matrix instruction wants, and several programs on a multiprocessor (128 rows
+    on eight were a tenth slower). Before: fragments of every operand live in registers, and 64 keys spilled (64 bytes a thread at
+    head_dim 128). Past head_dim 128 eight warps share 64 rows; four spilled on every chip. Tiles and stages measured on an H200 only.
 
     compute_capability: 10 * major + minor.
     """
@@ -268,7 +309,7 @@ def prefill_attention_config(
     elif block_d > 128:
         block_m, block_n, num_warps = 64, 32, 8
     elif compute_capability >= 90:
-        block_m, block_n, num_warps = 128, 64, 8
+        block_m, block_n, num_warps = 64, 64, 4
         if compute_capability < 120:  # consumer Blackwell has 99 KiB
             num_stages = PREFILL_NUM_STAGES_LARGE_SHARED
     else:
@@ -276,15 +317,14 @@ def prefill_attention_config(
     return PrefillAttentionConfig(max(block_m, next_power_of_2(group_size)), block_n, block_d, num_warps, num_stages)
 
 
-def w4a16_linear_config(num_rows: int, n: int, group_size: int, element_bytes: int) -> GemmConfig:
-    """Narrow column blocks, so that a matrix of few columns still fills the device. Without measurements of speed."""
-    block_k = group_size & -group_size  # the largest power of two in it
-    if block_k < 32:
-        raise ConfigError(f"group_size is {group_size}; the W4A16 kernel takes multiples of 32: run on the reference ops")
-    if element_bytes == 4:
-        return GemmConfig(MIN_DOT_ROWS, 32, 32, num_warps=4, num_stages=2)
-    block_m = _clamp(next_power_of_2(num_rows), MIN_DOT_ROWS, 64)
-    return GemmConfig(block_m, 32 if n <= 8192 else 64, min(block_k, 128), num_warps=4, num_stages=4)
+def w4a16_linear_config(num_rows: int, n: int, k: int, group_size: int, num_sms: int) -> W4A16LinearConfig:
+    """n must be a multiple of 64, group_size one of 64."""
+    block_k = 128 if group_size % 128 == 0 else 64
+    block_m = _clamp(next_power_of_2(num_rows), MIN_DOT_ROWS, 256)
+    num_warps = 8 if n % 128 == 0 else 4
+    tiles = n // (16 * num_warps) * ceil_div(num_rows, block_m)
+    num_splits = _clamp(2 * num_sms // tiles, 1, _clamp(k // (4 * block_k), 1, 8))
+    return W4A16LinearConfig(block_m, block_k, num_splits, num_warps, num_stages=3 if block_m > 64 else 5)
 
 
 def w8a8_linear_config(num_rows: int, n: int) -> GemmConfig:

@@ -1,169 +1,312 @@
-"""y = x W + b over 4 bit weights (AWQ, arXiv:2306.00978), for the rows of a decode step, and the weights alone for more rows.
+"""y = x W + b over 4 bit weights (AWQ, arXiv:2306.00978), and silu(gate) * up of W = [gate | up]; the weights alone for many rows.
 
-    W[k, n] = (nibble[k, n] - zero[g, n]) * scale[g, n],   g = k // group_size
-    y[m, n] = sum over g of scale[g, n] * (sum over k in g of x[m, k] (nibble[k, n] - zero[g, n]))      the bracket is exact in x's dtype
+    W[k, n] = round((nibble[k, n] - zero[g, n]) * scale[g, n]),   g = k // group_size;  the bracket is exact, sums are fp32
 
-A byte holds rows 2i (low half) and 2i + 1 (high half), so a tile of bytes is two tiles of weights, and x is read as its even and its
-odd columns. Sums in fp32, y is rounded once.
+W is the left operand of the matrix instruction and goes from its packed words into the instruction's registers, through no shared
+memory: `packing.pack_fragments` stores it so that the 16 bytes that a thread loads are its share of four 16 x 16 operand tiles.
 
-Tiling: the grid is (column blocks, row blocks); a program walks down K in steps of BLOCK_K inputs, which never cross a group.
+    strip of 16 outputs   | 64 inputs: 32 lanes x 4 words | next 64 | ...        W16 strips a program, a warp each
+    program               y^T tile [16 W16, BLOCK_M] += W tile [16 W16, 64 R] x^T tile; NUM_SPLITS programs share the inputs
+
+A nibble becomes a number by its bits: 0x4300 | v is 128 + v in bf16, 0x6400 | v is 1024 + v in fp16; less offset + zero it is exact.
+Two numbers sit in a register and are shifted, subtracted and scaled together.
 """
 
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from turbotriton.backend.ops.operands import W4A16Weight
+from turbotriton.backend.ops.operands import W4A16Tiles
 
-from .launch import has_pdl, launch_options, wait_for_previous
+from .launch import has_pdl, launch_options, num_sms, wait_for_previous
+from .split_sum import sum_of_splits, workspace
 from .tuning import ceil_div, w4a16_linear_config
 
-__all__ = ["dequantize_w4a16", "w4a16_linear"]
+__all__ = ["dequantize_w4a16", "w4a16_gate_up", "w4a16_linear"]
 
-DEQUANTIZE_ROWS, DEQUANTIZE_COLUMNS = 32, 128
+#: $0..$7: the 16 numbers of the words $8 (outputs 0..7 of a strip) and $9 (8..15); $10, $12 their negated offset zeros, $14, $16 scales.
+#: Operands come in pairs since two words are taken at once; zeros and scales are the same for both.
+_SPREAD = """
+    lop3.b32 $0, $8, 0x000F000F, OFFSET, 0xEA;
+    shr.b32 w, $8, 4;
+    lop3.b32 $1, w, 0x000F000F, OFFSET, 0xEA;
+    shr.b32 w, $8, 8;
+    lop3.b32 $2, w, 0x000F000F, OFFSET, 0xEA;
+    shr.b32 w, $8, 12;
+    lop3.b32 $3, w, 0x000F000F, OFFSET, 0xEA;
+    lop3.b32 $4, $9, 0x000F000F, OFFSET, 0xEA;
+    shr.b32 w, $9, 4;
+    lop3.b32 $5, w, 0x000F000F, OFFSET, 0xEA;
+    shr.b32 w, $9, 8;
+    lop3.b32 $6, w, 0x000F000F, OFFSET, 0xEA;
+    shr.b32 w, $9, 12;
+    lop3.b32 $7, w, 0x000F000F, OFFSET, 0xEA;
+"""
+
+
+def _widen_asm(kind: str, offset: str, one: str) -> tl.constexpr:
+    """Sub and mul as fused multiply-adds, which sm_80 has for both types; -0 leaves a product as it is."""
+    scaled = "".join(
+        f"    fma.rn.{kind} ${i}, ${i}, one, ${10 if i < 4 else 12};\n    fma.rn.{kind} ${i}, ${i}, ${14 if i < 4 else 16}, none;\n"
+        for i in range(8)
+    )
+    head = f"{{\n    .reg .b32 w, one, none;\n    mov.b32 one, {one};\n    mov.b32 none, 0x80008000;\n"
+    return tl.constexpr(head + _SPREAD.replace("OFFSET", offset) + scaled + "}\n")
+
+
+_WIDEN_BF16 = _widen_asm("bf16x2", "0x43004300", "0x3F803F80")
+_WIDEN_FP16 = _widen_asm("f16x2", "0x64006400", "0x3C003C00")
+_WIDEN_CONSTRAINTS = tl.constexpr(",".join(["=r"] * 8 + ["r"] * 10))
+
+
+@triton.jit
+def _twice(half):
+    """The low 16 bits in both halves of a word."""
+    return (half & 0xFFFF) * 0x10001
+
+
+@triton.jit
+def _widen(words, low, high, dtype: tl.constexpr, ASM: tl.constexpr):
+    """The weights of a tile: [16 W16, 64 R] in `dtype`.
+
+    words: [R, 32 W16, 4], int32; low, high: [32 W16], int32: scale << 16 | negated offset zero of outputs 0..7 and 8..15 of a strip
+    """
+    R: tl.constexpr = words.shape[0]
+    STRIPS: tl.constexpr = words.shape[1] // 32
+    if ASM:
+        zero_low = tl.broadcast_to(_twice(low)[None, :, None], words.shape)
+        zero_high = tl.broadcast_to(_twice(high)[None, :, None], words.shape)
+        scale_low = tl.broadcast_to(_twice(low >> 16)[None, :, None], words.shape)
+        scale_high = tl.broadcast_to(_twice(high >> 16)[None, :, None], words.shape)
+        if dtype == tl.bfloat16:
+            a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+                _WIDEN_BF16,
+                _WIDEN_CONSTRAINTS,
+                [words, zero_low, zero_high, scale_low, scale_high],
+                (tl.bfloat16,) * 8,
+                is_pure=True,
+                pack=2,
+            )
+        else:
+            tl.static_assert(dtype == tl.float16, "weights are widened to 16 bit floats")
+            a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+                _WIDEN_FP16,
+                _WIDEN_CONSTRAINTS,
+                [words, zero_low, zero_high, scale_low, scale_high],
+                (tl.float16,) * 8,
+                is_pure=True,
+                pack=2,
+            )
+        # [R, 32 W16, (k32, k1), k16, k8, m8]: the asm takes pairs of words (m8) and gives pairs of inputs (k1)
+        numbers = tl.join(tl.join(tl.join(a, b), tl.join(c, d)), tl.join(tl.join(e, f), tl.join(g, h)))
+        numbers = tl.reshape(numbers, (R, STRIPS, 8, 4, 2, 2, 2, 2, 2))
+        numbers = tl.permute(numbers, (1, 8, 2, 0, 4, 6, 7, 3, 5))
+    else:
+        # [R, 32 W16, (k32, m8), (k1, k8, k16)] by plain shifts
+        places = tl.arange(0, 8)
+        shifts = (places // 4) * 16 + (places % 4) * 4
+        nibbles = (words[:, :, :, None] >> shifts[None, None, None, :]) & 15
+        is_high = (tl.arange(0, 4) % 2)[None, None, :, None] == 1
+        params = tl.where(is_high, high[None, :, None, None], low[None, :, None, None])
+        OFFSET: tl.constexpr = 128 if dtype == tl.bfloat16 else 1024
+        zero = params.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+        scale = (params >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+        numbers = ((nibbles.to(tl.float32) + OFFSET + zero) * scale).to(dtype)
+        numbers = tl.reshape(numbers, (R, STRIPS, 8, 4, 2, 2, 2, 2, 2))  # R strip g t k32 m8 k1 k8 k16
+        numbers = tl.permute(numbers, (1, 5, 2, 0, 4, 8, 7, 3, 6))
+    return tl.reshape(numbers, (16 * STRIPS, 64 * R))
 
 
 @triton.jit
 def _w4a16_linear_kernel(
     x_ptr,
-    qweight_ptr,
-    scales_ptr,
-    zeros_ptr,
+    words_ptr,
+    params_ptr,
     bias_ptr,
     y_ptr,
+    parts_ptr,
+    counters_ptr,
     num_rows,
+    N,
+    K,
     stride_x_row,
-    N: tl.constexpr,
-    K: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    GATED: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    W16: tl.constexpr,
+    R: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    wait_for_previous(PDL)
+    if PDL:
+        gdc_launch_dependents()
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_pair = tl.arange(0, BLOCK_K // 2)
-    mask_n = offs_n < N
-    mask_m = offs_m < num_rows
-    x_rows_ptr = x_ptr + offs_m.to(tl.int64)[:, None] * stride_x_row
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in tl.range(0, K, BLOCK_K, num_stages=NUM_STAGES):
-        pairs = start // 2 + offs_pair
-        mask_x = mask_m[:, None] & (pairs < K // 2)[None, :]
-        even = tl.load(x_rows_ptr + 2 * pairs[None, :], mask=mask_x, other=0.0)
-        odd = tl.load(x_rows_ptr + 2 * pairs[None, :] + 1, mask=mask_x, other=0.0)
-        mask_w = (pairs < K // 2)[:, None] & mask_n[None, :]
-        packed = tl.load(qweight_ptr + pairs.to(tl.int64)[:, None] * N + offs_n[None, :], mask=mask_w, other=0)
-        group = start // GROUP_SIZE
-        zero = tl.load(zeros_ptr + group * N + offs_n, mask=mask_n, other=0).to(tl.int16)[None, :]
-        scale = tl.load(scales_ptr + group * N + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-        low = ((packed & 15).to(tl.int16) - zero).to(dtype)
-        high = ((packed >> 4).to(tl.int16) - zero).to(dtype)
-        part = tl.dot(even, low, input_precision=PRECISION)
-        part = tl.dot(odd, high, acc=part, input_precision=PRECISION)
-        acc += part * scale
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    y_rows_ptr = y_ptr + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
-    tl.store(y_rows_ptr, acc.to(dtype), mask=mask_m[:, None] & mask_n[None, :])
+    BLOCK_N: tl.constexpr = 16 * W16
+    BLOCK_K: tl.constexpr = 64 * R
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    tile = tl.program_id(1)
+    split = tl.program_id(2)
+    num_steps = K // BLOCK_K
+    steps = tl.cdiv(num_steps, NUM_SPLITS)
+    begin = split * steps
+    end = tl.minimum(begin + steps, num_steps)
+    # rows past the end repeat the last, and are not stored
+    x_rows_ptr = x_ptr + tl.minimum(offs_m, num_rows - 1)[None, :] * stride_x_row + tl.arange(0, BLOCK_K)[:, None]
+    thread = tl.arange(0, 32 * W16)
+    strip = tile * W16 + thread // 32
+    lane_ptr = words_ptr + strip.to(tl.int64)[None, :, None] * (2 * K) + (thread % 32)[None, :, None] * 4
+    lane_ptr += tl.arange(0, R)[:, None, None] * 128 + tl.arange(0, 4)[None, None, :]
+    params_ptr += strip * 16 + thread % 32 // 4
+    last_group = K // GROUP_SIZE - 1
+    first_group = tl.minimum(begin * BLOCK_K // GROUP_SIZE, last_group)
+    low = tl.load(params_ptr + first_group * N)
+    high = tl.load(params_ptr + first_group * N + 8)
+    if PDL:
+        gdc_wait()
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for step in tl.range(begin, end, num_stages=NUM_STAGES):
+        words = tl.load(lane_ptr + step * (128 * R))
+        x = tl.load(x_rows_ptr + step * BLOCK_K)
+        next_group = tl.minimum((step + 1) * BLOCK_K // GROUP_SIZE, last_group)
+        next_low = tl.load(params_ptr + next_group * N)
+        next_high = tl.load(params_ptr + next_group * N + 8)
+        acc = tl.dot(_widen(words, low, high, dtype, ASM), x, acc=acc)
+        low = next_low
+        high = next_high
+    is_last = True
+    if NUM_SPLITS > 1:
+        counter = tile * tl.num_programs(0) + tl.program_id(0)
+        acc, is_last = sum_of_splits(acc, parts_ptr, counters_ptr, counter, split, NUM_SPLITS)
+    if is_last:
+        mask_m = offs_m < num_rows
+        if GATED:  # outputs 0..7 of a strip are gates, 8..15 the ups of the same columns
+            offs_n = tile * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+            pairs = tl.permute(tl.reshape(acc, (W16, 2, 8, BLOCK_M)), (0, 2, 3, 1))
+            gate, up = tl.split(tl.reshape(pairs, (BLOCK_N // 2, BLOCK_M, 2)))
+            if HAS_BIAS:
+                gate += tl.load(bias_ptr + offs_n).to(tl.float32)[:, None]
+                up += tl.load(bias_ptr + N // 2 + offs_n).to(tl.float32)[:, None]
+            gate = gate.to(dtype).to(tl.float32)
+            y = gate / (1.0 + tl.exp(-gate)) * up.to(dtype).to(tl.float32)
+            y_rows_ptr = y_ptr + offs_m.to(tl.int64)[None, :] * (N // 2) + offs_n[:, None]
+            tl.store(y_rows_ptr, y.to(dtype), mask=mask_m[None, :])
+        else:
+            offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+            if HAS_BIAS:
+                acc += tl.load(bias_ptr + offs_n).to(tl.float32)[:, None]
+            y_rows_ptr = y_ptr + offs_m.to(tl.int64)[None, :] * N + offs_n[:, None]
+            tl.store(y_rows_ptr, acc.to(dtype), mask=mask_m[None, :])
 
 
 @triton.jit
 def _dequantize_w4a16_kernel(
-    qweight_ptr,
-    scales_ptr,
-    zeros_ptr,
+    words_ptr,
+    params_ptr,
     out_ptr,
-    N: tl.constexpr,
-    K: tl.constexpr,
+    N,
+    K,
     GROUP_SIZE: tl.constexpr,
-    BLOCK_PAIRS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    GATED: tl.constexpr,
+    W16: tl.constexpr,
+    R: tl.constexpr,
+    ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_previous(PDL)
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    pairs = tl.program_id(1).to(tl.int64) * BLOCK_PAIRS + tl.arange(0, BLOCK_PAIRS)
-    mask = (pairs < K // 2)[:, None] & (offs_n < N)[None, :]
-    packed = tl.load(qweight_ptr + pairs[:, None] * N + offs_n[None, :], mask=mask, other=0)
-    groups = (2 * pairs // GROUP_SIZE)[:, None] * N + offs_n[None, :]  # group_size is even
-    zero = tl.load(zeros_ptr + groups, mask=mask, other=0).to(tl.float32)
-    scale = tl.load(scales_ptr + groups, mask=mask, other=0.0).to(tl.float32)
-    rows_ptr = out_ptr + 2 * pairs[:, None] * N + offs_n[None, :]
-    tl.store(rows_ptr, (((packed & 15).to(tl.float32) - zero) * scale).to(out_ptr.dtype.element_ty), mask=mask)
-    tl.store(rows_ptr + N, (((packed >> 4).to(tl.float32) - zero) * scale).to(out_ptr.dtype.element_ty), mask=mask)
+    BLOCK_K: tl.constexpr = 64 * R
+    step = tl.program_id(0)
+    tile = tl.program_id(1)
+    thread = tl.arange(0, 32 * W16)
+    strip = tile * W16 + thread // 32
+    lane_ptr = words_ptr + strip.to(tl.int64)[None, :, None] * (2 * K) + (thread % 32)[None, :, None] * 4
+    lane_ptr += (step * R + tl.arange(0, R))[:, None, None] * 128 + tl.arange(0, 4)[None, None, :]
+    params_ptr += step * BLOCK_K // GROUP_SIZE * N + strip * 16 + thread % 32 // 4
+    weight = _widen(tl.load(lane_ptr), tl.load(params_ptr), tl.load(params_ptr + 8), out_ptr.dtype.element_ty, ASM)
+    place = tile * 16 * W16 + tl.arange(0, 16 * W16)
+    column = place
+    if GATED:
+        column = place // 16 * 8 + place % 8 + place % 16 // 8 * (N // 2)
+    offs_k = step * BLOCK_K + tl.arange(0, BLOCK_K)
+    tl.store(out_ptr + column.to(tl.int64)[:, None] * K + offs_k[None, :], weight)
 
 
-def w4a16_linear(x: torch.Tensor, weight: W4A16Weight) -> torch.Tensor:
+def w4a16_linear(x: torch.Tensor, weight: W4A16Tiles) -> torch.Tensor:
     """Launch on the current device and stream.
 
-    x: [num_rows, in_features], fp16|bf16|fp32, rows of any stride, contiguous inside a row
-    weight: all parts contiguous; group_size even
+    x: [num_rows, in_features], the weight's dtype, rows of any stride, contiguous inside a row
 
     Returns [num_rows, out_features], new, contiguous, in x's dtype. num_rows may be 0.
     """
+    assert not weight.gated, "a gated weight's columns are interleaved: w4a16_gate_up"
+    return _linear(x, weight)
+
+
+def w4a16_gate_up(x: torch.Tensor, weight: W4A16Tiles) -> torch.Tensor:
+    """As `w4a16_linear` with columns [gate | up], and silu(gate) * up: [num_rows, out_features / 2]."""
+    assert weight.gated, "the columns are not those of gate and up"
+    return _linear(x, weight)
+
+
+def _linear(x: torch.Tensor, weight: W4A16Tiles) -> torch.Tensor:
     num_rows, k = x.shape
-    n = weight.scales.shape[1]
-    _check(weight)
     assert x.stride(1) == 1, "x must be contiguous inside a row"
-    assert k == 2 * weight.qweight.shape[0], f"x has {k} columns"
-    y = torch.empty((num_rows, n), dtype=x.dtype, device=x.device)
+    assert k == weight.in_features, f"x has {k} columns"
+    assert x.dtype is weight.dtype, f"the weight was packed for {weight.dtype}"
+    n = weight.out_features
+    y = torch.empty((num_rows, n // 2 if weight.gated else n), dtype=x.dtype, device=x.device)
     if num_rows == 0:
         return y
-    config = w4a16_linear_config(num_rows, n, weight.group_size, x.element_size())
-    _w4a16_linear_kernel[(ceil_div(n, config.block_n), ceil_div(num_rows, config.block_m))](
+    config = w4a16_linear_config(num_rows, n, k, weight.group_size, num_sms(x.device))
+    parts, counters = workspace(x.device) if config.num_splits > 1 else (None, None)
+    grid = (ceil_div(num_rows, config.block_m), n // (16 * config.num_warps), config.num_splits)
+    _w4a16_linear_kernel[grid](
         x,
-        weight.qweight,
-        weight.scales,
-        weight.zeros,
+        weight.words,
+        weight.params,
         weight.bias,
         y,
+        parts,
+        counters,
         num_rows,
+        n,
+        k,
         x.stride(0),
-        N=n,
-        K=k,
         GROUP_SIZE=weight.group_size,
         HAS_BIAS=weight.bias is not None,
-        PRECISION="ieee",
+        GATED=weight.gated,
+        NUM_SPLITS=config.num_splits,
         BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
+        W16=config.num_warps,
+        R=config.block_k // 64,
         NUM_STAGES=config.num_stages,
+        ASM=x.is_cuda,
         num_warps=config.num_warps,
         **launch_options(has_pdl(x.device)),
     )
     return y
 
 
-def dequantize_w4a16(weight: W4A16Weight, dtype: torch.dtype) -> torch.Tensor:
-    """[in_features, out_features], new, contiguous: every value in fp32, rounded once to `dtype`."""
-    _check(weight)
-    pairs, n = weight.qweight.shape
-    out = torch.empty((2 * pairs, n), dtype=dtype, device=weight.qweight.device)
-    _dequantize_w4a16_kernel[(ceil_div(n, DEQUANTIZE_COLUMNS), ceil_div(pairs, DEQUANTIZE_ROWS))](
-        weight.qweight,
-        weight.scales,
-        weight.zeros,
+def dequantize_w4a16(weight: W4A16Tiles) -> torch.Tensor:
+    """[in_features, out_features] in the weight's dtype, new, contiguous along in_features, columns in natural order."""
+    n, k = weight.out_features, weight.in_features
+    out = torch.empty((n, k), dtype=weight.dtype, device=weight.words.device)
+    rounds = 2 if weight.group_size % 128 == 0 else 1
+    _dequantize_w4a16_kernel[(k // (64 * rounds), n // 64)](
+        weight.words,
+        weight.params,
         out,
-        N=n,
-        K=2 * pairs,
+        n,
+        k,
         GROUP_SIZE=weight.group_size,
-        BLOCK_PAIRS=DEQUANTIZE_ROWS,
-        BLOCK_N=DEQUANTIZE_COLUMNS,
+        GATED=weight.gated,
+        W16=4,
+        R=rounds,
+        ASM=out.is_cuda,
         num_warps=4,
         **launch_options(has_pdl(out.device)),
     )
-    return out
-
-
-def _check(weight: W4A16Weight) -> None:
-    assert weight.group_size % 2 == 0, f"group_size {weight.group_size}"
-    assert weight.qweight.is_contiguous()
-    assert weight.scales.is_contiguous()
-    assert weight.zeros.is_contiguous()
+    return out.t()

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..operands import DenseWeight, Fp8Weight, LinearWeight, W4A16Weight, W8A8Weight
+from ..operands import DenseWeight, Fp8Weight, LinearWeight, W4A16Tiles, W4A16Weight, W8A8Weight
 from ..packing import unpack_rows
 
 __all__ = ["dequantized", "linear", "quantized_tokens"]
@@ -16,6 +16,8 @@ def linear(x: torch.Tensor, weight: LinearWeight) -> torch.Tensor:
         matrix = weight.weight
     elif isinstance(weight, W4A16Weight):
         matrix = dequantized(weight, x.dtype)
+    elif isinstance(weight, W4A16Tiles):
+        raise TypeError("W4A16Tiles are for kernels; the reference ops take W4A16Weight")
     else:
         return _linear_8_bit(x, weight)
     if weight.bias is None:
@@ -24,10 +26,10 @@ def linear(x: torch.Tensor, weight: LinearWeight) -> torch.Tensor:
 
 
 def dequantized(weight: W4A16Weight, dtype: torch.dtype) -> torch.Tensor:
-    """[in_features, out_features]: (nibble - zero) * scale, rounded once to `dtype`."""
+    """[in_features, out_features]: (nibble - zero) * scale, the scale and then the product rounded to `dtype`."""
     num_groups, out_features = weight.scales.shape
     nibbles = unpack_rows(weight.qweight).view(num_groups, weight.group_size, out_features)
-    values = (nibbles.float() - weight.zeros[:, None].float()) * weight.scales[:, None].float()
+    values = (nibbles.float() - weight.zeros[:, None].float()) * weight.scales[:, None].to(dtype).float()
     return values.flatten(0, 1).to(dtype)
 
 

@@ -1,19 +1,20 @@
-"""The W4A16 kernels against float64 over odd sizes.
+"""The W4A16 kernels against float64, and the order of their words against plain index work.
 
-Tolerance: products are exact and sums fp32, so the result's one rounding decides: eps / 2, and the fp32 sums where x is fp32.
+Tolerance: the weights are those of the formula bit for bit and sums are fp32, so the result's one rounding decides: eps / 2.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
 import torch
+from tests.backend.ops.conftest import TARGETS, Target
 
-from turbotriton.backend.ops.kernels.tuning import w4a16_linear_config
-from turbotriton.backend.ops.kernels.w4a16_linear import dequantize_w4a16, w4a16_linear
-from turbotriton.backend.ops.operands import W4A16Weight
-from turbotriton.backend.ops.packing import pack_rows
+from turbotriton.backend.ops.kernels import w4a16_linear as module
+from turbotriton.backend.ops.kernels.w4a16_linear import dequantize_w4a16, w4a16_gate_up, w4a16_linear
+from turbotriton.backend.ops.operands import W4A16Tiles, W4A16Weight
+from turbotriton.backend.ops.packing import fragment_params, interleave_gate_up, pack_fragments, pack_rows
 from turbotriton.backend.ops.reference.linear import dequantized
-from turbotriton.contract.errors import ConfigError
 
 
 class Shape(NamedTuple):
@@ -25,47 +26,92 @@ class Shape(NamedTuple):
 
 
 SHAPES = [
-    Shape(1, 128, 96, 128),
-    Shape(17, 256, 33, 128, bias=True),  # a row block and a bit, odd columns
-    Shape(3, 384, 130, 128, bias=True),
-    Shape(5, 96, 40, 32),
+    Shape(1, 128, 64, 128),
+    Shape(17, 256, 192, 128, bias=True),  # four warps; one row more than a padded tile's least
+    Shape(3, 384, 128, 128, bias=True),
+    Shape(70, 192, 64, 64),
 ]
 
 
-def weight_of(target, shape):
+@pytest.fixture(params=[case for case in TARGETS if "fp32" not in str(case.id)])
+def target(request):
+    device, dtype = request.param
+    return Target(device, dtype, torch.Generator().manual_seed(0))
+
+
+def weight_of(target, shape, *, gated=False):
+    """(the kernels' weight, its values [k, n] in float64 and natural order)"""
     generator = target.generator
     nibbles = torch.randint(0, 16, (shape.k, shape.n), generator=generator, dtype=torch.uint8)
     zeros = torch.randint(0, 16, (shape.k // shape.group_size, shape.n), generator=generator, dtype=torch.uint8)
     scales = (torch.rand(zeros.shape, generator=generator) * 0.02 + 0.001).half()
     bias = target.randn(shape.n) if shape.bias else None
-    parts = [part.to(target.device) for part in (pack_rows(nibbles), scales, zeros)]
     group = torch.arange(shape.k) // shape.group_size
-    values = (nibbles.double() - zeros[group].double()) * scales[group].double()
-    return W4A16Weight(*parts, bias), values.to(target.device)
+    exact = (nibbles.double() - zeros[group].double()) * scales.to(target.dtype)[group].double()
+    assert torch.equal(
+        dequantized(W4A16Weight(pack_rows(nibbles), scales, zeros), target.dtype).double(), exact.to(target.dtype).double()
+    )
+    parts = [interleave_gate_up(part) for part in (nibbles, scales, zeros)] if gated else [nibbles, scales, zeros]
+    words, params = pack_fragments(parts[0]).to(target.device), fragment_params(*parts[1:], target.dtype).to(target.device)
+    return W4A16Tiles(words, params, bias, target.dtype, gated), exact.to(target.dtype).double().to(target.device)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "-".join(map(str, shape)))
 def test_linear_is_the_product_with_the_values(target, shape, assert_close, guarded_outputs):
     weight, values = weight_of(target, shape)
-    x = target.randn(shape.num_rows, shape.k + 5)[:, :-5]  # rows of another stride
+    x = target.randn(shape.num_rows, shape.k + 8)[:, :-8]  # rows of another stride
     wanted = x.double() @ values + (0 if weight.bias is None else weight.bias.double())
+    assert_close(w4a16_linear(x, weight), wanted, max_error=2 * target.eps + 2e-6, rms_error=0.6 * target.eps + 1e-6)
+
+
+@pytest.mark.parametrize("num_splits", [2, 3])
+def test_splits_of_the_inputs_are_summed_in_order(target, num_splits, assert_close, guarded_outputs, monkeypatch):
+    shape = Shape(19, 640, 192, 128, bias=True)
+    weight, values = weight_of(target, shape)
+    choose = module.w4a16_linear_config
+    monkeypatch.setattr(module, "w4a16_linear_config", lambda *args: replace(choose(*args), num_splits=num_splits))
+    x = target.randn(shape.num_rows, shape.k)
     y = w4a16_linear(x, weight)
-    assert_close(y, wanted, max_error=4 * target.eps + 2e-6, rms_error=0.6 * target.eps + 1e-6)
+    wanted = x.double() @ values + weight.bias.double()
+    assert_close(y, wanted, max_error=2 * target.eps + 2e-6, rms_error=0.6 * target.eps + 1e-6)
+    assert torch.equal(w4a16_linear(x, weight), y), "the second launch did not find the counters as the first did"
+
+
+@pytest.mark.parametrize("num_splits", [1, 2])
+def test_gate_and_up_are_joined(target, num_splits, assert_close, guarded_outputs, monkeypatch):
+    shape = Shape(18, 256, 256, 64, bias=True)
+    weight, values = weight_of(target, shape, gated=True)
+    choose = module.w4a16_linear_config
+    monkeypatch.setattr(module, "w4a16_linear_config", lambda *args: replace(choose(*args), num_splits=num_splits))
+    x = target.randn(shape.num_rows, shape.k)
+    gate, up = (x.double() @ values + weight.bias.double()).to(target.dtype).double().chunk(2, dim=1)
+    wanted = torch.nn.functional.silu(gate) * up
+    assert_close(w4a16_gate_up(x, weight), wanted, max_error=8 * target.eps, rms_error=1.5 * target.eps)
 
 
 def test_no_rows(target):
     weight, _ = weight_of(target, SHAPES[0])
-    assert w4a16_linear(target.randn(0, 128), weight).shape == (0, 96)
+    assert w4a16_linear(target.randn(0, 128), weight).shape == (0, 64)
 
 
-def test_groups_that_fit_no_tile_are_refused():
-    with pytest.raises(ConfigError, match="group_size is 16"):
-        w4a16_linear_config(1, 64, 16, 2)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("shape", [Shape(0, 256, 192, 128), Shape(0, 192, 64, 64)], ids=lambda shape: "-".join(map(str, shape)))
+def test_dequantised_values_are_the_formulas_bit_for_bit(target, shape, gated, guarded_outputs):
+    weight, values = weight_of(target, shape, gated=gated)
+    assert torch.equal(dequantize_w4a16(weight).double(), values)
 
 
-@pytest.mark.parametrize("shape", [Shape(0, 256, 130, 128), Shape(0, 96, 33, 32)], ids=lambda shape: "-".join(map(str, shape)))
-def test_dequantised_values_are_the_references_bit_for_bit(target, shape, guarded_outputs):
-    weight, values = weight_of(target, shape)
-    found = dequantize_w4a16(weight, target.dtype)
-    assert torch.equal(found, dequantized(weight, target.dtype))
-    assert torch.equal(found, values.float().to(target.dtype))
+def test_words_by_index():
+    nibbles = torch.randint(0, 16, (128, 32), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    words = pack_fragments(nibbles)
+    assert words.shape == (2, 2, 32, 4)
+    for k in range(128):
+        for m in range(32):
+            lane = m % 8 * 4 + k % 8 // 2
+            word = int(words[m // 16, k // 64, lane, k % 64 // 32 * 2 + m % 16 // 8])
+            assert word >> (k % 2 * 16 + k % 16 // 8 * 8 + k % 32 // 16 * 4) & 15 == nibbles[k, m]
+
+
+def test_gates_and_ups_by_index():
+    strips = interleave_gate_up(torch.arange(64)[None])[0].tolist()
+    assert all(strips[16 * i + j] == 8 * i + j and strips[16 * i + 8 + j] == 32 + 8 * i + j for i in range(4) for j in range(8))

@@ -1,0 +1,164 @@
+"""Linear layers over a batch of decodes, on the matrix units: y = round(x W + b), and silu(gate) * up of W = [gate | up].
+
+The time is that of reading the weight once. It is the left operand, so that 64 of its outputs fill an instruction and the rows of x,
+padded to 16 or more, are the short side:
+
+    W rows      +-- BLOCK_K --+-------- ...            y^T tile [BLOCK_N, BLOCK_M] += W tile x^T tile
+    BLOCK_N     |             |                        NUM_SPLITS programs share the columns of W; sums in fp32
+                +-------------+-------- ...
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .launch import has_pdl, launch_options, num_sms
+from .split_sum import sum_of_splits, workspace
+from .tuning import ceil_div, narrow_linear_config
+
+__all__ = ["gate_up", "linear"]
+
+
+@triton.jit
+def _prefetch(address):
+    """Asks for the L2 cache lines at these pointers."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address.to(tl.int64)], tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _narrow_linear_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    parts_ptr,
+    counters_ptr,
+    num_rows,
+    N,
+    K,
+    stride_x_row,
+    stride_weight_row,
+    HAS_BIAS: tl.constexpr,
+    GATED: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    AHEAD: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        gdc_launch_dependents()
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_k = tl.arange(0, BLOCK_K)
+    split = tl.program_id(2)
+    num_steps = tl.cdiv(K, BLOCK_K)
+    steps = tl.cdiv(num_steps, NUM_SPLITS)
+    begin = split * steps
+    end = tl.minimum(begin + steps, num_steps)
+    # rows past the end repeat the last, and are not stored
+    rows_ptr = weight_ptr + tl.minimum(offs_n, N - 1).to(tl.int64)[:, None] * stride_weight_row + offs_k[None, :]
+    up_ptr = rows_ptr + tl.cast(stride_weight_row, tl.int64) * N
+    x_rows_ptr = x_ptr + tl.minimum(offs_m, num_rows - 1)[None, :] * stride_x_row + offs_k[:, None]
+    if PDL:
+        if AHEAD > 0:  # weights depend on nothing: the first come into the L2 cache while the kernel before this one ends
+            line = tl.minimum(begin * BLOCK_K + tl.arange(0, AHEAD * BLOCK_K // 64) * 64, K - 1)
+            line_ptr = weight_ptr + tl.minimum(offs_n, N - 1).to(tl.int64)[:, None] * stride_weight_row + line[None, :]
+            _prefetch(line_ptr)
+            if GATED:
+                _prefetch(line_ptr + tl.cast(stride_weight_row, tl.int64) * N)
+        gdc_wait()
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    acc_up = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for step in tl.range(begin, end, num_stages=NUM_STAGES):
+        k = step * BLOCK_K
+        if EVEN_K:
+            x = tl.load(x_rows_ptr + k)
+            weight = tl.load(rows_ptr + k)
+        else:
+            mask_k = k + offs_k < K
+            x = tl.load(x_rows_ptr + k, mask=mask_k[:, None], other=0.0)
+            weight = tl.load(rows_ptr + k, mask=mask_k[None, :], other=0.0)
+        acc = tl.dot(weight, x, acc=acc, input_precision=PRECISION)
+        if GATED:
+            up = tl.load(up_ptr + k) if EVEN_K else tl.load(up_ptr + k, mask=(k + offs_k < K)[None, :], other=0.0)
+            acc_up = tl.dot(up, x, acc=acc_up, input_precision=PRECISION)
+    is_last = True
+    if NUM_SPLITS > 1:
+        tl.static_assert(not GATED, "a gated layer is not split")
+        tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        acc, is_last = sum_of_splits(acc, parts_ptr, counters_ptr, tile, split, NUM_SPLITS)
+    if is_last:
+        mask_n = offs_n < N
+        if HAS_BIAS:
+            acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
+        if GATED:
+            if HAS_BIAS:
+                acc_up += tl.load(bias_ptr + N + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
+            gate = acc.to(dtype).to(tl.float32)
+            acc = gate / (1.0 + tl.exp(-gate)) * acc_up.to(dtype).to(tl.float32)
+        y_rows_ptr = y_ptr + offs_m.to(tl.int64)[None, :] * N + offs_n[:, None]
+        tl.store(y_rows_ptr, acc.to(dtype), mask=(offs_m < num_rows)[None, :] & mask_n[:, None])
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Launch on the current device and stream.
+
+    x: [num_rows, in_features], fp16|bf16|fp32, rows of any stride, contiguous inside a row
+    weight: [in_features, out_features], x's dtype, contiguous along in_features (the transpose of a stored [out, in])
+    bias: [out_features], contiguous, or None
+
+    Returns [num_rows, out_features], new, contiguous, in x's dtype. num_rows may be 0.
+    """
+    return _linear(x, weight, bias, gated=False)
+
+
+def gate_up(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """As `linear` with weight [in_features, 2 inter], columns [gate | up], and silu(gate) * up: [num_rows, inter]."""
+    return _linear(x, weight, bias, gated=True)
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, gated: bool) -> torch.Tensor:
+    assert x.stride(1) == 1 or x.shape[1] == 1, "x must be contiguous inside a row"
+    assert weight.stride(0) == 1 or weight.shape[0] == 1, "the weight must be contiguous along in_features"
+    num_rows, k = x.shape
+    n = weight.shape[1] // 2 if gated else weight.shape[1]
+    y = torch.empty((num_rows, n), dtype=x.dtype, device=x.device)
+    if num_rows == 0:
+        return y
+    config = narrow_linear_config(num_rows, n, k, x.element_size(), num_sms(x.device), gated=gated)
+    parts, counters = workspace(x.device) if config.num_splits > 1 else (None, None)
+    _narrow_linear_kernel[(ceil_div(n, config.block_n), ceil_div(num_rows, config.block_m), config.num_splits)](
+        x,
+        weight,
+        bias,
+        y,
+        parts,
+        counters,
+        num_rows,
+        n,
+        k,
+        x.stride(0),
+        weight.stride(1),
+        HAS_BIAS=bias is not None,
+        GATED=gated,
+        EVEN_K=k % config.block_k == 0,
+        NUM_SPLITS=config.num_splits,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        NUM_STAGES=config.num_stages,
+        PRECISION="ieee",
+        AHEAD=config.ahead,
+        num_warps=config.num_warps,
+        **launch_options(has_pdl(x.device)),
+    )
+    return y

@@ -1,0 +1,44 @@
+"""Sums over K that several programs share: each leaves its part in a workspace, and the last to arrive adds all of them up in order.
+
+The result does not depend on who is last. Counters return to zero, so a captured graph can be replayed; one workspace a device serves
+every launch on a stream, since a kernel waits for the one before it before it writes here.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+__all__ = ["sum_of_splits", "workspace"]
+
+WORKSPACE_ELEMENTS = 8 << 20  # fp32: 32 MiB
+NUM_COUNTERS = 4096
+
+
+@functools.cache
+def workspace(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(fp32 parts [WORKSPACE_ELEMENTS], int32 counters [NUM_COUNTERS], zero between launches)."""
+    parts = torch.zeros(WORKSPACE_ELEMENTS, dtype=torch.float32, device=device)
+    return parts, torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device)
+
+
+@triton.jit
+def sum_of_splits(acc, parts_ptr, counters_ptr, tile, split, NUM_SPLITS: tl.constexpr):
+    """(acc summed over the splits of `tile`, whether this program is the last of them: the others have a sum of no use).
+
+    acc: [R, C] fp32, the same shape in all programs of the launch
+    """
+    R: tl.constexpr = acc.shape[0]
+    C: tl.constexpr = acc.shape[1]
+    offs = tl.arange(0, R)[:, None] * C + tl.arange(0, C)[None, :]
+    first_ptr = parts_ptr + tile.to(tl.int64) * NUM_SPLITS * R * C + offs
+    tl.store(first_ptr + split * R * C, acc)
+    tl.debug_barrier()
+    is_last = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel") == NUM_SPLITS - 1
+    if is_last:
+        acc = tl.zeros((R, C), tl.float32)
+        for other in range(NUM_SPLITS):
+            acc += tl.load(first_ptr + other * R * C, cache_modifier=".cg")
+        tl.store(counters_ptr + tile, 0)
+    return acc, is_last
