@@ -10,8 +10,9 @@ from typing import TypeGuard
 
 import torch
 
-from .kernels import narrow_linear, skinny_linear
+from .kernels import narrow_linear, skinny_linear, skinny_qkv
 from .kernels.greedy_sample import greedy_sample
+from .kernels.launch import shared_memory_bytes
 from .kernels.paged_decode_attention import paged_decode_attention
 from .kernels.paged_prefill_attention import paged_prefill_attention
 from .kernels.quantized_decode_attention import quantized_decode_attention
@@ -26,11 +27,22 @@ from .kernels.tuning import (
     MAX_NARROW_ROWS,
     MAX_SKINNY_NORM_ELEMENTS,
     MAX_W4A16_ROWS,
+    MIN_NARROW_SHARED_BYTES,
     next_power_of_2,
 )
 from .kernels.w4a16_linear import dequantize_w4a16, w4a16_gate_up, w4a16_linear
 from .kernels.w8a8_linear import w8a8_linear
-from .operands import DenseWeight, LinearWeight, NormWeight, SamplingBatch, W4A16Tiles, W8A8Weight
+from .operands import (
+    AttentionBatch,
+    DenseWeight,
+    KvPages,
+    LinearWeight,
+    NormWeight,
+    QkvWeights,
+    SamplingBatch,
+    W4A16Tiles,
+    W8A8Weight,
+)
 from .reference import units
 from .reference.attention import attention
 from .reference.sample import sample as reference_sample
@@ -48,11 +60,21 @@ def _is_skinny(weight: LinearWeight, x: torch.Tensor) -> TypeGuard[DenseWeight]:
     return _has_rows_stored(weight, x, skinny_linear.MAX_SKINNY_ROWS)
 
 
+def _fits_narrow(weight: LinearWeight, x: torch.Tensor, max_rows: int) -> TypeGuard[DenseWeight]:
+    is_roomy = shared_memory_bytes(x.device) >= MIN_NARROW_SHARED_BYTES
+    return _has_rows_stored(weight, x, max_rows) and x.element_size() == 2 and is_roomy
+
+
 def _is_narrow(weight: LinearWeight, x: torch.Tensor) -> TypeGuard[DenseWeight]:
-    if not _has_rows_stored(weight, x, MAX_NARROW_ROWS) or x.element_size() != 2:
+    if not _fits_narrow(weight, x, MAX_NARROW_ROWS):
         return False
     k, n = weight.weight.shape
     return k > n or n > MANY_OUTPUTS
+
+
+def _turns_whole(batch: AttentionBatch, k_cache: torch.Tensor) -> bool:
+    """Whether rotary takes all dims of a head."""
+    return 2 * batch.cos.shape[1] == k_cache.shape[3]
 
 
 def _norm_fits(x: torch.Tensor) -> bool:
@@ -82,6 +104,46 @@ def norm_linear(
     return linear(y, weight), residual
 
 
+def norm_qkv_rotary_store(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weights: QkvWeights,
+    batch: AttentionBatch,
+    k_cache: KvPages,
+    v_cache: KvPages,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    qkv = weights.qkv
+    is_few = weights.q_norm is None and _norm_fits(x) and _is_skinny(qkv, x)
+    if isinstance(k_cache, torch.Tensor) and isinstance(v_cache, torch.Tensor) and is_few and _turns_whole(batch, k_cache):
+        assert isinstance(qkv, DenseWeight)
+        return skinny_qkv.norm_qkv_rotary_store(
+            x,
+            residual,
+            weights.norm.weight,
+            weights.norm.eps,
+            qkv.weight,
+            qkv.bias,
+            batch.cos,
+            batch.sin,
+            batch.q_scale,
+            k_cache,
+            v_cache,
+            batch.slot_mapping,
+        )
+    return units.norm_qkv_rotary_store(
+        x,
+        residual,
+        weights,
+        batch,
+        k_cache,
+        v_cache,
+        norm_linear=norm_linear,
+        rms_norm=rms_norm,
+        rotary_store_kv=rotary_store_kv,
+        rotary_store_quantized_kv=rotary_store_quantized_kv,
+    )
+
+
 def norm_gate_up_silu(
     x: torch.Tensor, residual: torch.Tensor, norm: NormWeight, weight: LinearWeight
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,7 +152,7 @@ def norm_gate_up_silu(
     if isinstance(weight, W4A16Tiles) and x.shape[0] <= MAX_W4A16_ROWS:
         y, residual = rms_norm(x, norm.weight, norm.eps, residual)
         return w4a16_gate_up(y, weight), residual
-    if _has_rows_stored(weight, x, MAX_NARROW_GATED_ROWS) and x.element_size() == 2:
+    if _fits_narrow(weight, x, MAX_NARROW_GATED_ROWS):
         y, residual = rms_norm(x, norm.weight, norm.eps, residual)
         return narrow_linear.gate_up(y, weight.weight, weight.bias), residual
     gate_up, residual = norm_linear(x, residual, norm, weight)
@@ -106,13 +168,7 @@ def sample(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
 TRITON = dataclasses.replace(
     REFERENCE,
     stage_decode=stage_decode,
-    norm_qkv_rotary_store=functools.partial(
-        units.norm_qkv_rotary_store,
-        norm_linear=norm_linear,
-        rms_norm=rms_norm,
-        rotary_store_kv=rotary_store_kv,
-        rotary_store_quantized_kv=rotary_store_quantized_kv,
-    ),
+    norm_qkv_rotary_store=norm_qkv_rotary_store,
     attention=functools.partial(
         attention,
         paged_decode_attention=paged_decode_attention,

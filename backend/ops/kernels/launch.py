@@ -12,9 +12,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-__all__ = ["has_pdl", "launch_options", "num_sms", "wait_for_previous"]
+__all__ = ["has_pdl", "launch_options", "num_sms", "shared_memory_bytes", "wait_for_previous"]
 
 CPU_NUM_SMS = 4  # for the interpreter: enough to give several splits
+CPU_SHARED_BYTES = 227 << 10  # the same: what the chip has that is tuned for
 
 
 @triton.jit
@@ -32,6 +33,12 @@ def has_pdl(device: torch.device) -> bool:
 @functools.cache
 def num_sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else CPU_NUM_SMS
+
+
+@functools.cache
+def shared_memory_bytes(device: torch.device) -> int:
+    """The most that one program can have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else CPU_SHARED_BYTES
 
 
 def launch_options(pdl: bool) -> dict[str, bool]:

@@ -21,14 +21,6 @@ __all__ = ["gate_up", "linear"]
 
 
 @triton.jit
-def _prefetch(address):
-    """Asks for the L2 cache lines at these pointers."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address.to(tl.int64)], tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
 def _narrow_linear_kernel(
     x_ptr,
     weight_ptr,
@@ -50,7 +42,6 @@ def _narrow_linear_kernel(
     BLOCK_K: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
-    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     if PDL:
@@ -69,12 +60,6 @@ def _narrow_linear_kernel(
     up_ptr = rows_ptr + tl.cast(stride_weight_row, tl.int64) * N
     x_rows_ptr = x_ptr + tl.minimum(offs_m, num_rows - 1)[None, :] * stride_x_row + offs_k[:, None]
     if PDL:
-        if AHEAD > 0:  # weights depend on nothing: the first come into the L2 cache while the kernel before this one ends
-            line = tl.minimum(begin * BLOCK_K + tl.arange(0, AHEAD * BLOCK_K // 64) * 64, K - 1)
-            line_ptr = weight_ptr + tl.minimum(offs_n, N - 1).to(tl.int64)[:, None] * stride_weight_row + line[None, :]
-            _prefetch(line_ptr)
-            if GATED:
-                _prefetch(line_ptr + tl.cast(stride_weight_row, tl.int64) * N)
         gdc_wait()
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     acc_up = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -157,7 +142,6 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *,
         BLOCK_K=config.block_k,
         NUM_STAGES=config.num_stages,
         PRECISION="ieee",
-        AHEAD=config.ahead,
         num_warps=config.num_warps,
         **launch_options(has_pdl(x.device)),
     )

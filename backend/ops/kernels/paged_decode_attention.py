@@ -11,8 +11,8 @@ K and V are read once; they are padded to the 16 rows that tl.dot needs. A row's
                            |BLOCK_N|BLOCK_N|
 
 With one split the result is written at once. Otherwise each split writes its normalised sum and the log2 of its weight in fp32,
-and a second kernel with a program for each (sequence, head) adds them. A split holds at least MIN_SPLIT keys, so short rows
-of a batch use few splits; both kernels compute the same `_split_tokens`, which is how the second knows what was written.
+and the program that comes last of a (sequence, kv head) adds them in their order: a counter tells it that it is the last. A split
+holds at least MIN_SPLIT keys, so short rows of a batch use few splits.
 
 Scores, softmax and sums in fp32; the weights are rounded to V's dtype for the second product, the result once.
 """
@@ -24,11 +24,13 @@ import triton
 import triton.language as tl
 
 from .launch import has_pdl, launch_options, num_sms, wait_for_previous
-from .tuning import decode_attention_config
+from .split_sum import workspace
+from .tuning import decode_attention_config, next_power_of_2
 
 __all__ = ["paged_decode_attention"]
 
-REDUCE_TILE = 16  # splits that the second kernel adds at once
+REDUCE_TILE = 16  # splits that are added at once, at most
+REDUCE_ELEMENTS = 1024  # and fp32 numbers of them a warp: 32 a thread
 
 
 @triton.jit
@@ -47,6 +49,45 @@ def _split_tokens(num_keys, num_splits, MIN_SPLIT: tl.constexpr, BLOCK_N: tl.con
     return tl.maximum(tl.cdiv(tl.cdiv(num_keys, num_splits), BLOCK_N) * BLOCK_N, MIN_SPLIT)
 
 
+@triton.jit
+def _add_splits(
+    partial_ptr,
+    log_weight_ptr,
+    out_ptr,
+    first_head,
+    num_splits,
+    num_used,
+    GROUP_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_GROUP: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Writes the sum of what all splits left of the GROUP_SIZE heads from `first_head` on, whoever came last."""
+    offs_g = tl.arange(0, PADDED_GROUP)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask = (offs_g < GROUP_SIZE)[:, None] & (offs_d < HEAD_DIM)[None, :]
+    rows = first_head + tl.minimum(offs_g, GROUP_SIZE - 1)  # padding repeats the last head
+    maximum = tl.full((PADDED_GROUP,), float("-inf"), tl.float32)
+    total = tl.zeros((PADDED_GROUP,), tl.float32)
+    acc = tl.zeros((PADDED_GROUP, BLOCK_D), tl.float32)
+    for tile in range(0, num_used, BLOCK_S):
+        offs_s = tile + tl.arange(0, BLOCK_S)
+        places = rows[None, :] * num_splits + offs_s[:, None]  # [BLOCK_S, PADDED_GROUP]
+        mask_s = offs_s < num_used
+        log_weights = tl.load(log_weight_ptr + places, mask=mask_s[:, None], other=float("-inf"), cache_modifier=".cg")
+        partial_ptrs = partial_ptr + places[:, :, None] * HEAD_DIM + offs_d[None, None, :]
+        partial = tl.load(partial_ptrs, mask=mask_s[:, None, None] & mask[None, :, :], other=0.0, cache_modifier=".cg")
+        new_maximum = tl.maximum(maximum, tl.max(log_weights, axis=0))
+        rescale = tl.exp2(maximum - new_maximum)
+        weights = tl.exp2(log_weights - new_maximum[None, :])
+        total = total * rescale + tl.sum(weights, axis=0)
+        acc = acc * rescale[:, None] + tl.sum(weights[:, :, None] * partial, axis=0)
+        maximum = new_maximum
+    y = acc / total[:, None]
+    tl.store(out_ptr + rows[:, None] * HEAD_DIM + offs_d[None, :], y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["stride_table_row", "num_splits"])
 def _split_kernel(
     q_ptr,
@@ -57,6 +98,7 @@ def _split_kernel(
     out_ptr,
     partial_ptr,
     log_weight_ptr,
+    counters_ptr,
     num_splits,
     scale_log2,
     stride_q_row,
@@ -77,6 +119,8 @@ def _split_kernel(
     MIN_SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_G: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    PADDED_GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     NUM_STAGES: tl.constexpr,
@@ -87,10 +131,12 @@ def _split_kernel(
     kv_head = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
     first, start, end = _key_range(context_lens_ptr, sequence, SLIDING_WINDOW, BLOCK_N)
+    num_used = 1
     if not ONE_SPLIT:
         split_tokens = _split_tokens(end - start, num_splits, MIN_SPLIT, BLOCK_N)
+        num_used = tl.cdiv(end - start, split_tokens)
         start += split * split_tokens
-        if start >= end:
+        if (start >= end) & (split > 0):
             return
         end = tl.minimum(start + split_tokens, end)
 
@@ -108,33 +154,53 @@ def _split_kernel(
     maximum = tl.full((BLOCK_G,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_G,), tl.float32)
     acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
+    ONE_BLOCK: tl.constexpr = BLOCK_SIZE % BLOCK_N == 0  # a tile lies in one block, read an iteration ahead
+    next_block = tl.load(table_ptr + tl.minimum(start, tl.maximum(end - 1, 0)) // BLOCK_SIZE) if ONE_BLOCK else 0
     # Every tile holds at least one key that is seen, so `maximum` is finite after the first.
     for tile in tl.range(start, end, BLOCK_N, num_stages=NUM_STAGES):
         positions = tile + offs_n
         seen = (positions >= first) & (positions < end)
-        block = tl.load(table_ptr + positions // BLOCK_SIZE, mask=seen, other=0).to(tl.int64)  # int64: the pool may pass 2^31
-        offset = positions % BLOCK_SIZE
-        k_rows = block * stride_k_block + offset * stride_k_token
-        k = tl.load(k_head_ptr + k_rows[None, :] + offs_d[:, None], mask=seen[None, :] & mask_d[:, None], other=0.0)
+        if ONE_BLOCK:  # int32 offsets inside it, and a scalar in front
+            block = next_block.to(tl.int64)  # int64: the pool may pass 2^31
+            next_block = tl.load(table_ptr + tl.minimum(tile + BLOCK_N, end - 1) // BLOCK_SIZE)
+            k_tile_ptr = k_head_ptr + (block * stride_k_block + tile % BLOCK_SIZE * stride_k_token)
+            v_tile_ptr = v_head_ptr + (block * stride_v_block + tile % BLOCK_SIZE * stride_v_token)
+            k_rows = offs_n * stride_k_token
+            v_rows = offs_n * stride_v_token
+        else:
+            block = tl.load(table_ptr + positions // BLOCK_SIZE, mask=seen, other=0).to(tl.int64)
+            k_tile_ptr = k_head_ptr
+            v_tile_ptr = v_head_ptr
+            k_rows = block * stride_k_block + positions % BLOCK_SIZE * stride_k_token
+            v_rows = block * stride_v_block + positions % BLOCK_SIZE * stride_v_token
+        k = tl.load(k_tile_ptr + k_rows[None, :] + offs_d[:, None], mask=seen[None, :] & mask_d[:, None], other=0.0)
         scores = tl.dot(q, k, input_precision=PRECISION) * scale_log2  # [BLOCK_G, BLOCK_N]
         scores = tl.where(seen[None, :], scores, float("-inf"))
         new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
         rescale = tl.exp2(maximum - new_maximum)
         weights = tl.exp2(scores - new_maximum[:, None])
-        v_rows = block * stride_v_block + offset * stride_v_token
-        v = tl.load(v_head_ptr + v_rows[:, None] + offs_d[None, :], mask=seen[:, None] & mask_d[None, :], other=0.0)
+        v = tl.load(v_tile_ptr + v_rows[:, None] + offs_d[None, :], mask=seen[:, None] & mask_d[None, :], other=0.0)
         total = total * rescale + tl.sum(weights, axis=1)
         acc = tl.dot(weights.to(v.dtype), v, acc=acc * rescale[:, None], input_precision=PRECISION)
         maximum = new_maximum
 
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]  # total is 0 only for a sequence of no keys: zeros
-    if ONE_SPLIT:
+    if num_used <= 1:
         out_rows = (sequence * NUM_HEADS + heads) * HEAD_DIM
         tl.store(out_ptr + out_rows[:, None] + offs_d[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask_q)
-    else:
+    elif not ONE_SPLIT:
         partial_rows = (sequence * NUM_HEADS + heads) * num_splits + split
         tl.store(partial_ptr + partial_rows[:, None] * HEAD_DIM + offs_d[None, :], acc, mask=mask_q)
         tl.store(log_weight_ptr + partial_rows, maximum + tl.log2(total), mask=offs_g < GROUP_SIZE)
+        counter_ptr = counters_ptr + sequence * tl.num_programs(1) + kv_head
+        tl.debug_barrier()
+        if tl.atomic_add(counter_ptr, 1, sem="acq_rel") == num_used - 1:
+            tl.store(counter_ptr, 0)
+            first_head = sequence * NUM_HEADS + kv_head * GROUP_SIZE
+            _add_splits(
+                partial_ptr, log_weight_ptr, out_ptr, first_head, num_splits, num_used,
+                GROUP_SIZE, HEAD_DIM, PADDED_GROUP, BLOCK_S, BLOCK_D,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_splits"])
@@ -217,9 +283,12 @@ def paged_decode_attention(
     assert k_cache.dtype == v_cache.dtype == q.dtype, "the cache has q's dtype"
     assert 1 == q.stride(2) == k_cache.stride(3) == v_cache.stride(3) == block_tables.stride(1) == context_lens.stride(0)
     num_splits = config.num_splits
+    padded_group = next_power_of_2(num_heads // num_kv_heads)
     one_split = num_splits == 1
-    partial = log_weight = None
+    partial = log_weight = counters = None
     if not one_split:
+        counters = workspace(q.device)[1]
+        assert batch * num_kv_heads <= counters.numel(), f"{batch} x {num_kv_heads} heads are too many to split"
         partial = torch.empty((batch, num_heads, num_splits, head_dim), dtype=torch.float32, device=q.device)
         log_weight = torch.empty((batch, num_heads, num_splits), dtype=torch.float32, device=q.device)
     _split_kernel[(batch, num_kv_heads, num_splits)](
@@ -231,6 +300,7 @@ def paged_decode_attention(
         out,
         partial,
         log_weight,
+        counters,
         num_splits,
         scale * math.log2(math.e),
         q.stride(0),
@@ -247,27 +317,12 @@ def paged_decode_attention(
         MIN_SPLIT=config.min_split_tokens,
         PRECISION="ieee",
         BLOCK_G=config.block_g,
+        BLOCK_S=max(1, min(REDUCE_TILE, REDUCE_ELEMENTS * config.num_warps // (padded_group * config.block_d))),
+        PADDED_GROUP=padded_group,
         BLOCK_N=config.block_n,
         BLOCK_D=config.block_d,
         NUM_STAGES=config.num_stages,
         num_warps=config.num_warps,
         **launch_options(has_pdl(q.device)),
     )
-    if not one_split:
-        _reduce_kernel[(batch, num_heads)](
-            partial,
-            log_weight,
-            context_lens,
-            out,
-            num_splits,
-            NUM_HEADS=num_heads,
-            HEAD_DIM=head_dim,
-            SLIDING_WINDOW=sliding_window,
-            MIN_SPLIT=config.min_split_tokens,
-            BLOCK_S=REDUCE_TILE,
-            BLOCK_N=config.block_n,
-            BLOCK_D=config.block_d,
-            num_warps=4,
-            **launch_options(has_pdl(q.device)),
-        )
     return out

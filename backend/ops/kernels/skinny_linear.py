@@ -91,6 +91,37 @@ def _load_tile(
     return weight, up
 
 
+@triton.jit
+def _normalised(
+    x_ptr,
+    residual_ptr,
+    gain,
+    r_ptr,
+    eps,
+    stride_x_row,
+    stride_residual_row,
+    M: tl.constexpr,
+    K: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """rms_norm(x + residual), rounded to x's dtype, in fp32: [BLOCK_M, BLOCK_K]. Program 0 stores x + residual."""
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_x = (offs_m < M)[:, None] & (offs_k < K)[None, :]
+    r = tl.load(x_ptr + offs_m[:, None] * stride_x_row + offs_k[None, :], mask=mask_x, other=0.0)
+    dtype: tl.constexpr = r.dtype
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + offs_m[:, None] * stride_residual_row + offs_k[None, :], mask=mask_x, other=0.0)
+        r = (r.to(tl.float32) + residual.to(tl.float32)).to(dtype)
+        if tl.program_id(0) == 0:
+            tl.store(r_ptr + offs_m[:, None] * K + offs_k[None, :], r, mask=mask_x)
+    wide = r.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide * wide, axis=1, keep_dims=True) / K + eps)
+    return (wide * scale * gain[None, :]).to(dtype).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["num_programs"])
 def _norm_linear_kernel(
     x_ptr,
@@ -118,25 +149,17 @@ def _norm_linear_kernel(
 ):
     if PDL:
         gdc_launch_dependents()
-    offs_m = tl.arange(0, BLOCK_M)
     offs_k = tl.arange(0, BLOCK_K)
-    mask_k = offs_k < K
+    offs_m = tl.arange(0, BLOCK_M)
     start = tl.program_id(0) * BLOCK_N
     weight, up = _load_tile(weight_ptr, start, offs_k, stride_weight_row, N, K, GATED, BLOCK_N)
-    gain = tl.load(gain_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
+    gain = tl.load(gain_ptr + offs_k, mask=offs_k < K, other=0.0).to(tl.float32)
     if PDL:
         gdc_wait()
-    mask_x = (offs_m < M)[:, None] & mask_k[None, :]
-    r = tl.load(x_ptr + offs_m[:, None] * stride_x_row + offs_k[None, :], mask=mask_x, other=0.0)
-    dtype: tl.constexpr = r.dtype
-    if HAS_RESIDUAL:
-        residual = tl.load(residual_ptr + offs_m[:, None] * stride_residual_row + offs_k[None, :], mask=mask_x, other=0.0)
-        r = (r.to(tl.float32) + residual.to(tl.float32)).to(dtype)
-        if tl.program_id(0) == 0:
-            tl.store(r_ptr + offs_m[:, None] * K + offs_k[None, :], r, mask=mask_x)
-    wide = r.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(wide * wide, axis=1, keep_dims=True) / K + eps)
-    x = (wide * scale * gain[None, :]).to(dtype).to(tl.float32)
+    x = _normalised(
+        x_ptr, residual_ptr, gain, r_ptr, eps, stride_x_row, stride_residual_row, M, K, HAS_RESIDUAL, BLOCK_M, BLOCK_K
+    )
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
     for first in range(start, N, num_programs * BLOCK_N):
         ahead, ahead_up = _load_tile(weight_ptr, first + num_programs * BLOCK_N, offs_k, stride_weight_row, N, K, GATED, BLOCK_N)
         offs_n = first + tl.arange(0, BLOCK_N)

@@ -1,7 +1,7 @@
 """Tile choice for every kernel: pure functions of shapes and the device's size and kind. No measurement at run time, no state.
 
 A tile never depends on the tokens of a prefill or on context lengths, so a kernel compiles once a model and dtype, attention of decodes for
-three sizes of batches (many programs, some, few): all when a model is loaded, none on the request path.
+four sizes of batches (many programs in waves or in one, some, few): all when a model is loaded, none on the request path.
 """
 
 from dataclasses import dataclass, replace
@@ -135,7 +135,6 @@ class NarrowLinearConfig:
     block_n: int  # outputs a program
     block_k: int  # inputs a step
     num_splits: int  # programs that share a tile's inputs
-    ahead: int  # steps that are prefetched before the kernel before this one has ended
     num_warps: int
     num_stages: int
 
@@ -143,10 +142,11 @@ class NarrowLinearConfig:
 #: Dense layers of a batch of decodes with at most so many rows have a kernel of their own. With a gate, it saves the launch of SiLU; with
 #: more inputs than outputs, or with very many outputs, it reads faster than cuBLAS (H200: docs/perf-log.md).
 MAX_NARROW_GATED_ROWS = 128
+MIN_NARROW_SHARED_BYTES = 200 << 10  # of a chip in a data centre; the tiles take up to 136 KiB
 MAX_NARROW_ROWS = 64
 MANY_OUTPUTS = 65536
-#: More rows than these: the weights are dequantised for one linear layer at a time, and torch multiplies. Not measured yet.
-MAX_W4A16_ROWS = 128
+#: More rows than these: the weights are dequantised for one linear layer at a time, and torch multiplies.
+MAX_W4A16_ROWS = 256
 
 
 def next_power_of_2(value: int) -> int:
@@ -212,16 +212,18 @@ def skinny_linear_config(
 def narrow_linear_config(
     num_rows: int, n: int, k: int, element_bytes: int, num_sms: int, *, gated: bool = False
 ) -> NarrowLinearConfig:
-    """Splits so that 64 outputs a program fill the device twice, where enough steps are left to each. Measured on an H200."""
+    """Splits so that programs of 64 outputs fill the device: once from 64 rows on, whose tiles of x take a multiprocessor's shared
+    memory, else twice. Measured on an H200."""
     block_m = _clamp(next_power_of_2(num_rows), MIN_DOT_ROWS, 128)
     if element_bytes == 4:
-        return NarrowLinearConfig(MIN_DOT_ROWS, 32, 32, 1, 0, num_warps=4, num_stages=2)
+        return NarrowLinearConfig(MIN_DOT_ROWS, 32, 32, 1, num_warps=4, num_stages=2)
     if gated:
         block_k, num_stages = (64, 6) if block_m == 128 else (128, 4) if block_m < 64 else (64, 6)
-        return NarrowLinearConfig(block_m, 64, block_k, 1, 2, num_warps=4, num_stages=num_stages)
+        return NarrowLinearConfig(block_m, 64, block_k, 1, num_warps=4, num_stages=num_stages)
     tiles = ceil_div(n, 64) * ceil_div(num_rows, block_m)
-    num_splits = _clamp(next_power_of_2(2 * num_sms // tiles + 1) // 2, 1, 4)
-    return NarrowLinearConfig(block_m, 64, 128, num_splits, 2, num_warps=4, num_stages=4)
+    places = (1 if block_m >= 64 else 2) * num_sms
+    num_splits = _clamp(next_power_of_2(places // tiles + 1) // 2, 1, 4)
+    return NarrowLinearConfig(block_m, 64, 128, num_splits, num_warps=4, num_stages=4)
 
 
 def greedy_sample_config(vocab_size: int) -> GreedySampleConfig:
@@ -247,18 +249,23 @@ def decode_attention_config(
     block_n = FP32_BLOCK_N if is_fp32 else _clamp(KV_TILE_BYTES // (block_d * element_bytes), 16, 128)
     num_stages = FP32_NUM_STAGES if is_fp32 else NUM_STAGES
     num_warps = 4 if is_fp32 or block_d > 128 else 2
-    # Measured on an H200 with 1 to 256 rows of 8 kv heads. Many programs: not split, for the second kernel would cost more than the
-    # last wave's idle places, and small ones hide each other's waits. Some: large tiles, split as far as fills the device. Few: in
-    # as many splits as it has places for.
+    # Measured on an H200 with 1 to 256 rows of 8 kv heads. Many programs: not split, for small ones hide each other's waits; with two
+    # stages more of them fit on a multiprocessor, which pays while they are a single wave. Some: large tiles, split as far as fills the
+    # device. Few: in as many splits as it has places for, and little shared memory, which leaves room for the kernels after this one
+    # to come in and load their first weights.
     num_programs = max(batch * num_kv_heads, 1)
     if num_programs > 2 * num_sms:
         wanted = 1
+        if num_programs <= 5 * num_sms and not is_fp32:
+            num_stages = 2
     elif 3 * num_programs > num_sms:
         wanted = ceil_div((1 if 4 * num_programs > 3 * num_sms else 2) * num_sms, num_programs)
         if not is_fp32 and block_d <= 128:
             block_n, num_warps = min(2 * block_n, 128), 4
     else:
         wanted = ceil_div(4 * num_sms, num_programs)
+        if not is_fp32:
+            num_warps, num_stages = 4, 2
     num_splits = _clamp(wanted, 1, min(MAX_SPLITS, max(ceil_div(max_context, MIN_SPLIT_TOKENS), 1)))
     min_split_tokens = max(MIN_SPLIT_TOKENS, block_n)
     return DecodeAttentionConfig(block_g, block_n, block_d, num_splits, min_split_tokens, num_warps, num_stages)
@@ -318,13 +325,15 @@ def prefill_attention_config(
 
 
 def w4a16_linear_config(num_rows: int, n: int, k: int, group_size: int, num_sms: int) -> W4A16LinearConfig:
-    """n must be a multiple of 64, group_size one of 64."""
-    block_k = 128 if group_size % 128 == 0 else 64
-    block_m = _clamp(next_power_of_2(num_rows), MIN_DOT_ROWS, 256)
+    """n must be a multiple of 64, group_size one of 64. Measured on an H200: small steps from 64 rows on, whose tiles of x are large;
+    splits that give a multiprocessor three programs of few rows, two of 64, one of more."""
+    block_m = _clamp(next_power_of_2(num_rows), MIN_DOT_ROWS, 128)
+    block_k = 128 if group_size % 128 == 0 and block_m < 64 else 64
     num_warps = 8 if n % 128 == 0 else 4
     tiles = n // (16 * num_warps) * ceil_div(num_rows, block_m)
-    num_splits = _clamp(2 * num_sms // tiles, 1, _clamp(k // (4 * block_k), 1, 8))
-    return W4A16LinearConfig(block_m, block_k, num_splits, num_warps, num_stages=3 if block_m > 64 else 5)
+    places = (3 if block_m < 64 else 2 if block_m == 64 else 1) * num_sms
+    num_splits = _clamp((places + tiles // 2) // tiles, 1, _clamp(k // (2 * block_k), 1, 16))
+    return W4A16LinearConfig(block_m, block_k, num_splits, num_warps, num_stages=6 if block_m == 64 else 4)
 
 
 def w8a8_linear_config(num_rows: int, n: int) -> GemmConfig:

@@ -119,6 +119,13 @@ def _widen(words, low, high, dtype: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
+def _finished(acc):
+    """acc, when the matrix instructions have ended: they read the weights from registers that the next step writes, and triton 3.6 lets
+    the last of them run on beyond a step (seen as wrong sums on sm_90). No instruction by itself."""
+    return tl.inline_asm_elementwise("", "=f,0", [acc], tl.float32, is_pure=False, pack=1)
+
+
+@triton.jit
 def _w4a16_linear_kernel(
     x_ptr,
     words_ptr,
@@ -161,22 +168,18 @@ def _w4a16_linear_kernel(
     lane_ptr = words_ptr + strip.to(tl.int64)[None, :, None] * (2 * K) + (thread % 32)[None, :, None] * 4
     lane_ptr += tl.arange(0, R)[:, None, None] * 128 + tl.arange(0, 4)[None, None, :]
     params_ptr += strip * 16 + thread % 32 // 4
-    last_group = K // GROUP_SIZE - 1
-    first_group = tl.minimum(begin * BLOCK_K // GROUP_SIZE, last_group)
-    low = tl.load(params_ptr + first_group * N)
-    high = tl.load(params_ptr + first_group * N + 8)
     if PDL:
         gdc_wait()
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for step in tl.range(begin, end, num_stages=NUM_STAGES):
         words = tl.load(lane_ptr + step * (128 * R))
         x = tl.load(x_rows_ptr + step * BLOCK_K)
-        next_group = tl.minimum((step + 1) * BLOCK_K // GROUP_SIZE, last_group)
-        next_low = tl.load(params_ptr + next_group * N)
-        next_high = tl.load(params_ptr + next_group * N + 8)
+        group = step * BLOCK_K // GROUP_SIZE
+        low = tl.load(params_ptr + group * N)
+        high = tl.load(params_ptr + group * N + 8)
         acc = tl.dot(_widen(words, low, high, dtype, ASM), x, acc=acc)
-        low = next_low
-        high = next_high
+        if ASM:
+            acc = _finished(acc)
     is_last = True
     if NUM_SPLITS > 1:
         counter = tile * tl.num_programs(0) + tl.program_id(0)

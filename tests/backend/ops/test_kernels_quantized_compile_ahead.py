@@ -18,7 +18,7 @@ from turbotriton.backend.ops.kernels import quantized_decode_attention as attent
 from turbotriton.backend.ops.kernels import rotary_store_quantized_kv as store
 from turbotriton.backend.ops.kernels import w4a16_linear as w4a16
 from turbotriton.backend.ops.kernels import w8a8_linear as w8a8
-from turbotriton.backend.ops.operands import Fp8Weight, QuantizedPages, StaticInt8Pages, W4A16Weight, W8A8Weight
+from turbotriton.backend.ops.operands import Fp8Weight, QuantizedPages, StaticInt8Pages, W4A16Tiles, W8A8Weight
 
 NUM_HEADS, NUM_KV_HEADS, BLOCK_SIZE = 32, 8, 64
 CASES = [
@@ -67,18 +67,21 @@ def test_every_kernel_compiles_without_spills(capability, dtype, head_dim, kind,
 
 @pytest.mark.parametrize(
     ("capability", "dtype"),
-    [(90, BF16), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((80, FP16), (100, BF16), (90, FP32)))],
+    [(90, BF16), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((80, FP16), (100, BF16), (90, FP16)))],
     ids=str,
 )
 def test_w4a16_kernels_compile_without_spills(capability, dtype, launches, monkeypatch, tmp_path):
     monkeypatch.setattr(w4a16, "has_pdl", lambda device: capability >= 90)
-    for k, n in ((4096, 6144), (14336, 4096), (4096, 28672)):
-        parts = torch.empty((k // 2, n), dtype=torch.uint8), torch.empty((k // 128, n), dtype=FP16)
-        weight = W4A16Weight(*parts, torch.empty((k // 128, n), dtype=torch.uint8))
-        for num_rows in (1, 33, 128):
-            w4a16.w4a16_linear(torch.empty((num_rows, k), dtype=dtype), weight)
-        w4a16.dequantize_w4a16(weight, dtype)
-    compile_all(launches[:8] if dtype is BF16 else launches[:4], capability, tmp_path)
+    monkeypatch.setattr(w4a16, "num_sms", lambda device: 132)
+    for k, n, gated in ((4096, 6144, False), (14336, 4096, False), (4096, 28672, True)):
+        words = torch.empty((n // 16, k // 64, 32, 4), dtype=torch.int32)
+        weight = W4A16Tiles(words, torch.empty((k // 128, n), dtype=torch.int32), None, dtype, gated)
+        for num_rows in (1, 64, 256):
+            (w4a16.w4a16_gate_up if gated else w4a16.w4a16_linear)(torch.empty((num_rows, k), dtype=dtype), weight)
+        w4a16.dequantize_w4a16(weight)
+    for _, arguments in launches:
+        arguments["ASM"] = True  # as on a GPU
+    compile_all(launches, capability, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,18 @@ def test_gate_and_up_are_joined(target, num_splits, assert_close, guarded_output
     assert_close(w4a16_gate_up(x, weight), wanted, max_error=8 * target.eps, rms_error=1.5 * target.eps)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_rows", [1, 16, 64, 256])
+def test_long_sums_are_right_again_and_again(num_rows, assert_close):
+    """Matrix instructions of one step read registers that the next step writes: without a wait between them, sums were wrong here."""
+    target = Target("cuda", torch.bfloat16, torch.Generator().manual_seed(0))
+    weight, values = weight_of(target, Shape(num_rows, 4096, 1024, 128))
+    x = target.randn(num_rows, 4096)
+    y = w4a16_linear(x, weight)
+    assert_close(y, x.double() @ values, max_error=2 * target.eps + 2e-6, rms_error=0.6 * target.eps + 1e-6)
+    assert all(torch.equal(w4a16_linear(x, weight), y) for _ in range(200))
+
+
 def test_no_rows(target):
     weight, _ = weight_of(target, SHAPES[0])
     assert w4a16_linear(target.randn(0, 128), weight).shape == (0, 64)
