@@ -22,6 +22,7 @@ __all__ = [
     "NormWeight",
     "QkvWeights",
     "QuantizedPages",
+    "QuantizedRows",
     "SamplingBatch",
     "StaticInt8Pages",
     "W4A16Tiles",
@@ -137,6 +138,20 @@ class Fp8Weight:
     @property
     def num_elements(self) -> int:
         return self.weight.numel()
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedRows:
+    """Activations as W8A8Weight and Fp8Weight say, made once by what produced them: x = values * scale.
+
+    values: [num_rows, in_features], int8 or float8_e4m3fn, contiguous; there may be more rows than num_rows, of no meaning
+    scale:  [as many], fp32, contiguous      dtype: of the activations that these stand for, and of what a linear layer makes of them
+    """
+
+    values: torch.Tensor
+    scale: torch.Tensor
+    num_rows: int
+    dtype: torch.dtype
 
 
 #: A linear layer's weight; an op dispatches on the type.

@@ -22,6 +22,7 @@ __all__ = [
     "narrow_linear_config",
     "next_power_of_2",
     "prefill_attention_config",
+    "quantize_rows_config",
     "quantized_decode_attention_config",
     "rms_norm_config",
     "rotary_config",
@@ -112,10 +113,19 @@ class PrefillAttentionConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class GemmConfig:
+class QuantizeRowsConfig:
+    block_n: int  # columns, padded
+    num_warps: int
+
+
+@dataclass(frozen=True, slots=True)
+class W8A8LinearConfig:
     block_m: int  # rows a program
     block_n: int  # columns of y
-    block_k: int  # inputs a step; with groups it divides one
+    block_k: int  # inputs a step
+    num_splits: int  # programs that share a tile's inputs
+    group_m: int  # row blocks that go by together
+    descriptors: bool  # tiles are fetched by the copy engine
     num_warps: int
     num_stages: int
 
@@ -145,6 +155,12 @@ class NarrowLinearConfig:
 MAX_NARROW_GATED_ROWS = 128
 MAX_NARROW_ROWS = 64
 MANY_OUTPUTS = 65536
+MAX_QUANTIZED_ROW = 65536
+#: e4m3 with at most so many rows has our kernel, beyond them cuBLAS's. Not measured yet.
+MAX_OWN_FP8_ROWS = 64
+#: e4m3 sums of cuBLAS stay in the matrix unit's own accumulators, as ours do.
+FP8_FAST_ACCUMULATION = True
+MAX_PARTS = 8 << 20  # fp32 numbers of split sums, what split_sum.workspace has
 #: More rows than these: the weights are dequantised for one linear layer at a time, and torch multiplies. Not measured yet.
 MAX_W4A16_ROWS = 128
 
@@ -327,9 +343,24 @@ def w4a16_linear_config(num_rows: int, n: int, k: int, group_size: int, num_sms:
     return W4A16LinearConfig(block_m, block_k, num_splits, num_warps, num_stages=3 if block_m > 64 else 5)
 
 
-def w8a8_linear_config(num_rows: int, n: int) -> GemmConfig:
-    """Square-ish tiles from 128 rows on; below, the weight's bytes bound it. Without measurements of speed."""
+def quantize_rows_config(n: int) -> QuantizeRowsConfig:
+    """A whole row a program, at most 128 elements a thread."""
+    if not 1 <= n <= MAX_QUANTIZED_ROW:
+        raise ConfigError(f"{n} columns are outside [1, {MAX_QUANTIZED_ROW}], what the kernel of 8 bit rows takes")
+    block_n = next_power_of_2(n)
+    return QuantizeRowsConfig(block_n, num_warps=_clamp(block_n // 1024, 1, 16))
+
+
+def w8a8_linear_config(num_rows: int, n: int, k: int, num_sms: int, *, has_descriptors: bool) -> W8A8LinearConfig:
+    """Tiles that keep the matrix units busy from 512 rows on; below, splits until every multiprocessor has a program, since the
+    weight's bytes and what each tile reads from the L2 cache bound the time. Not measured yet."""
     block_m = _clamp(next_power_of_2(num_rows), MIN_DOT_ROWS, 128)
-    if block_m == 128:
-        return GemmConfig(128, 128, 128, num_warps=8, num_stages=3)
-    return GemmConfig(block_m, 32 if n <= 8192 else 64, 128, num_warps=4, num_stages=4)
+    if num_rows > 512 and has_descriptors:
+        return W8A8LinearConfig(128, 256, 128, 1, 8, True, num_warps=8, num_stages=4)
+    block_n = 128
+    tiles = ceil_div(n, block_n) * ceil_div(num_rows, block_m)
+    most = min(k // 1024, MAX_PARTS // (tiles * block_m * block_n)) if tiles < num_sms else 1
+    num_splits = _clamp(ceil_div(num_sms, tiles) if 3 * tiles > 2 * num_sms else num_sms // tiles, 1, _clamp(most, 1, 8))
+    num_warps = 8 if block_m == 128 else 4
+    num_stages = 4 if has_descriptors else 3  # before sm_90: 99 KiB of shared memory, and operands take registers
+    return W8A8LinearConfig(block_m, block_n, 128, num_splits, 8, has_descriptors, num_warps, num_stages)

@@ -14,6 +14,7 @@ from tests.backend.ops.test_kernels_compile_ahead import (
 )
 from triton.backends.compiler import GPUTarget
 
+from turbotriton.backend.ops.kernels import quantize_rows as rows_module
 from turbotriton.backend.ops.kernels import quantized_decode_attention as attention
 from turbotriton.backend.ops.kernels import rotary_store_quantized_kv as store
 from turbotriton.backend.ops.kernels import w4a16_linear as w4a16
@@ -33,7 +34,7 @@ CASES = [
 @pytest.fixture
 def launches(monkeypatch):
     recorded = []
-    for module in (attention, store, w4a16, w8a8):
+    for module in (attention, store, w4a16, w8a8, rows_module):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Recorder(getattr(module, name), recorded))
     return recorded
@@ -82,16 +83,26 @@ def test_w4a16_kernels_compile_without_spills(capability, dtype, launches, monke
 
 
 @pytest.mark.parametrize(
-    ("capability", "dtype"), [(90, torch.int8), pytest.param(90, torch.float8_e4m3fn, marks=pytest.mark.slow)], ids=str
+    ("capability", "dtype"),
+    [(90, torch.int8), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((90, torch.float8_e4m3fn), (80, torch.int8)))],
+    ids=str,
 )
 def test_w8a8_kernels_compile_without_spills(capability, dtype, launches, monkeypatch, tmp_path):
-    monkeypatch.setattr(w8a8, "has_pdl", lambda device: capability >= 90)
+    for module in (w8a8, rows_module):
+        monkeypatch.setattr(module, "has_pdl", lambda device: capability >= 90)
+    monkeypatch.setattr(w8a8, "num_sms", lambda device: 132)
+    monkeypatch.setattr(w8a8, "workspace", lambda device: (torch.empty(16), torch.empty(16, dtype=torch.int32)))
+    monkeypatch.setattr(w8a8, "_is_for_cublas", lambda x, weight: False)
     k, n = 4096, 6144
     kind = W8A8Weight if dtype is torch.int8 else Fp8Weight
     weight = kind(torch.empty((n, k), dtype=dtype).t(), torch.empty(n))
-    for num_rows in (1, 64, 128):
-        w8a8.w8a8_linear(torch.empty((num_rows, k), dtype=BF16), weight)
-    compile_all(launches[1:], capability, tmp_path)
+    for num_rows in (1, 64, 256, 4096):
+        x = torch.empty((num_rows, k), dtype=BF16)
+        w8a8.w8a8_linear(rows_module.quantize_rows(x, dtype), weight)
+    rows_module.rms_norm_rows(x, x[0], 1e-5, x, dtype)
+    rows_module.silu_and_mul_rows(torch.empty((1, 2 * 14336), dtype=BF16), dtype)
+    assert len(launches) == 10
+    compile_all(launches, capability, tmp_path)
 
 
 def compile_all(launches, capability, tmp_path):

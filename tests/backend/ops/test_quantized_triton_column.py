@@ -27,6 +27,15 @@ for bits in (4,8):
         outs.append((q,a,ops.output_projection(a,w8)))
     for a, b in zip(*outs):
         assert float((a - b).abs().max()) < 1e-5 * float(a.abs().max())
+gate_up=W8A8Weight(torch.randint(-127,128,(H,96),dtype=torch.int8),torch.rand(96)*.01)
+down=W8A8Weight(torch.randint(-127,128,(48,H),dtype=torch.int8),torch.rand(H)*.01)
+outs=[]
+for ops in (REFERENCE,TRITON):
+    activated,r=ops.norm_gate_up_silu(x,x.flip(0),NormWeight(torch.linspace(.5,2,H),1e-5),gate_up)
+    outs.append((ops.down_projection(activated,down),r))
+assert isinstance(activated,QuantizedRows)
+for a, b in zip(*outs):
+    assert float((a - b).abs().max()) < 1e-2 * float(a.abs().max())
 print("the same")
 """
 
