@@ -4,7 +4,7 @@ A tile never depends on the tokens of a prefill or on context lengths, so a kern
 three sizes of batches (many programs, some, few): all when a model is loaded, none on the request path.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from turbotriton.contract.errors import ConfigError
 
@@ -12,10 +12,13 @@ __all__ = [
     "DecodeAttentionConfig",
     "GreedySampleConfig",
     "PrefillAttentionConfig",
+    "QuantizeRowsConfig",
+    "QuantizedDecodeAttentionConfig",
     "RmsNormConfig",
     "RotaryConfig",
     "SiluAndMulConfig",
     "SkinnyLinearConfig",
+    "W8A8LinearConfig",
     "ceil_div",
     "decode_attention_config",
     "greedy_sample_config",
@@ -101,6 +104,17 @@ class DecodeAttentionConfig:
     min_split_tokens: int  # a multiple of block_n
     num_warps: int
     num_stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedDecodeAttentionConfig:
+    block_g: int  # query heads of one kv head, padded
+    block_n: int  # keys a tile, a multiple of 16
+    block_half: int  # head_dim / 2, padded
+    num_splits: int
+    min_split_tokens: int  # a multiple of block_n
+    num_warps: int
+    max_registers: int = 0  # a thread; 0: as many as it wants
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,28 +295,21 @@ def decode_attention_config(
 
 
 def quantized_decode_attention_config(
-    batch: int,
-    num_kv_heads: int,
-    group_size: int,
-    head_dim: int,
-    element_bytes: int,
-    max_context: int,
-    num_sms: int,
-    compute_capability: int,
-    bits: int,
-) -> DecodeAttentionConfig:
-    """As for dense pages; block_d is half a head, the two halves being tiles of their own. Widened tiles live in registers: 64 keys
-    spilled with 8 bits, before sm_90, and where half a head is no power of two. No measurement of speed yet. element_bytes: of q.
-    """
-    dense = decode_attention_config(batch, num_kv_heads, group_size, head_dim, element_bytes, max_context, num_sms)
-    half = ceil_div(head_dim, 2)
-    block_half = max(16, next_power_of_2(half))
-    if element_bytes == 4:
-        return replace(dense, block_d=block_half, block_n=FP32_BLOCK_N, num_warps=8 if block_half > 64 else 4)
-    roomy = bits == 4 and compute_capability >= 90 and block_half <= 64 and half == block_half
-    block_n = 64 if roomy else 32
-    min_split_tokens = max(dense.min_split_tokens, block_n)
-    return replace(dense, block_d=block_half, block_n=block_n, min_split_tokens=min_split_tokens, num_warps=4)
+    batch: int, num_kv_heads: int, group_size: int, head_dim: int, element_bytes: int, max_context: int, num_sms: int
+) -> QuantizedDecodeAttentionConfig:
+    """A warp a program: it holds in registers what others hold in shared memory, and nine programs on a multiprocessor hide each
+    other's waits. Splits until every multiprocessor has eight. Not measured yet. element_bytes: of q."""
+    if not 8 <= head_dim <= MAX_HEAD_DIM or head_dim % 8:
+        raise ConfigError(
+            f"head_dim {head_dim} is no multiple of 8 up to {MAX_HEAD_DIM}, what attention over 8 and 4 bit keys takes: use quant_policy 0"
+        )
+    block_half = max(32, next_power_of_2(head_dim // 2))
+    block_g = max(8, next_power_of_2(group_size))
+    block_n = 16 if element_bytes == 4 or block_half > 64 or block_g > 16 else 32
+    wanted = ceil_div(8 * num_sms, max(batch * num_kv_heads, 1))
+    num_splits = _clamp(wanted, 1, min(MAX_SPLITS, max(ceil_div(max_context, MIN_SPLIT_TOKENS), 1)))
+    num_warps = 4 if element_bytes == 4 else 1
+    return QuantizedDecodeAttentionConfig(block_g, block_n, block_half, num_splits, MIN_SPLIT_TOKENS, num_warps)
 
 
 def prefill_attention_config(

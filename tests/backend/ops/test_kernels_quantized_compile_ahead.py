@@ -40,22 +40,21 @@ def launches(monkeypatch):
     return recorded
 
 
-def pages(kind, dtype, head_dim):
+def pages(kind, dtype, head_dim, num_parts):
     width = head_dim // 2 if kind == "4" else head_dim
     data = torch.empty((4, NUM_KV_HEADS, BLOCK_SIZE, width), dtype=torch.uint8)
     if kind == "static":
         return StaticInt8Pages(data, torch.empty(NUM_KV_HEADS), torch.empty(NUM_KV_HEADS))
-    return QuantizedPages(data, torch.empty((4, NUM_KV_HEADS, BLOCK_SIZE, 2), dtype=dtype), int(kind))
+    return QuantizedPages(data, torch.empty((4, NUM_KV_HEADS, BLOCK_SIZE, 2 * num_parts), dtype=dtype), int(kind))
 
 
 @pytest.mark.parametrize(("capability", "dtype", "head_dim", "kind"), CASES, ids=lambda value: str(value).removeprefix("torch."))
 def test_every_kernel_compiles_without_spills(capability, dtype, head_dim, kind, launches, monkeypatch, tmp_path):
     qkv, angle = torch.empty((16, (NUM_HEADS + 2 * NUM_KV_HEADS) * head_dim), dtype=dtype), torch.empty((16, head_dim // 2))
     slots = torch.empty(16, dtype=torch.int64)
-    k, v = (pages(kind, dtype, head_dim) for _ in "kv")
+    k, v = pages(kind, dtype, head_dim, 2 if kind == "4" else 1), pages(kind, dtype, head_dim, 1)
     store.rotary_store_quantized_kv(qkv, angle, angle, None, k, v, slots, NUM_HEADS, NUM_KV_HEADS)
     tables, lens = torch.empty((16, 128), dtype=torch.int32), torch.empty(16, dtype=torch.int32)
-    monkeypatch.setattr(attention, "compute_capability", lambda device: capability)
     for module in (attention, store):
         monkeypatch.setattr(module, "has_pdl", lambda device: capability >= 90)
     for count in (1, 132):  # one split, then several
@@ -63,6 +62,8 @@ def test_every_kernel_compiles_without_spills(capability, dtype, head_dim, kind,
         attention.quantized_decode_attention(torch.empty((16, NUM_HEADS, head_dim), dtype=dtype), k, v, tables, lens, 0.1)
     names = [kernel.__name__ for kernel, _ in launches]
     assert names == ["_rotary_store_quantized_kv_kernel", *["_quantized_split_kernel"] * 2, "_reduce_kernel"]
+    for _, arguments in launches[1:3]:
+        arguments["ASM"] = dtype is not FP32  # as on a GPU
     compile_all(launches, capability, tmp_path)
 
 

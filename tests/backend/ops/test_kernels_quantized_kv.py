@@ -26,7 +26,7 @@ SHAPES = [Shape(1, 1, 1, 16, 16, 8), Shape(7, 6, 3, 40, 24, 5), Shape(3, 8, 2, 1
 KINDS = ["8", "4", "static"]
 
 
-def pages(target, kind, num_blocks, num_kv_heads, block_size, head_dim):
+def pages(target, kind, num_blocks, num_kv_heads, block_size, head_dim, *, keys=False):
     """Filled with bytes and NaN that must stay where no token is stored."""
     device = target.device
     width = head_dim // 2 if kind == "4" else head_dim
@@ -34,15 +34,19 @@ def pages(target, kind, num_blocks, num_kv_heads, block_size, head_dim):
     if kind == "static":
         scale = target.randn_fp32(num_kv_heads).abs() * 0.01 + 0.005
         return StaticInt8Pages(data, scale, target.randn_fp32(num_kv_heads) * 0.1)
-    params = torch.full((num_blocks, num_kv_heads, block_size, 2), float("nan"), dtype=target.dtype, device=device)
-    return QuantizedPages(data, params, int(kind))
+    in_halves = keys and kind == "4"
+    params = torch.full(
+        (num_blocks, num_kv_heads, block_size, 4 if in_halves else 2), float("nan"), dtype=target.dtype, device=device
+    )
+    offset = target.randn_fp32(num_kv_heads, head_dim) if in_halves else None
+    return QuantizedPages(data, params, int(kind), offset)
 
 
 def copy_of(p):
     return (
         StaticInt8Pages(p.data.clone(), p.scale, p.zero)
         if isinstance(p, StaticInt8Pages)
-        else QuantizedPages(p.data.clone(), p.params.clone(), p.bits)
+        else QuantizedPages(p.data.clone(), p.params.clone(), p.bits, p.offset)
     )
 
 
@@ -59,7 +63,7 @@ def test_store_equals_the_reference(target, shape, kind, assert_close):
     num_blocks = -(-n // block_size) + 1
     slots = torch.randperm(num_blocks * block_size, generator=target.generator)[:n].to(target.device)
     slots[n // 2] = -1 if n > 1 else slots[0]
-    ours = [pages(target, kind, num_blocks, kv_heads, block_size, d) for _ in "kv"]
+    ours = [pages(target, kind, num_blocks, kv_heads, block_size, d, keys=keys) for keys in (True, False)]
     theirs = [copy_of(p) for p in ours]
     q = rotary_store_quantized_kv(qkv, cos, sin, q_scale, *ours, slots, heads, kv_heads)
     wanted = kv_pages.rotary_store_quantized_kv(qkv, cos, sin, q_scale, *theirs, slots, heads, kv_heads)
@@ -115,8 +119,8 @@ def stored(target, kind, case):
     for row, count in enumerate(used):
         tables[row, :count] = torch.tensor([order.pop() for _ in range(count)], dtype=torch.int32)
     parts = []
-    for _ in "kv":
-        p = pages(target, kind, num_blocks, case.num_kv_heads, case.block_size, case.head_dim)
+    for keys in (True, False):
+        p = pages(target, kind, num_blocks, case.num_kv_heads, case.block_size, case.head_dim, keys=keys)
         slots = torch.arange((num_blocks - 1) * case.block_size, device=target.device)
         kv_pages.store_pages(p, slots, target.randn(len(slots), case.num_kv_heads, case.head_dim))
         parts.append(p)
