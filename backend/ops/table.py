@@ -200,7 +200,7 @@ def ops_for(device: torch.device) -> OpTable:
     """The column for a device: TRITON on CUDA, REFERENCE elsewhere. Raises ImportError when a kernel does not import."""
     if device.type != "cuda":
         return REFERENCE
-    from .triton_column import TRITON, UNITS_WITH_REFERENCE_PARTS
+    from .triton_column import TRITON
 
-    logger.info("ops on the plain torch reference: %s", ", ".join(reference_ops(TRITON) + list(UNITS_WITH_REFERENCE_PARTS)))
+    logger.info("ops on the plain torch reference: %s", ", ".join(reference_ops(TRITON)))
     return TRITON

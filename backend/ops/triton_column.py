@@ -16,6 +16,7 @@ from .kernels.paged_decode_attention import paged_decode_attention
 from .kernels.paged_prefill_attention import paged_prefill_attention
 from .kernels.quantize_rows import quantize_rows, rms_norm_rows, silu_and_mul_rows
 from .kernels.quantized_decode_attention import quantized_decode_attention
+from .kernels.quantized_prefill_attention import quantized_prefill_attention
 from .kernels.rms_norm import rms_norm
 from .kernels.rotary_store_kv import rotary_store_kv
 from .kernels.rotary_store_quantized_kv import rotary_store_quantized_kv
@@ -46,7 +47,7 @@ from .reference.attention import attention
 from .reference.sample import sample as reference_sample
 from .table import REFERENCE
 
-__all__ = ["TRITON", "UNITS_WITH_REFERENCE_PARTS"]
+__all__ = ["TRITON"]
 
 
 def _has_rows_stored(weight: LinearWeight, x: torch.Tensor, max_rows: int) -> TypeGuard[DenseWeight]:
@@ -134,6 +135,7 @@ TRITON = dataclasses.replace(
         paged_decode_attention=paged_decode_attention,
         paged_prefill_attention=paged_prefill_attention,
         quantized_decode_attention=quantized_decode_attention,
+        quantized_prefill_attention=quantized_prefill_attention,
     ),
     output_projection=functools.partial(units.output_projection, linear=linear),
     norm_gate_up_silu=norm_gate_up_silu,
@@ -141,6 +143,3 @@ TRITON = dataclasses.replace(
     lm_head=functools.partial(units.lm_head, norm_linear=norm_linear),
     sample=sample,
 )
-
-#: Parts of units above that run on plain torch where a kernel is missing, for the log and `check_env`. GEMMs are cuBLAS's by choice.
-UNITS_WITH_REFERENCE_PARTS: tuple[str, ...] = ("prefill over quantised KV (widened by torch, then the kernel)",)

@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 
 from turbotriton.backend.ops.kernels import quantize_rows as rows_module
 from turbotriton.backend.ops.kernels import quantized_decode_attention as attention
+from turbotriton.backend.ops.kernels import quantized_prefill_attention as prefill
 from turbotriton.backend.ops.kernels import rotary_store_quantized_kv as store
 from turbotriton.backend.ops.kernels import w4a16_linear as w4a16
 from turbotriton.backend.ops.kernels import w8a8_linear as w8a8
@@ -34,7 +35,7 @@ CASES = [
 @pytest.fixture
 def launches(monkeypatch):
     recorded = []
-    for module in (attention, store, w4a16, w8a8, rows_module):
+    for module in (attention, store, prefill, w4a16, w8a8, rows_module):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Recorder(getattr(module, name), recorded))
     return recorded
@@ -55,13 +56,19 @@ def test_every_kernel_compiles_without_spills(capability, dtype, head_dim, kind,
     k, v = pages(kind, dtype, head_dim, 2 if kind == "4" else 1), pages(kind, dtype, head_dim, 1)
     store.rotary_store_quantized_kv(qkv, angle, angle, None, k, v, slots, NUM_HEADS, NUM_KV_HEADS)
     tables, lens = torch.empty((16, 128), dtype=torch.int32), torch.empty(16, dtype=torch.int32)
-    for module in (attention, store):
+    for module in (attention, store, prefill):
         monkeypatch.setattr(module, "has_pdl", lambda device: capability >= 90)
     for count in (1, 132):  # one split, then several
         monkeypatch.setattr(attention, "num_sms", lambda device, count=count: count)
         attention.quantized_decode_attention(torch.empty((16, NUM_HEADS, head_dim), dtype=dtype), k, v, tables, lens, 0.1)
+    prefill._widened(k, v, tables, lens, lens, dtype, 0, [(5, 100)] * 15)
     names = [kernel.__name__ for kernel, _ in launches]
-    assert names == ["_rotary_store_quantized_kv_kernel", *["_quantized_split_kernel"] * 2, "_reduce_kernel"]
+    assert names == [
+        "_rotary_store_quantized_kv_kernel",
+        *["_quantized_split_kernel"] * 2,
+        "_reduce_kernel",
+        "_widen_pages_kernel",
+    ]
     for _, arguments in launches[1:3]:
         arguments["ASM"] = dtype is not FP32  # as on a GPU
     compile_all(launches, capability, tmp_path)

@@ -1,5 +1,6 @@
 """The kernels over quantised pages: what is stored equals the reference bit for bit where no tie decides; attention against float64."""
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -7,7 +8,9 @@ import pytest
 import torch
 
 from turbotriton.backend.ops.kernels import quantized_decode_attention as module
+from turbotriton.backend.ops.kernels import quantized_prefill_attention as prefill_module
 from turbotriton.backend.ops.kernels.quantized_decode_attention import quantized_decode_attention
+from turbotriton.backend.ops.kernels.quantized_prefill_attention import quantized_prefill_attention
 from turbotriton.backend.ops.kernels.rotary_store_quantized_kv import rotary_store_quantized_kv
 from turbotriton.backend.ops.operands import QuantizedPages, StaticInt8Pages
 from turbotriton.backend.ops.reference import kv_pages
@@ -171,3 +174,45 @@ def test_8_bit_and_static_pages_are_read_too(target, assert_close, guarded_outpu
         tensors = stored(target, kind, case)
         out = quantized_decode_attention(*tensors, 0.2, 16)
         assert_close(out, oracle(*tensors, 0.2, 16), max_error=4 * target.eps + 4e-5, rms_error=target.eps + 4e-6)
+
+
+class Chunks(NamedTuple):
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    rows: tuple[tuple[int, int], ...]  # (queries, context)
+    sliding_window: int = 0
+
+
+CHUNKS = [
+    Chunks(4, 2, 40, 5, ((7, 7), (3, 21), (2, 2))),
+    Chunks(4, 1, 16, 16, ((20, 50), (33, 33)), 9),
+]
+
+
+@pytest.mark.parametrize("scratch_blocks", [1, 1000], ids=["a_row_at_a_time", "all_rows_at_once"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("chunks", CHUNKS, ids=["odd", "window"])
+def test_prefill_is_attention_over_the_stored_values(
+    target, chunks, kind, scratch_blocks, assert_close, guarded_outputs, monkeypatch
+):
+    case = Case(*chunks[:4], tuple(context for _, context in chunks.rows), chunks.sliding_window)
+    _, k_pages, v_pages, tables, lens = stored(target, kind, case)
+    num_tokens = sum(queries for queries, _ in chunks.rows)
+    q, scale = target.randn(num_tokens, chunks.num_heads, chunks.head_dim), chunks.head_dim**-0.5
+    starts = torch.tensor(
+        [0, *itertools.accumulate(queries for queries, _ in chunks.rows)], dtype=torch.int32, device=target.device
+    )
+    block_bytes = 2 * chunks.num_kv_heads * chunks.block_size * chunks.head_dim * target.dtype.itemsize
+    monkeypatch.setattr(prefill_module, "MAX_SCRATCH_BYTES", scratch_blocks * block_bytes)
+    found = quantized_prefill_attention(q, k_pages, v_pages, tables, lens, starts, scale, chunks.sliding_window, chunks.rows)
+    wanted = []
+    for row, (queries, context) in enumerate(chunks.rows):
+        for i in range(queries):  # a query is a decode of a shorter context
+            end = torch.tensor([context - queries + i + 1], dtype=torch.int32, device=target.device)
+            at = slice(int(starts[row]) + i, int(starts[row]) + i + 1)
+            wanted.append(oracle(q[at], k_pages, v_pages, tables[row : row + 1], end, scale, chunks.sliding_window))
+    eps = target.eps
+    bounds = {"max_error": 4e-5, "rms_error": 4e-6} if target.dtype == torch.float32 else {"max_error": 6 * eps, "rms_error": eps}
+    assert_close(found, torch.cat(wanted), **bounds)
