@@ -33,8 +33,10 @@ __all__ = [
 GIB = 2**30
 #: Bits a weight of a linear takes with its scales: groups of 128 with an fp16 scale and zero for awq.
 WEIGHT_BITS: Mapping[str, float] = {"none": 16, "awq": 4 + 32 / 128, "w8a8": 8, "fp8": 8}
-#: quant_policy -> bits a key or value takes; int8 and int4 carry an fp16 scale and zero for each token and head.
+#: quant_policy -> bits a key or value takes, and bytes of a key's and its value's scales and zeros: an fp16 pair of each token and head,
+#: two of 4 bit keys.
 KV_BITS: Mapping[int, int] = {0: 16, 8: 8, 4: 4}
+KV_SCALE_BYTES: Mapping[int, int] = {0: 0, 8: 8, 4: 12}
 #: Device memory that is neither weights nor KV: context, activations of a prefill chunk, graphs.
 RESERVE_BYTES = 2 * GIB
 #: Products of at most so many rows reach this share of the rate of large ones (596 of 670 TFLOP/s at 256 rows on an H200).
@@ -117,8 +119,8 @@ class ModelShape:
         return self.linear_elements * WEIGHT_BITS[quant] / 8 + 2 * self.table_elements
 
     def kv_bytes_a_token(self, quant_policy: int) -> float:
-        scales = 4 if quant_policy else 0
-        return 2 * self.num_layers * self.num_kv_heads * (self.head_dim * KV_BITS[quant_policy] / 8 + scales)
+        a_head = 2 * self.head_dim * KV_BITS[quant_policy] / 8 + KV_SCALE_BYTES[quant_policy]
+        return self.num_layers * self.num_kv_heads * a_head
 
 
 @dataclass(frozen=True, slots=True)

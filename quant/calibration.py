@@ -14,10 +14,9 @@ from dataclasses import dataclass, field
 import torch
 from tqdm import tqdm
 
-from turbotriton.backend.model.decoder import logn_scale
 from turbotriton.backend.model.layers import LayerWeights, run_layer
-from turbotriton.backend.model.rope import attention_factor, cos_sin, inverse_frequencies
-from turbotriton.backend.ops.operands import AttentionBatch, LinearWeight
+from turbotriton.backend.model.prompt_batch import prompt_batch
+from turbotriton.backend.ops.operands import LinearWeight
 from turbotriton.backend.ops.reference import units
 from turbotriton.backend.ops.reference.linear import linear
 from turbotriton.backend.ops.reference.primitives import rms_norm
@@ -131,7 +130,9 @@ class Calibration:
         embedding = model.source.read(f"{model.arch.names.embedding}.weight")
         hidden = [embedding[window].to(dtype) for window in self._windows]  # on the host, [seqlen, hidden] each
         del embedding
-        batch, num_blocks = _whole_window_batch(model, self._windows.shape[1], device)
+        seqlen = self._windows.shape[1]
+        batch = prompt_batch(model.rope, seqlen, BLOCK_SIZE, device, use_logn_attn=model.config.use_logn_attn)
+        num_blocks = -(-seqlen // BLOCK_SIZE)
         total = model.config.num_layers * len(hidden)
         with tqdm(total=total, desc="calibrating", unit="window", disable=None if self._show_progress else True) as progress:
             for i in range(model.config.num_layers):
@@ -156,27 +157,6 @@ class Calibration:
                     f"{model.arch.names.norm}.weight: NaN or infinity after the final norm; the weights are broken"
                 )
             self.final_norm.add(normed)
-
-
-def _whole_window_batch(model: SourceModel, seqlen: int, device: torch.device) -> tuple[AttentionBatch, int]:
-    """One prompt of `seqlen` tokens in blocks 0, 1, ...; and how many blocks."""
-    num_blocks = -(-seqlen // BLOCK_SIZE)
-    positions = torch.arange(seqlen, device=device)
-    inverse = inverse_frequencies(model.rope, model.rope.theta_for(seqlen)).to(device).expand(seqlen, -1)
-    cos, sin = cos_sin(inverse, positions, attention_factor(model.rope))
-    batch = AttentionBatch(
-        cos=cos,
-        sin=sin,
-        q_scale=logn_scale(positions, model.rope.max_position_embeddings) if model.config.use_logn_attn else None,
-        slot_mapping=positions,
-        block_tables=torch.arange(num_blocks, dtype=torch.int32, device=device)[None],
-        context_lens=torch.tensor([seqlen], dtype=torch.int32, device=device),
-        num_decodes=0,
-        max_decode_context=0,
-        cu_seqlens_q=torch.tensor([0, seqlen], dtype=torch.int32, device=device),
-        prefills=((seqlen, seqlen),),
-    )
-    return batch, num_blocks
 
 
 def _observed(run: LayerRun, eps: float, device: torch.device, *, with_grams: bool) -> tuple[OpTable, LayerWeights]:

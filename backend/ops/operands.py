@@ -22,6 +22,7 @@ __all__ = [
     "NormWeight",
     "QkvWeights",
     "QuantizedPages",
+    "QuantizedRows",
     "SamplingBatch",
     "StaticInt8Pages",
     "W4A16Tiles",
@@ -139,25 +140,49 @@ class Fp8Weight:
         return self.weight.numel()
 
 
+@dataclass(frozen=True, slots=True)
+class QuantizedRows:
+    """Activations as W8A8Weight and Fp8Weight say, made once by what produced them: x = values * scale.
+
+    values: [num_rows, in_features], int8 or float8_e4m3fn, contiguous; there may be more rows than num_rows, of no meaning
+    scale:  [as many], fp32, contiguous      dtype: of the activations that these stand for, and of what a linear layer makes of them
+    """
+
+    values: torch.Tensor
+    scale: torch.Tensor
+    num_rows: int
+    dtype: torch.dtype
+
+
 #: A linear layer's weight; an op dispatches on the type.
 LinearWeight = DenseWeight | W4A16Weight | W4A16Tiles | W8A8Weight | Fp8Weight
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizedPages:
-    """One layer's keys (or values), 8 or 4 bit with a scale and a zero for each token and kv head, made when they are stored.
+    """One layer's keys (or values), 8 or 4 bit with scales and zeros for each token and kv head, made when they are stored.
 
-        scale = (max - min) / (2^bits - 1) and zero = min over head_dim, both rounded to the compute dtype
+        x = key - offset (or the value)
+        scale = (max - min) / (2^bits - 1) and zero = min over a part of head_dim, both rounded to the compute dtype
         q = round_half_even((x - zero) / scale) in [0, 2^bits - 1] (0 where scale is 0);     x' = q * scale + zero
+
+    A part is the whole head, or each of its halves: 4 bit keys need the finer one. Readers take x' for the key: softmax does not see a
+    vector that is missing from every key.
 
     data:   [num_blocks, num_kv_heads, block_size, head_dim * bits / 8], uint8. 4 bit: byte j holds dim j in its low half and
             dim j + head_dim / 2 in its high half
-    params: [num_blocks, num_kv_heads, block_size, 2], the compute dtype: (scale, zero)
+    params: [num_blocks, num_kv_heads, block_size, 2 num_parts], the compute dtype: (scale, zero) of each part
+    offset: [num_kv_heads, head_dim], fp32; None: 0
     """
 
     data: torch.Tensor
     params: torch.Tensor
     bits: int
+    offset: torch.Tensor | None = None
+
+    @property
+    def num_parts(self) -> int:
+        return self.params.shape[3] // 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 
-from .operands import AttentionBatch, KvPages, LinearWeight, NormWeight, QkvWeights, SamplingBatch
+from .operands import AttentionBatch, KvPages, LinearWeight, NormWeight, QkvWeights, QuantizedRows, SamplingBatch
 from .reference.attention import attention
 from .reference.sample import sample
 from .reference.stage_decode import stage_decode
@@ -121,18 +121,20 @@ class NormGateUpSilu(Protocol):
 
         r = x + residual;   y = rms_norm(r);   out = silu(y W_gate) * (y W_up)
 
-    Rounds to the compute dtype after each line. Returns (out: [num_tokens, inter_size], r: [num_tokens, hidden]).
+    Rounds to the compute dtype after each line. Returns (out: [num_tokens, inter_size], r: [num_tokens, hidden]). Over 8 bit weights a
+    column may return out as QuantizedRows, what the down projection would make of it.
     """
 
     def __call__(
         self, x: torch.Tensor, residual: torch.Tensor, norm: NormWeight, weight: LinearWeight
-    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+    ) -> tuple[torch.Tensor | QuantizedRows, torch.Tensor]: ...
 
 
 class DownProjection(Protocol):
-    """x: [num_tokens, inter_size] -> x W_down: [num_tokens, hidden]. The next op adds it to the residual and normalises."""
+    """x: [num_tokens, inter_size], as the column's norm_gate_up_silu gives it -> x W_down: [num_tokens, hidden]. The next op adds it to
+    the residual and normalises."""
 
-    def __call__(self, x: torch.Tensor, weight: LinearWeight) -> torch.Tensor: ...
+    def __call__(self, x: torch.Tensor | QuantizedRows, weight: LinearWeight) -> torch.Tensor: ...
 
 
 class LmHead(Protocol):
@@ -198,7 +200,7 @@ def ops_for(device: torch.device) -> OpTable:
     """The column for a device: TRITON on CUDA, REFERENCE elsewhere. Raises ImportError when a kernel does not import."""
     if device.type != "cuda":
         return REFERENCE
-    from .triton_column import TRITON, UNITS_WITH_REFERENCE_PARTS
+    from .triton_column import TRITON
 
-    logger.info("ops on the plain torch reference: %s", ", ".join(reference_ops(TRITON) + list(UNITS_WITH_REFERENCE_PARTS)))
+    logger.info("ops on the plain torch reference: %s", ", ".join(reference_ops(TRITON)))
     return TRITON

@@ -15,7 +15,9 @@ from .kernels.greedy_sample import greedy_sample
 from .kernels.launch import shared_memory_bytes
 from .kernels.paged_decode_attention import paged_decode_attention
 from .kernels.paged_prefill_attention import paged_prefill_attention
+from .kernels.quantize_rows import quantize_rows, rms_norm_rows, silu_and_mul_rows
 from .kernels.quantized_decode_attention import quantized_decode_attention
+from .kernels.quantized_prefill_attention import quantized_prefill_attention
 from .kernels.rms_norm import rms_norm
 from .kernels.rotary_store_kv import rotary_store_kv
 from .kernels.rotary_store_quantized_kv import rotary_store_quantized_kv
@@ -35,10 +37,12 @@ from .kernels.w8a8_linear import w8a8_linear
 from .operands import (
     AttentionBatch,
     DenseWeight,
+    Fp8Weight,
     KvPages,
     LinearWeight,
     NormWeight,
     QkvWeights,
+    QuantizedRows,
     SamplingBatch,
     W4A16Tiles,
     W8A8Weight,
@@ -48,7 +52,7 @@ from .reference.attention import attention
 from .reference.sample import sample as reference_sample
 from .table import REFERENCE
 
-__all__ = ["TRITON", "UNITS_WITH_REFERENCE_PARTS"]
+__all__ = ["TRITON"]
 
 
 def _has_rows_stored(weight: LinearWeight, x: torch.Tensor, max_rows: int) -> TypeGuard[DenseWeight]:
@@ -81,7 +85,10 @@ def _norm_fits(x: torch.Tensor) -> bool:
     return next_power_of_2(x.shape[0]) * next_power_of_2(x.shape[1]) <= MAX_SKINNY_NORM_ELEMENTS
 
 
-def linear(x: torch.Tensor, weight: LinearWeight) -> torch.Tensor:
+def linear(x: torch.Tensor | QuantizedRows, weight: LinearWeight) -> torch.Tensor:
+    if isinstance(weight, W8A8Weight | Fp8Weight):
+        return w8a8_linear(x if isinstance(x, QuantizedRows) else quantize_rows(x, weight.weight.dtype), weight)
+    assert isinstance(x, torch.Tensor), "8 bit rows meet 8 bit weights only"
     if _is_skinny(weight, x):
         return skinny_linear.linear(x, weight.weight, weight.bias)
     if _is_narrow(weight, x):
@@ -90,14 +97,15 @@ def linear(x: torch.Tensor, weight: LinearWeight) -> torch.Tensor:
         if x.shape[0] <= MAX_W4A16_ROWS and not weight.gated:
             return w4a16_linear(x, weight)
         return units.linear(x, DenseWeight(dequantize_w4a16(weight), weight.bias))
-    if isinstance(weight, W8A8Weight):
-        return w8a8_linear(x, weight)
     return units.linear(x, weight)
 
 
 def norm_linear(
     x: torch.Tensor, residual: torch.Tensor | None, norm: NormWeight, weight: LinearWeight
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    if isinstance(weight, W8A8Weight | Fp8Weight):
+        rows, residual = rms_norm_rows(x, norm.weight, norm.eps, residual, weight.weight.dtype)
+        return w8a8_linear(rows, weight), residual
     if _is_skinny(weight, x) and _norm_fits(x):
         return skinny_linear.norm_linear(x, residual, norm.weight, norm.eps, weight.weight, weight.bias)
     y, residual = rms_norm(x, norm.weight, norm.eps, residual)
@@ -146,7 +154,7 @@ def norm_qkv_rotary_store(
 
 def norm_gate_up_silu(
     x: torch.Tensor, residual: torch.Tensor, norm: NormWeight, weight: LinearWeight
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor | QuantizedRows, torch.Tensor]:
     if _is_skinny(weight, x) and _norm_fits(x):
         return skinny_linear.norm_gate_up(x, residual, norm.weight, norm.eps, weight.weight, weight.bias)
     if isinstance(weight, W4A16Tiles) and x.shape[0] <= MAX_W4A16_ROWS:
@@ -156,6 +164,8 @@ def norm_gate_up_silu(
         y, residual = rms_norm(x, norm.weight, norm.eps, residual)
         return narrow_linear.gate_up(y, weight.weight, weight.bias), residual
     gate_up, residual = norm_linear(x, residual, norm, weight)
+    if isinstance(weight, W8A8Weight | Fp8Weight):  # all of a model's layers are stored alike: down_projection is 8 bit too
+        return silu_and_mul_rows(gate_up, weight.weight.dtype), residual
     return silu_and_mul(gate_up), residual
 
 
@@ -174,16 +184,11 @@ TRITON = dataclasses.replace(
         paged_decode_attention=paged_decode_attention,
         paged_prefill_attention=paged_prefill_attention,
         quantized_decode_attention=quantized_decode_attention,
+        quantized_prefill_attention=quantized_prefill_attention,
     ),
     output_projection=functools.partial(units.output_projection, linear=linear),
     norm_gate_up_silu=norm_gate_up_silu,
-    down_projection=functools.partial(units.down_projection, linear=linear),
+    down_projection=linear,
     lm_head=functools.partial(units.lm_head, norm_linear=norm_linear),
     sample=sample,
-)
-
-#: Parts of units above that run on plain torch where a kernel is missing, for the log and `check_env`. GEMMs are cuBLAS's by choice.
-UNITS_WITH_REFERENCE_PARTS: tuple[str, ...] = (
-    "linear over fp8 weights",
-    "prefill over quantised KV (widened by torch, then the kernel)",
 )

@@ -3,7 +3,7 @@
     format   a layer's keys or values (ops/operands.py)          bytes of a token and head in one of them
     dense    tensor, compute dtype                                head_dim * itemsize
     int8     QuantizedPages, 8 bit, (scale, zero) a token         head_dim + 2 itemsize
-    int4     QuantizedPages, 4 bit, (scale, zero) a token         head_dim / 2 + 2 itemsize
+    int4     QuantizedPages, 4 bit, (scale, zero) a token         head_dim / 2 + 2 itemsize; keys 4, for each half of a head
     static   StaticInt8Pages, scales from files                   head_dim
 
 quant_policy chooses: 0 dense, 8 int8, 4 int4, or static where the workspace has `layers.i.past_kv_scale.r.weight` files (what
@@ -12,7 +12,9 @@ scheduler's business. The pool starts as zeros: masked positions are multiplied 
 """
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -48,20 +50,28 @@ class KvScales:
 
 
 def allocate_kv_cache(
-    model: ModelConfig, engine: EngineConfig, device: torch.device, dtype: torch.dtype, scales: KvScales | None = None
+    model: ModelConfig,
+    engine: EngineConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    scales: KvScales | None = None,
+    offsets: torch.Tensor | None = None,
 ) -> KvCache:
-    """`scales`: of the files, for quant_policy 4. Raises ConfigError when the pool would not hold one sequence of session_len."""
+    """`scales`: of the files, for quant_policy 4; without them `offsets`: key_offsets.py's, or None for 0.
+
+    Raises ConfigError when the pool would not hold one sequence of session_len.
+    """
     bits = 8 if scales is not None else engine.quant_policy
     block_bytes = kv_block_bytes(model, engine, dtype, bits, with_params=scales is None)
     num_blocks = num_kv_blocks(engine, free_memory_bytes(device), block_bytes, cap=device.type == "cpu")
     shape = (model.num_layers, num_blocks, model.num_kv_heads, engine.cache_block_seq_len)
 
-    def pool() -> list[KvPages]:
+    def pool(num_parts: int, offsets: Iterable[torch.Tensor | None]) -> list[KvPages]:
         if not bits:
             return list(torch.zeros((*shape, model.head_dim), device=device, dtype=dtype))
         data = torch.zeros((*shape, model.head_dim * bits // 8), device=device, dtype=torch.uint8)
-        params = torch.zeros((*shape, 2), device=device, dtype=dtype)
-        return [QuantizedPages(d, p, bits) for d, p in zip(data, params, strict=True)]
+        params = torch.zeros((*shape, 2 * num_parts), device=device, dtype=dtype)
+        return [QuantizedPages(d, p, bits, offset) for d, p, offset in zip(data, params, offsets, strict=False)]
 
     def static_pool(scale: torch.Tensor, zero: torch.Tensor) -> list[KvPages]:
         data = torch.zeros((*shape, model.head_dim), device=device, dtype=torch.uint8)
@@ -72,7 +82,7 @@ def allocate_kv_cache(
     if scales is not None:
         k, v = static_pool(scales.k_scale, scales.k_zero), static_pool(scales.v_scale, scales.v_zero)
     else:
-        k, v = pool(), pool()
+        k, v = pool(2 if bits == 4 else 1, repeat(None) if offsets is None else offsets), pool(1, repeat(None))
     return KvCache(tuple(k), tuple(v), num_blocks)
 
 
@@ -80,8 +90,9 @@ def kv_block_bytes(model: ModelConfig, engine: EngineConfig, dtype: torch.dtype,
     """Bytes of one block over all layers, keys and values. `bits` 0: dense."""
     if bits == 4 and model.head_dim % 2:
         raise ConfigError(f"quant_policy is 4, but head_dim is {model.head_dim}, an odd number; use quant_policy 8 or 0")
-    a_token = model.head_dim * bits // 8 + (2 * dtype.itemsize if with_params else 0) if bits else model.head_dim * dtype.itemsize
-    return 2 * model.num_layers * model.num_kv_heads * engine.cache_block_seq_len * a_token
+    values = 2 * (model.head_dim * bits // 8 if bits else model.head_dim * dtype.itemsize)
+    params = 0 if not (bits and with_params) else (6 if bits == 4 else 4) * dtype.itemsize
+    return model.num_layers * model.num_kv_heads * engine.cache_block_seq_len * (values + params)
 
 
 def num_kv_blocks(engine: EngineConfig, free_bytes: int, block_bytes: int, *, cap: bool) -> int:

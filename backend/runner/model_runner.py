@@ -32,6 +32,7 @@ from turbotriton.contract.wire import SamplingParams
 
 from .batch import SlotState
 from .decode_graphs import DecodeGraphs
+from .key_offsets import key_offsets
 from .kv_cache import allocate_kv_cache, read_kv_scales
 from .weights import DTYPES, load_weights
 
@@ -70,7 +71,9 @@ class ModelRunner:
             self._slots = SlotState(model, engine, device)
             self._sampler = SamplerState(engine.max_batch_size, model.vocab_size, model.eos_token_ids, device)
             scales = read_kv_scales(model, weights_dir) if engine.quant_policy == 4 else None
-            self._kv = allocate_kv_cache(model, engine, device, dtype, scales)
+            is_int4 = engine.quant_policy == 4 and scales is None
+            offsets = key_offsets(self._decoder, engine.session_len, device, dtype) if is_int4 else None
+            self._kv = allocate_kv_cache(model, engine, device, dtype, scales, offsets)
             self._graphs: DecodeGraphs | None = None
             if device.type == "cuda" and engine.cuda_graphs and not reference_ops:
                 self._graphs = DecodeGraphs(self._decoder, self._slots, self._kv, engine.max_batch_size, device)

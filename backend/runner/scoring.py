@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from turbotriton.backend.model.decoder import Decoder, logn_scale
-from turbotriton.backend.model.rope import attention_factor, cos_sin, inverse_frequencies
-from turbotriton.backend.ops.operands import AttentionBatch
+from turbotriton.backend.model.decoder import Decoder
+from turbotriton.backend.model.prompt_batch import prompt_batch
 from turbotriton.backend.ops.table import ops_for
 from turbotriton.contract.errors import WorkspaceError
 from turbotriton.contract.ini import EngineConfig, read_workspace_config
 
+from .key_offsets import key_offsets
 from .kv_cache import allocate_kv_cache, read_kv_scales
 from .model_runner import resolve_compute_dtype, resolve_device
 from .weights import DTYPES, find_weights_dir, load_weights
@@ -40,30 +40,15 @@ class Scorer:
         with torch.inference_mode():
             self._decoder = Decoder(self.model, load_weights(self.model, folder, self._device, dtype), ops_for(self._device))
             scales = read_kv_scales(self.model, folder) if policy == 4 else None
-            self._kv = allocate_kv_cache(self.model, engine, self._device, dtype, scales)
+            offsets = key_offsets(self._decoder, window, self._device, dtype) if policy == 4 and scales is None else None
+            self._kv = allocate_kv_cache(self.model, engine, self._device, dtype, scales, offsets)
 
     @torch.inference_mode()
     def logits(self, token_ids: torch.Tensor) -> torch.Tensor:
         """token_ids: [num_tokens], int64, at most `window` -> [num_tokens, vocab_size], fp32, on the host."""
         if int(token_ids.max()) >= self.model.vocab_size:
             raise WorkspaceError(f"token id {int(token_ids.max())} is past the {self.model.vocab_size} tokens of the vocabulary")
-        x, residual = self._decoder.hidden_states(token_ids.to(self._device), self._batch(len(token_ids)), self._kv.k, self._kv.v)
+        model = self.model
+        batch = prompt_batch(model.rope, len(token_ids), BLOCK_SIZE, self._device, use_logn_attn=model.use_logn_attn)
+        x, residual = self._decoder.hidden_states(token_ids.to(self._device), batch, self._kv.k, self._kv.v)
         return self._decoder.logits(x, residual).cpu()
-
-    def _batch(self, num_tokens: int) -> AttentionBatch:
-        rope, device = self.model.rope, self._device
-        positions = torch.arange(num_tokens, device=device)
-        inverse = inverse_frequencies(rope, rope.theta_for(num_tokens)).to(device).expand(num_tokens, -1)
-        cos, sin = cos_sin(inverse, positions, attention_factor(rope))
-        return AttentionBatch(
-            cos=cos,
-            sin=sin,
-            q_scale=logn_scale(positions, rope.max_position_embeddings) if self.model.use_logn_attn else None,
-            slot_mapping=positions,
-            block_tables=torch.arange(self._num_blocks, dtype=torch.int32, device=device)[None],
-            context_lens=torch.tensor([num_tokens], dtype=torch.int32, device=device),
-            num_decodes=0,
-            max_decode_context=0,
-            cu_seqlens_q=torch.tensor([0, num_tokens], dtype=torch.int32, device=device),
-            prefills=((num_tokens, num_tokens),),
-        )

@@ -36,7 +36,7 @@ from turbotriton.backend.ops.packing import (
     unpack_scales_zeros,
     unpack_tiles,
 )
-from turbotriton.contract.errors import WorkspaceError
+from turbotriton.contract.errors import ConfigError, WorkspaceError
 from turbotriton.contract.ini import ModelConfig
 from turbotriton.contract.layout import MANIFEST_NAME, Split, Storage, TensorSpec, tensor_specs
 
@@ -67,10 +67,14 @@ def find_weights_dir(path: Path) -> Path:
 def load_weights(
     config: ModelConfig, folder: Path, device: torch.device, dtype: torch.dtype, *, for_kernels: bool = False
 ) -> ModelWeights:
-    """`folder` holds config.ini's tensors; ranks are joined on `device`, floats converted to `dtype`. Raises WorkspaceError.
+    """`folder` holds config.ini's tensors; ranks are joined on `device`, floats converted to `dtype`. Raises WorkspaceError;
+    ConfigError when the device cannot multiply what the files hold.
 
     for_kernels: 4 bit weights as W4A16Tiles, where dtype and shape allow, which the reference ops do not take.
     """
+    if config.weight_type == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        name = torch.cuda.get_device_name(device)
+        raise ConfigError(f"weight_type is fp8, but {name} has no e4m3 arithmetic (compute capability 8.9); use int8 weights")
     loader = _Loader(config, _Reader(config, folder), device, dtype, for_kernels)
     embeddings = loader.floats("tok_embeddings.weight")
     head = embeddings if config.tie_word_embeddings else loader.floats("output.weight")

@@ -73,9 +73,9 @@ def test_int4_weights_bring_one_sequence_near_their_bytes() -> None:
     assert 1 / step_s == pytest.approx(985, rel=0.03)
 
 
-@pytest.mark.parametrize(("policy", "bytes_a_token"), [(0, 131_072), (8, 67_584), (4, 34_816)])
+@pytest.mark.parametrize(("policy", "bytes_a_token"), [(0, 131_072), (8, 67_584), (4, 35_840)])
 def test_kv_bytes_of_a_token(policy: int, bytes_a_token: int) -> None:
-    """2 x 32 layers x 8 heads x (128 values + scale and zero)."""
+    """32 layers x 8 heads x (2 x 128 values + a scale and a zero of each, of 4 bit keys two)."""
     assert LARGE.kv_bytes_a_token(policy) == bytes_a_token
 
 

@@ -5,7 +5,8 @@
 
     b1        one request, 128 tokens in, 512 out: tokens a second after the first
     d64       64 x (896 in, 256 out): tokens a second from the moment every request has its first until the first request ends
-    d256      256 of the same; void when that window has fewer than 150 steps
+    d16, d256 16 and 256 of the same; void when that window has fewer than 150 steps
+    d8k       7,168 in, 1,024 out, as many requests as fit in 40 GiB of keys and values, at most max_batch_size: the same window
     thr       256 prompts of 64 to 1024 tokens, 64 to 512 out, all at once: output tokens a second
     prefill   16 x 4096 in, 1 out: prompt tokens a second
 
@@ -29,7 +30,9 @@ import torch
 from make_checkpoint import make_checkpoint
 
 from turbotriton.backend.engine.engine import Engine
-from turbotriton.backend.runner.model_runner import ModelRunner
+from turbotriton.backend.runner.kv_cache import kv_block_bytes
+from turbotriton.backend.runner.model_runner import ModelRunner, resolve_compute_dtype, resolve_device
+from turbotriton.backend.runner.weights import DTYPES
 from turbotriton.contract.ini import read_workspace_config
 from turbotriton.contract.wire import GenerateRequest, SamplingParams
 
@@ -45,6 +48,7 @@ MARKS = {
     "8b": {"b1": (308, 250), "d64": (12500, 10000), "d256": (18400, 17000), "thr": (10800, 9500), "prefill": (44600, 41500)},
 }
 WORKS = ("b1", "d64", "d256", "thr", "prefill")
+LONG, LONG_KV_BYTES = (7168, 1024), 40 << 30  # of d8k
 MIN_WINDOW_STEPS = 150
 
 
@@ -120,18 +124,40 @@ def scaled(lengths: list[tuple[int, int]], scale: float) -> list[tuple[int, int]
     return [(max(2, int(prompt * scale)), new if new == 1 else max(2, int(new * scale))) for prompt, new in lengths]
 
 
-def lengths_of(work: str) -> list[tuple[int, int]]:
+def lengths_of(work: str, num_long: int) -> list[tuple[int, int]]:
     if work == "thr":
         draw = random.Random(1)
         prompts = [draw.randint(64, 1024) for _ in range(256)]
         lengths = list(zip(prompts, [draw.randint(64, 512) for _ in range(256)], strict=True))
         assert (sum(prompts), sum(new for _, new in lengths)) == (144_753, 71_160)
         return lengths
-    return {"b1": [(128, 512)], "d64": [(896, 256)] * 64, "d256": [(896, 256)] * 256, "prefill": [(4096, 1)] * 16}[work]
+    if work == "d8k":
+        return [LONG] * num_long
+    return {
+        "b1": [(128, 512)],
+        "d16": [(896, 256)] * 16,
+        "d64": [(896, 256)] * 64,
+        "d256": [(896, 256)] * 256,
+        "prefill": [(4096, 1)] * 16,
+    }[work]
 
 
-def measure(engine: Engine, work: str, vocab: int, scale: float, seed: int, trace: Path | None = None) -> dict[str, float]:
-    lengths = lengths_of(work)
+def num_long_requests(engine: Engine, folder: Path, options: dict[str, str]) -> int:
+    """How many of d8k fit in LONG_KV_BYTES, in the engine's own blocks, and at once. Raises RuntimeError where not one does."""
+    workspace = read_workspace_config(folder / "config.ini")
+    model, config = workspace.model_config(), workspace.engine_config(options.get)
+    dtype = DTYPES[resolve_compute_dtype(config.compute_dtype, model.float_type, resolve_device(config.device))]
+    block_bytes = kv_block_bytes(model, config, dtype, config.quant_policy)
+    blocks = -(-sum(LONG) // config.cache_block_seq_len)
+    count = min(LONG_KV_BYTES // block_bytes // blocks, engine.info(0).num_blocks // blocks, config.max_batch_size)
+    if count < 1:
+        raise RuntimeError(f"void: no request of {sum(LONG)} tokens fits; raise session_len and cache_max_entry_count")
+    return count
+
+
+def measure(
+    engine: Engine, work: str, lengths: list[tuple[int, int]], vocab: int, scale: float, seed: int, trace: Path | None = None
+) -> dict[str, float]:
     if scale != 1.0:
         lengths = scaled(lengths[: max(1, int(len(lengths) * scale * 4))], scale)
     found = run(engine, lengths, vocab, seed)
@@ -148,7 +174,14 @@ def measure(engine: Engine, work: str, vocab: int, scale: float, seed: int, trac
         raise RuntimeError(f"void: the window of {work} has {len(steps)} steps, fewer than {MIN_WINDOW_STEPS}")
     first_token_ms = 1000 * (min(found.first.values()) - found.begun)
     p50, p99 = statistics.median(steps), sorted(steps)[int(0.99 * (len(steps) - 1))]
-    return {"tok_s": rate, "window_steps": len(steps), "step_p50_ms": p50, "step_p99_ms": p99, "first_token_ms": first_token_ms}
+    return {
+        "tok_s": rate,
+        "requests": len(lengths),
+        "window_steps": len(steps),
+        "step_p50_ms": p50,
+        "step_p99_ms": p99,
+        "first_token_ms": first_token_ms,
+    }
 
 
 def check_against_reference() -> None:
@@ -214,10 +247,12 @@ def main() -> int:
     print(f"{'work':8s} {'tok/s':>9s} {'min':>9s} {'max':>9s} {'of goal':>8s} {'of limit':>9s}")
     for work in args.work.split(","):
         try:
-            run(engine, scaled(lengths_of(work), min(args.scale, 0.25)), model.vocab_size, args.seed)  # warm-up
+            lengths = lengths_of(work, num_long_requests(engine, args.model, options) if work == "d8k" else 0)
+            run(engine, scaled(lengths, min(args.scale, 0.25)), model.vocab_size, args.seed)  # warm-up
             trace = None if args.trace is None else args.trace / f"{work}.csv"
             found = [
-                measure(engine, work, model.vocab_size, args.scale, args.seed + repeat, trace) for repeat in range(args.repeats)
+                measure(engine, work, lengths, model.vocab_size, args.scale, args.seed + repeat, trace)
+                for repeat in range(args.repeats)
             ]
         except RuntimeError as error:
             print(f"{work:8s} {error}", flush=True)

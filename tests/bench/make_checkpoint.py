@@ -3,7 +3,8 @@
     PYTHONPATH=src python3 tests/bench/make_checkpoint.py --shape 1.8b --out /dev/shm/1.8b [--dtype bf16|int4|...]
 
 Norm gains are 1, matrices normal with a deviation that keeps activations and logits near 1; with --dtype int4 linear layers hold uniform
-4 bit values in groups of 128 of the same deviation, as an AWQ workspace does, and the rest is fp16. Made on the GPU if there is one.
+4 bit values in groups of 128 of the same deviation, as an AWQ workspace does, and the rest is fp16; with int8 or fp8 they hold the normal
+values in 8 bit with a scale an output, and the rest is bf16. Made on the GPU if there is one.
 """
 
 import argparse
@@ -20,7 +21,16 @@ from turbotriton.contract.layout import Storage, TensorSpec, tensor_specs
 
 __all__ = ["SHAPES", "Shape", "make_checkpoint", "workspace_config"]
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "int4": torch.float16}
+DTYPES = {
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp32": torch.float32,
+    "int4": torch.float16,
+    "int8": torch.bfloat16,
+    "fp8": torch.bfloat16,
+}
+LARGEST = {"int8": 127.0, "fp8": 448.0}
+DEVIATIONS = 5  # that the largest 8 bit value stands for
 GROUP_SIZE = 128
 UNIFORM_NIBBLE_DEVIATION = 4.61  # of 0..15
 
@@ -66,7 +76,8 @@ def workspace_config(name: str, dtype: str, session_len: int) -> WorkspaceConfig
         size_per_head=shape.head_dim,
         max_position_embeddings=session_len,
     )
-    return WorkspaceConfig(llama, TurbotritonSection(hidden_size=shape.hidden))
+    float_type = "bf16" if dtype in LARGEST else TurbotritonSection.float_type
+    return WorkspaceConfig(llama, TurbotritonSection(hidden_size=shape.hidden, float_type=float_type))
 
 
 def make_checkpoint(name: str, folder: Path, dtype: str = "bf16", session_len: int = 8192, seed: int = 0) -> None:
@@ -77,13 +88,13 @@ def make_checkpoint(name: str, folder: Path, dtype: str = "bf16", session_len: i
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(seed)
     for spec in tensor_specs(config.model_config()):
-        values = tensor_of(spec, dtype, generator)
+        values = tensor_of(spec, SHAPES[name], dtype, generator)
         stored = values.cpu().contiguous().view(torch.uint8).numpy()
         for file in spec.file_names(1):
             stored.tofile(folder / file)
 
 
-def tensor_of(spec: TensorSpec, dtype: str, generator: torch.Generator) -> torch.Tensor:
+def tensor_of(spec: TensorSpec, shape: Shape, dtype: str, generator: torch.Generator) -> torch.Tensor:
     device = generator.device
     if spec.storage is Storage.NIBBLES:
         return torch.randint(0, 256, (math.prod(spec.shape) // 2,), dtype=torch.uint8, device=device, generator=generator)
@@ -91,6 +102,13 @@ def tensor_of(spec: TensorSpec, dtype: str, generator: torch.Generator) -> torch
         scale = 1 / (UNIFORM_NIBBLE_DEVIATION * math.sqrt(GROUP_SIZE * spec.shape[0]))
         zeros = torch.randint(7, 9, spec.shape, device=device, generator=generator)
         return pack_scales_zeros(torch.full(spec.shape, scale, device=device), zeros)
+    if spec.storage is Storage.SCALE:
+        fan_in = {"wo": shape.heads * shape.head_dim, "w2": shape.inter}.get(spec.name.split(".")[3], shape.hidden)
+        return torch.full(spec.shape, DEVIATIONS / LARGEST[dtype] / math.sqrt(fan_in), device=device)
+    if spec.storage in (Storage.INT8, Storage.FP8):
+        steps = torch.empty(spec.shape, device=device).normal_(generator=generator) * (LARGEST[dtype] / DEVIATIONS)
+        steps = steps.clamp(-LARGEST[dtype], LARGEST[dtype])
+        return steps.round().to(torch.int8) if dtype == "int8" else steps.to(torch.float8_e4m3fn)
     if len(spec.shape) == 1:
         return torch.ones(spec.shape, dtype=DTYPES[dtype], device=device)
     fan_in = spec.shape[1] if spec.name in ("output.weight", "tok_embeddings.weight") else spec.shape[0]

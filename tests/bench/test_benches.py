@@ -29,20 +29,45 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_work_is_measured_after_the_comparison_with_the_reference(checkpoint: Path, tmp_path: Path) -> None:
     options = [f"--option={o}" for o in ("device=cpu", "cache_max_entry_count=400", "session_len=1024", "max_batch_size=32")]
     run = program(
-        "bench_engine", "--model", str(checkpoint), "--scale", "0.03", "--trace", str(tmp_path), "--repeats", "1", *options
+        "bench_engine",
+        "--model",
+        str(checkpoint),
+        "--work",
+        "b1,d16,d64,d256,d8k,thr,prefill",
+        "--scale",
+        "0.03",
+        "--trace",
+        str(tmp_path),
+        "--repeats",
+        "1",
+        *options,
     )
     assert run.returncode == 0, run.stderr
     assert "greedy tokens equal the reference ops'" in run.stdout
     found = json.loads(run.stdout.splitlines()[-1])
     assert found["scale"] == 0.03
-    for work in ("b1", "d64", "d256", "thr", "prefill"):
+    for work in ("b1", "d16", "d64", "d256", "d8k", "thr", "prefill"):
         assert found[work]["tok_s"] > 0, run.stdout
         assert "of_goal" not in found[work]  # a scaled work is not the work
         assert len((tmp_path / f"{work}.csv").read_text().splitlines()) > 1
 
 
-@pytest.mark.parametrize("name", ["bench_engine", "make_checkpoint", "profile_step", "sweep_tiles", "bench_ops"])
+@pytest.mark.parametrize(
+    "name", ["bench_engine", "make_checkpoint", "profile_step", "sweep_tiles", "bench_ops", "bench_quantized"]
+)
 def test_help_names_the_command_line(name: str) -> None:
     shown = program(name, "--help")
     assert shown.returncode == 0, shown.stderr
     assert "usage" in shown.stdout
+
+
+@pytest.mark.parametrize("dtype", ["int4", "int8", "fp8"])
+def test_a_random_workspace_of_every_weight_type_is_served(dtype: str, tmp_path: Path) -> None:
+    made = program("make_checkpoint", "--shape", "tiny", "--out", str(tmp_path), "--dtype", dtype)
+    assert made.returncode == 0, made.stderr
+    options = [f"--option={o}" for o in ("device=cpu", "cache_max_entry_count=100", "session_len=512", "max_batch_size=8")]
+    run = program(
+        "bench_engine", "--model", str(tmp_path), "--no-check", "--work", "b1", "--scale", "0.05", "--repeats", "1", *options
+    )
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout.splitlines()[-1])["b1"]["tok_s"] > 0

@@ -1,14 +1,24 @@
 """Attention of one query token a sequence over 8 or 4 bit pages, read as they are stored (ops/operands.py for their meaning).
 
-    out = softmax(q K^T scale, over positions max(0, L - window) <= p < L) V,      K = (Kq - c) s_n + z_n,   V likewise,
-                                                        c = 128 (8 bit) or 8 (4 bit), z_n = zero + c s_n: Kq - c is exact in q's dtype
+    out = softmax(q K^T scale, over positions max(0, L - window) <= p < L) V,     K = Kq s_n + z_n, V likewise (Kq: the stored numbers)
 
-    q K^T  = (q (Kq - c)^T) s_n + (sum over dims of q) z_n                  s_n, z_n: of the key's token, or of the head
-    P V    = (P s_n) (Vq - c) + (sum over keys of P z_n)
+Stored numbers are widened to fp16 by their bits alone: 0x6400 | v is 1024 + v, and 0x6400 | v << 4 is 1024 + 16 v. The rest is factored
+out of the products; s_n and z_n belong to a key's head, of 4 bit keys to each half of it:
 
-Tiling and splits are `paged_decode_attention`'s. A head is two tiles of half the dims, which is how a 4 bit byte holds it: low halves
-of the bytes are the first dims, high ones the rest; 8 bit reads two tiles. Scores, softmax and sums in fp32; P s_n is rounded to
-q's dtype for the second product, the result once.
+    K q'   = (Kw q' - 1024 sum q') s_n + (sum q') z_n          Kw: the widened numbers;  q' = q / max |q|
+    P V    = Vw P' - 1024 sum P' + sum(P' z_n / s_n)           P' = P s_n: log2 s_n is added to the scores of the softmax, whose maximum
+    sum P  = sum(P' / s_n)                                     then keeps P' in fp16's range whatever the scales are
+
+Tiling and splits are `paged_decode_attention`'s, transposed: keys and values are the left operands of mma.m16n8k16 and the query heads
+of a kv head its 8 columns. A program is one warp. What a thread loads, 4 to 16 bytes at once, is its share of an operand, since the order
+of the dims of a product is free: keys and values see no shared memory. With lane = 4 g + t and halves of a head of 16 NW = 32 VW bytes
+(4 bit: low halves of bytes are the first half of the dims, high ones the second; 8 bit: two halves of bytes):
+
+    K  8 keys:  lane (g, t) loads bytes 4 NW t .. 4 NW (t + 1) of key g                  `k_dims`: which dim stands where in the product
+    V  16 keys: lane (g, t) loads bytes 4 VW g .. 4 VW (g + 1) of keys 4 t .. 4 t + 3    `v_dims`
+
+The next tile's keys are loaded while this one is worked on. Scores, softmax and sums in fp32; q' and P' are rounded to fp16, in fp32
+models to nothing. What lies in a block past the context is read and left out; other blocks are not touched.
 """
 
 import math
@@ -21,40 +31,130 @@ from turbotriton.backend.ops.operands import QuantizedPages, StaticInt8Pages
 
 from .launch import has_pdl, launch_options, num_sms, wait_for_previous
 from .paged_decode_attention import REDUCE_TILE, _key_range, _reduce_kernel, _split_tokens
-from .paged_prefill_attention import _compute_capability as compute_capability
 from .tuning import next_power_of_2, quantized_decode_attention_config
 
 __all__ = ["quantized_decode_attention"]
 
 Pages = QuantizedPages | StaticInt8Pages
 
+#: $0..$3: bytes 0..3 of the words $4 (low halves) and $5 (high halves), as 1024 + v.
+_WIDEN_8 = tl.constexpr("""{
+    .reg .b32 u;
+    prmt.b32 u, $4, $5, 0x5140;
+    prmt.b32 $0, u, 0x64646464, 0x4140;
+    prmt.b32 $1, u, 0x64646464, 0x4342;
+    prmt.b32 u, $4, $5, 0x7362;
+    prmt.b32 $2, u, 0x64646464, 0x4140;
+    prmt.b32 $3, u, 0x64646464, 0x4342;
+}""")
+#: $0..$3: the low nibbles of bytes 0..3 of $8 and $9, as 1024 + v; $4..$7: the high ones, as 1024 + 16 v.
+_WIDEN_4 = tl.constexpr("""{
+    .reg .b32 u;
+    prmt.b32 u, $8, $9, 0x5410;
+    lop3.b32 $0, u, 0x000F000F, 0x64006400, 0xEA;
+    lop3.b32 $4, u, 0x00F000F0, 0x64006400, 0xEA;
+    shr.b32 u, u, 8;
+    lop3.b32 $1, u, 0x000F000F, 0x64006400, 0xEA;
+    lop3.b32 $5, u, 0x00F000F0, 0x64006400, 0xEA;
+    prmt.b32 u, $8, $9, 0x7632;
+    lop3.b32 $2, u, 0x000F000F, 0x64006400, 0xEA;
+    lop3.b32 $6, u, 0x00F000F0, 0x64006400, 0xEA;
+    shr.b32 u, u, 8;
+    lop3.b32 $3, u, 0x000F000F, 0x64006400, 0xEA;
+    lop3.b32 $7, u, 0x00F000F0, 0x64006400, 0xEA;
+}""")
+_CONSTRAINTS_8 = tl.constexpr(",".join(["=&r"] * 4 + ["r"] * 2))
+_CONSTRAINTS_4 = tl.constexpr(",".join(["=&r"] * 8 + ["r"] * 2))
+
 
 @triton.jit
-def _halves(data_ptr, rows, offs_half, mask_lo, mask_hi, HALF: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr):
-    """Both halves of the keys' heads less c, in `dtype`: two tiles [BLOCK_N, BLOCK_HALF], 0 where masked."""
-    lo_bytes = tl.load(data_ptr + rows[:, None] + offs_half[None, :], mask=mask_lo, other=0)
-    if BITS == 4:
-        hi_bytes = lo_bytes >> 4
-        lo_bytes = lo_bytes & 15
-        middle: tl.constexpr = 8
+def _exp2(x, ASM: tl.constexpr):
+    """Without the care for subnormal results that tl.exp2 takes: three instructions less."""
+    if ASM:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    return tl.exp2(x)
+
+
+@triton.jit
+def _log2(x, ASM: tl.constexpr):
+    if ASM:
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    return tl.log2(x)
+
+
+@triton.jit
+def _inverse(x, ASM: tl.constexpr):
+    if ASM:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    return 1.0 / x
+
+
+@triton.jit
+def _four(a, b, c, d):
+    """[...] each -> [..., 2, 2]: the last dim is the high bit of the index."""
+    return tl.join(tl.join(a, b), tl.join(c, d))
+
+
+@triton.jit
+def _widened(words, BITS: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr):
+    """words: int32 [...], an even number along the last dim -> two tensors [..., 2, 2] of `dtype`, a byte's index in the last two dims.
+
+    8 bit: the bytes, and the same again. 4 bit: low nibbles and 16 times the high ones. fp16: plus 1024; the asm takes words in pairs.
+    """
+    if ASM:
+        if BITS == 8:
+            a, b, c, d = tl.inline_asm_elementwise(_WIDEN_8, _CONSTRAINTS_8, [words], (tl.float16,) * 4, is_pure=True, pack=2)
+            low = _four(a, b, c, d)
+            high = low
+        else:
+            a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+                _WIDEN_4, _CONSTRAINTS_4, [words], (tl.float16,) * 8, is_pure=True, pack=2
+            )
+            low = _four(a, b, c, d)
+            high = _four(e, f, g, h)
     else:
-        hi_bytes = tl.load(data_ptr + rows[:, None] + HALF + offs_half[None, :], mask=mask_hi, other=0)
-        middle: tl.constexpr = 128
-    lo = tl.where(mask_lo, lo_bytes.to(tl.int16) - middle, 0).to(dtype)
-    hi = tl.where(mask_hi, hi_bytes.to(tl.int16) - middle, 0).to(dtype)
-    return lo, hi
+        offset: tl.constexpr = 1024 if dtype == tl.float16 else 0
+        mask: tl.constexpr = 15 if BITS == 4 else 255
+        low = _four(words & mask, (words >> 8) & mask, (words >> 16) & mask, (words >> 24) & mask)
+        high = low
+        if BITS == 4:
+            high = _four((words >> 4) & 15, (words >> 12) & 15, (words >> 20) & 15, (words >> 28) & 15) * 16
+        low = (low + offset).to(dtype)
+        high = (high + offset).to(dtype)
+    return low, high
 
 
 @triton.jit
-def _scale_and_zero(params_ptr, rows, seen, scale, zero, BITS: tl.constexpr, STATIC: tl.constexpr):
-    """fp32 (s_n, z_n), [BLOCK_N]; 0 where not seen: what lies there may be NaN."""
-    if STATIC:
-        s = tl.where(seen, scale, 0.0)
-        return s, tl.where(seen, zero, 0.0)
-    s = tl.load(params_ptr + rows, mask=seen, other=0.0).to(tl.float32)
-    z = tl.load(params_ptr + rows + 1, mask=seen, other=0.0).to(tl.float32)
-    middle: tl.constexpr = 8 if BITS == 4 else 128
-    return s, z + middle * s
+def _rows(table_ptr, tile, keys, last, stride_block, stride_token, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Offsets of the keys `tile` + keys, int64. Past `last` they are others of its block, or `last` itself."""
+    if BLOCK_SIZE % BLOCK_N == 0:  # the tile lies in one block
+        block = tl.load(table_ptr + tile // BLOCK_SIZE).to(tl.int64)
+        return block * stride_block + tile % BLOCK_SIZE * stride_token + keys * stride_token
+    keys = tl.minimum(tile + keys, last)
+    blocks = tl.load(table_ptr + keys // BLOCK_SIZE).to(tl.int64)
+    return blocks * stride_block + keys % BLOCK_SIZE * stride_token
+
+
+@triton.jit
+def _load_words(ptr, rows, words, HALF: tl.constexpr, IS_PADDED: tl.constexpr):
+    """rows: [32 N8]; words: [32 N8, NW], the places of a lane's words in the half -> int32 [32 N8, NW]."""
+    ptrs = ptr + rows[:, None] + words
+    if IS_PADDED:
+        return tl.load(ptrs, mask=words < HALF // 4, other=0)
+    return tl.load(ptrs)
+
+
+@triton.jit
+def _params(ptr, rows, part: tl.constexpr, dtype: tl.constexpr):
+    """fp32 (scale, zero) of keys: [BLOCK_N] each. A pair of 16 bit numbers is one word."""
+    if ptr.dtype.element_ty == tl.float32:
+        scale = tl.load(ptr + rows + 2 * part)
+        zero = tl.load(ptr + rows + 2 * part + 1)
+    else:
+        word = tl.load(ptr + rows + part)
+        scale = word.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+        zero = (word >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+    return scale, zero
 
 
 @triton.jit(do_not_specialize=["stride_table_row", "num_splits"])
@@ -78,9 +178,12 @@ def _quantized_split_kernel(
     stride_data_block,
     stride_data_head,
     stride_data_token,
-    stride_params_block,
-    stride_params_head,
-    stride_params_token,
+    stride_k_params_block,
+    stride_k_params_head,
+    stride_k_params_token,
+    stride_v_params_block,
+    stride_v_params_head,
+    stride_v_params_token,
     stride_table_row,
     NUM_HEADS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
@@ -89,13 +192,13 @@ def _quantized_split_kernel(
     SLIDING_WINDOW: tl.constexpr,
     BITS: tl.constexpr,
     STATIC: tl.constexpr,
+    HALVES: tl.constexpr,
     ONE_SPLIT: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
+    ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_previous(PDL)
@@ -110,78 +213,175 @@ def _quantized_split_kernel(
             return
         end = tl.minimum(start + split_tokens, end)
 
-    HALF: tl.constexpr = (HEAD_DIM + 1) // 2
-    dtype: tl.constexpr = q_ptr.dtype.element_ty
+    q_dtype: tl.constexpr = q_ptr.dtype.element_ty
+    dtype: tl.constexpr = tl.float32 if q_dtype == tl.float32 else tl.float16
+    PLUS: tl.constexpr = 0.0 if dtype == tl.float32 else 1024.0
+    LEEWAY: tl.constexpr = 8.0
+    HIGH: tl.constexpr = 1 / 16 if BITS == 4 else 1.0
+    HALF: tl.constexpr = HEAD_DIM // 2
+    IS_PADDED: tl.constexpr = HALF != BLOCK_HALF
+    N8: tl.constexpr = BLOCK_N // 8
+    NW: tl.constexpr = BLOCK_HALF // 16  # words of a lane: keys
+    VW: tl.constexpr = BLOCK_HALF // 32  # and values
+
     offs_g = tl.arange(0, BLOCK_G)
     offs_n = tl.arange(0, BLOCK_N)
     offs_half = tl.arange(0, BLOCK_HALF)
-    mask_lo = offs_half < HALF
-    mask_hi = offs_half + HALF < HEAD_DIM
+    k_dims = (
+        offs_half // 4 % 4 * (4 * NW) + offs_half // 32 * 8 + offs_half % 2 * 4 + offs_half // 16 % 2 * 2 + offs_half // 2 % 2
+    )
+    v_dims = offs_half % 8 * (4 * VW) + offs_half // 32 * 4 + offs_half // 8 % 4
     mask_g = offs_g < GROUP_SIZE
     heads = kv_head * GROUP_SIZE + offs_g
-    q_rows_ptr = q_ptr + sequence * stride_q_row + heads[:, None] * stride_q_head + offs_half[None, :]
-    q_lo = tl.load(q_rows_ptr, mask=mask_g[:, None] & mask_lo[None, :], other=0.0)
-    q_hi = tl.load(q_rows_ptr + HALF, mask=mask_g[:, None] & mask_hi[None, :], other=0.0)
-    q_sum = tl.sum(q_lo.to(tl.float32), axis=1) + tl.sum(q_hi.to(tl.float32), axis=1)
+    q_ptrs = q_ptr + sequence * stride_q_row + heads[None, :] * stride_q_head + k_dims[:, None]
+    mask_q = mask_g[None, :] & (k_dims < HALF)[:, None]
+    q_lo = tl.load(q_ptrs, mask=mask_q, other=0.0).to(tl.float32)  # [BLOCK_HALF, BLOCK_G]
+    q_hi = tl.load(q_ptrs + HALF, mask=mask_q, other=0.0).to(tl.float32)
+    largest = tl.maximum(tl.max(tl.abs(q_lo), axis=0), tl.max(tl.abs(q_hi), axis=0))
+    largest = tl.where(largest > 0, largest, 1.0)
+    q_lo = (q_lo / largest[None, :]).to(dtype)
+    q_hi = (q_hi / largest[None, :]).to(dtype)
+    # sums over dims by the matrix unit: they stand where a product's columns stand, and need not be moved there for every tile
+    ones = tl.full((16, BLOCK_HALF), 1.0, dtype)
+    sum_lo = tl.sum(tl.dot(ones, q_lo, input_precision="ieee"), axis=0) / 16
+    sum_hi = tl.sum(tl.dot(ones, q_hi, input_precision="ieee"), axis=0) / 16
+    head_scale = largest * scale_log2
+
     table_ptr = block_tables_ptr + sequence * stride_table_row
-    k_scale = 0.0
-    k_zero = 0.0
-    v_scale = 0.0
-    v_zero = 0.0
-    if STATIC:
-        k_scale = tl.load(k_params_ptr + kv_head)
-        k_zero = tl.load(k_zero_ptr + kv_head)
-        v_scale = tl.load(v_params_ptr + kv_head)
-        v_zero = tl.load(v_zero_ptr + kv_head)
+    k_head_ptr = k_data_ptr + kv_head * stride_data_head
+    v_head_ptr = v_data_ptr + kv_head * stride_data_head
+    k_params_head_ptr = k_params_ptr + kv_head * stride_k_params_head
+    v_params_head_ptr = v_params_ptr + kv_head * stride_v_params_head
+    place = tl.arange(0, 32 * N8)  # lanes of 8 keys after 8 keys
+    k_places = (place % 4 * NW)[:, None] + tl.arange(0, NW)[None, :]
+    v_places = (place % 32 // 4 * VW)[:, None] + tl.arange(0, VW)[None, :]
+    k_keys = place // 4
+    v_keys = place // 64 * 16 + place % 4 * 4 + place // 32 % 2 * 2
 
     maximum = tl.full((BLOCK_G,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_G,), tl.float32)
     of_zeros = tl.zeros((BLOCK_G,), tl.float32)
-    acc_lo = tl.zeros((BLOCK_G, BLOCK_HALF), tl.float32)
-    acc_hi = tl.zeros((BLOCK_G, BLOCK_HALF), tl.float32)
+    of_ones = tl.zeros((16, BLOCK_G), tl.float32)
+    acc_lo = tl.zeros((BLOCK_HALF, BLOCK_G), tl.float32)
+    acc_hi = tl.zeros((BLOCK_HALF, BLOCK_G), tl.float32)
+    last = tl.maximum(end - 1, 0)
+    first_tile = tl.minimum(start, last // BLOCK_N * BLOCK_N)
+    first_rows = _rows(table_ptr, first_tile, k_keys, last, stride_data_block, stride_data_token, BLOCK_SIZE, BLOCK_N)
+    k_words = _load_words(k_head_ptr, first_rows, k_places, HALF, IS_PADDED)
+    k_words_hi = k_words
+    if BITS == 8:
+        k_words_hi = _load_words(k_head_ptr + HALF // 4, first_rows, k_places, HALF, IS_PADDED)
     # Every tile holds at least one key that is seen, so `maximum` is finite after the first.
-    for tile in tl.range(start, end, BLOCK_N, num_stages=NUM_STAGES):
-        positions = tile + offs_n
-        seen = (positions >= first) & (positions < end)
-        block = tl.load(table_ptr + positions // BLOCK_SIZE, mask=seen, other=0).to(tl.int64)
-        offset = positions % BLOCK_SIZE
-        data_rows = block * stride_data_block + kv_head * stride_data_head + offset * stride_data_token
-        param_rows = block * stride_params_block + kv_head * stride_params_head + offset * stride_params_token
-        tile_lo = seen[:, None] & mask_lo[None, :]
-        tile_hi = seen[:, None] & mask_hi[None, :]
+    for tile in tl.range(start, end, BLOCK_N, num_stages=1):
+        even_rows = _rows(table_ptr, tile, v_keys, last, stride_data_block, stride_data_token, BLOCK_SIZE, BLOCK_N)
+        odd_rows = _rows(table_ptr, tile, v_keys + 1, last, stride_data_block, stride_data_token, BLOCK_SIZE, BLOCK_N)
+        v_words = tl.join(
+            _load_words(v_head_ptr, even_rows, v_places, HALF, IS_PADDED),
+            _load_words(v_head_ptr, odd_rows, v_places, HALF, IS_PADDED),
+        )
+        v_words_hi = v_words
+        if BITS == 8:
+            v_words_hi = tl.join(
+                _load_words(v_head_ptr + HALF // 4, even_rows, v_places, HALF, IS_PADDED),
+                _load_words(v_head_ptr + HALF // 4, odd_rows, v_places, HALF, IS_PADDED),
+            )
+        if STATIC:
+            k_scale_lo = tl.load(k_params_ptr + kv_head + offs_n * 0)
+            k_zero_lo = tl.load(k_zero_ptr + kv_head + offs_n * 0) - 128 * k_scale_lo
+            v_scale = tl.load(v_params_ptr + kv_head + offs_n * 0)
+            v_zero = tl.load(v_zero_ptr + kv_head + offs_n * 0) - 128 * v_scale
+        else:
+            k_rows = _rows(table_ptr, tile, offs_n, last, stride_k_params_block, stride_k_params_token, BLOCK_SIZE, BLOCK_N)
+            v_rows = _rows(table_ptr, tile, offs_n, last, stride_v_params_block, stride_v_params_token, BLOCK_SIZE, BLOCK_N)
+            k_scale_lo, k_zero_lo = _params(k_params_head_ptr, k_rows, 0, q_dtype)
+            v_scale, v_zero = _params(v_params_head_ptr, v_rows, 0, q_dtype)
+            if HALVES:
+                k_scale_hi, k_zero_hi = _params(k_params_head_ptr, k_rows, 1, q_dtype)
+        k_lo, k_hi = _widened(k_words, BITS, dtype, ASM)  # [32 N8, NW, 2, 2]
+        if BITS == 8:
+            k_hi, _ = _widened(k_words_hi, BITS, dtype, ASM)
+        products = tl.dot(_key_operand(k_lo), q_lo, input_precision="ieee")  # [BLOCK_N, BLOCK_G]
+        if HALVES:
+            products_hi = tl.dot(_key_operand(k_hi), q_hi, input_precision="ieee")
+            scores = products * k_scale_lo[:, None] + products_hi * (k_scale_hi * HIGH)[:, None]
+            scores += sum_lo[None, :] * (k_zero_lo - PLUS * k_scale_lo)[:, None]
+            scores += sum_hi[None, :] * (k_zero_hi - PLUS * HIGH * k_scale_hi)[:, None]
+        else:
+            if BITS == 8:
+                products = tl.dot(_key_operand(k_hi), q_hi, acc=products, input_precision="ieee")
+            else:
+                products += HIGH * tl.dot(_key_operand(k_hi), q_hi, input_precision="ieee")
+            products -= (PLUS * (sum_lo + HIGH * sum_hi))[None, :]
+            scores = products * k_scale_lo[:, None] + (sum_lo + sum_hi)[None, :] * k_zero_lo[:, None]
+        next_tile = tl.minimum(tile + BLOCK_N, last // BLOCK_N * BLOCK_N)
+        next_rows = _rows(table_ptr, next_tile, k_keys, last, stride_data_block, stride_data_token, BLOCK_SIZE, BLOCK_N)
+        k_words = _load_words(k_head_ptr, next_rows, k_places, HALF, IS_PADDED)
+        k_words_hi = k_words
+        if BITS == 8:
+            k_words_hi = _load_words(k_head_ptr + HALF // 4, next_rows, k_places, HALF, IS_PADDED)
 
-        k_lo, k_hi = _halves(k_data_ptr, data_rows, offs_half, tile_lo, tile_hi, HALF, BITS, dtype)
-        s, z = _scale_and_zero(k_params_ptr, param_rows, seen, k_scale, k_zero, BITS, STATIC)
-        products = tl.dot(q_lo, tl.trans(k_lo), input_precision=PRECISION)  # [BLOCK_G, BLOCK_N]
-        products = tl.dot(q_hi, tl.trans(k_hi), acc=products, input_precision=PRECISION)
-        scores = (products * s[None, :] + q_sum[:, None] * z[None, :]) * scale_log2
-        scores = tl.where(seen[None, :], scores, float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
-        rescale = tl.exp2(maximum - new_maximum)
-        weights = tl.exp2(scores - new_maximum[:, None])
+        seen = (tile + offs_n >= first) & (tile + offs_n < end)
+        v_scale = tl.where(seen, tl.maximum(v_scale, 1e-20), 1.0)  # what lies in a block past the context may be NaN
+        v_zero = tl.where(seen, v_zero, 0.0)
+        scores = scores * head_scale[None, :] + _log2(v_scale, ASM)[:, None]
+        scores = tl.where(seen[:, None], scores, float("-inf"))
+        largest_here = tl.max(scores, axis=0)
+        # Sums stay below 2^LEEWAY keys' of the maximum that they were made with: seldom rescaled, and within fp16.
+        if tl.max(largest_here - maximum, axis=0) > LEEWAY:
+            new_maximum = tl.maximum(maximum, largest_here)
+            rescale = _exp2(maximum - new_maximum, ASM)
+            acc_lo *= rescale[None, :]
+            acc_hi *= rescale[None, :]
+            of_ones *= rescale[None, :]
+            total *= rescale
+            of_zeros *= rescale
+            maximum = new_maximum
+        weights = _exp2(scores - maximum[None, :], ASM)
+        inverse = _inverse(v_scale, ASM)
+        total += tl.sum(weights * inverse[:, None], axis=0)
+        of_zeros += tl.sum(weights * (v_zero * inverse)[:, None], axis=0)
+        rounded = weights.to(dtype)
+        if PLUS > 0:
+            of_ones = tl.dot(tl.full((16, BLOCK_N), 1.0, dtype), rounded, acc=of_ones)
+        v_lo, v_hi = _widened(v_words, BITS, dtype, ASM)  # [32 N8, VW, 2, 2, 2]
+        if BITS == 8:
+            v_hi, _ = _widened(v_words_hi, BITS, dtype, ASM)
+        acc_lo = tl.dot(_value_operand(v_lo), rounded, acc=acc_lo, input_precision="ieee")
+        acc_hi = tl.dot(_value_operand(v_hi), rounded, acc=acc_hi, input_precision="ieee")
 
-        v_lo, v_hi = _halves(v_data_ptr, data_rows, offs_half, tile_lo, tile_hi, HALF, BITS, dtype)
-        s, z = _scale_and_zero(v_params_ptr, param_rows, seen, v_scale, v_zero, BITS, STATIC)
-        total = total * rescale + tl.sum(weights, axis=1)
-        of_zeros = of_zeros * rescale + tl.sum(weights * z[None, :], axis=1)
-        scaled = (weights * s[None, :]).to(dtype)
-        acc_lo = tl.dot(scaled, v_lo, acc=acc_lo * rescale[:, None], input_precision=PRECISION)
-        acc_hi = tl.dot(scaled, v_hi, acc=acc_hi * rescale[:, None], input_precision=PRECISION)
-        maximum = new_maximum
-
+    plus = PLUS * tl.sum(of_ones, axis=0) / 16
     share = 1.0 / tl.where(total > 0, total, 1.0)  # total is 0 only for a sequence of no keys: zeros
-    acc_lo = (acc_lo + of_zeros[:, None]) * share[:, None]
-    acc_hi = (acc_hi + of_zeros[:, None]) * share[:, None]
+    acc_lo = (acc_lo + (of_zeros - plus)[None, :]) * share[None, :]
+    acc_hi = ((acc_hi - plus[None, :]) * HIGH + of_zeros[None, :]) * share[None, :]
+    mask = mask_g[None, :] & (v_dims < HALF)[:, None]
     if ONE_SPLIT:
-        rows_ptr = out_ptr + ((sequence * NUM_HEADS + heads) * HEAD_DIM)[:, None] + offs_half[None, :]
-        tl.store(rows_ptr, acc_lo.to(dtype), mask=mask_g[:, None] & mask_lo[None, :])
-        tl.store(rows_ptr + HALF, acc_hi.to(dtype), mask=mask_g[:, None] & mask_hi[None, :])
+        out_ptrs = out_ptr + ((sequence * NUM_HEADS + heads) * HEAD_DIM)[None, :] + v_dims[:, None]
+        tl.store(out_ptrs, acc_lo.to(q_dtype), mask=mask)
+        tl.store(out_ptrs + HALF, acc_hi.to(q_dtype), mask=mask)
     else:
         partial_rows = (sequence * NUM_HEADS + heads) * num_splits + split
-        rows_ptr = partial_ptr + (partial_rows * HEAD_DIM)[:, None] + offs_half[None, :]
-        tl.store(rows_ptr, acc_lo, mask=mask_g[:, None] & mask_lo[None, :])
-        tl.store(rows_ptr + HALF, acc_hi, mask=mask_g[:, None] & mask_hi[None, :])
+        partial_ptrs = partial_ptr + (partial_rows * HEAD_DIM)[None, :] + v_dims[:, None]
+        tl.store(partial_ptrs, acc_lo, mask=mask)
+        tl.store(partial_ptrs + HALF, acc_hi, mask=mask)
         tl.store(log_weight_ptr + partial_rows, maximum + tl.log2(total), mask=mask_g)
+
+
+@triton.jit
+def _key_operand(numbers):
+    """[32 N8, NW, 2, 2] -> [BLOCK_N, BLOCK_HALF], dims in the order of `k_dims`."""
+    N8: tl.constexpr = numbers.shape[0] // 32
+    NW: tl.constexpr = numbers.shape[1]
+    parts = tl.reshape(numbers, (N8, 8, 4, NW // 2, 2, 2, 2))  # n8 g t wp k1 i_low i_high
+    return tl.reshape(tl.permute(parts, (0, 1, 3, 6, 2, 5, 4)), (8 * N8, 16 * NW))
+
+
+@triton.jit
+def _value_operand(numbers):
+    """[32 N8, VW, 2, 2, 2] -> [BLOCK_HALF, BLOCK_N], dims in the order of `v_dims`."""
+    N16: tl.constexpr = numbers.shape[0] // 64
+    VW: tl.constexpr = numbers.shape[1]
+    parts = tl.reshape(numbers, (N16, 2, 8, 4, VW, 2, 2, 2))  # n16 k2 g t w k1 i_low i_high
+    return tl.reshape(tl.permute(parts, (4, 7, 6, 2, 0, 3, 1, 5)), (32 * VW, 16 * N16))
 
 
 def quantized_decode_attention(
@@ -196,12 +396,12 @@ def quantized_decode_attention(
     """Launch on the current device and stream; nothing is read back, so it can be captured in a CUDA graph.
 
     q: [batch, num_heads, head_dim], fp16|bf16|fp32, contiguous inside a head; head h reads kv head h // group_size
-    k_pages, v_pages: of one class with the same strides; QuantizedPages hold params of q's dtype
-    block_tables, context_lens, sliding_window, result: as `paged_decode_attention`'s. Raises ConfigError when head_dim > 256.
+    k_pages, v_pages: of one class, data with the same strides; QuantizedPages hold params of q's dtype, values' in one part
+    block_tables, context_lens, sliding_window, result: as `paged_decode_attention`'s. Raises ConfigError when head_dim > 256 or no
+    multiple of 8.
     """
     batch, num_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = k_pages.data.shape
-    bits, params, param_strides = _parameters(k_pages, v_pages)
     config = quantized_decode_attention_config(
         batch=batch,
         num_kv_heads=num_kv_heads,
@@ -210,8 +410,6 @@ def quantized_decode_attention(
         element_bytes=q.element_size(),
         max_context=block_tables.shape[1] * block_size,
         num_sms=num_sms(q.device),
-        compute_capability=compute_capability(q.device),
-        bits=bits,
     )
     out = torch.empty((batch, num_heads, head_dim), dtype=q.dtype, device=q.device)
     if batch == 0:
@@ -219,6 +417,8 @@ def quantized_decode_attention(
     assert num_heads % num_kv_heads == 0, f"{num_heads} heads over {num_kv_heads} kv heads"
     assert k_pages.data.stride() == v_pages.data.stride(), "keys and values are stored alike"
     assert 1 == q.stride(2) == k_pages.data.stride(3) == block_tables.stride(1) == context_lens.stride(0)
+    k_data, v_data = (pages.data.view(torch.int32) for pages in (k_pages, v_pages))
+    bits, params, param_strides = _parameters(k_pages, v_pages)
     num_splits = config.num_splits
     one_split = num_splits == 1
     partial = log_weight = None
@@ -227,8 +427,8 @@ def quantized_decode_attention(
         log_weight = torch.empty((batch, num_heads, num_splits), dtype=torch.float32, device=q.device)
     _quantized_split_kernel[(batch, num_kv_heads, num_splits)](
         q,
-        k_pages.data,
-        v_pages.data,
+        k_data,
+        v_data,
         *params,
         block_tables,
         context_lens,
@@ -239,7 +439,7 @@ def quantized_decode_attention(
         scale * math.log2(math.e),
         q.stride(0),
         q.stride(1),
-        *k_pages.data.stride()[:3],
+        *k_data.stride()[:3],
         *param_strides,
         block_tables.stride(0),
         NUM_HEADS=num_heads,
@@ -249,14 +449,15 @@ def quantized_decode_attention(
         SLIDING_WINDOW=sliding_window,
         BITS=bits,
         STATIC=isinstance(k_pages, StaticInt8Pages),
+        HALVES=isinstance(k_pages, QuantizedPages) and k_pages.num_parts == 2,
         ONE_SPLIT=one_split,
         MIN_SPLIT=config.min_split_tokens,
-        PRECISION="ieee",
         BLOCK_G=config.block_g,
         BLOCK_N=config.block_n,
-        BLOCK_HALF=config.block_d,
-        NUM_STAGES=config.num_stages,
+        BLOCK_HALF=config.block_half,
+        ASM=q.is_cuda and q.dtype is not torch.float32,
         num_warps=config.num_warps,
+        **({"maxnreg": config.max_registers} if config.max_registers else {}),
         **launch_options(has_pdl(q.device)),
     )
     if not one_split:
@@ -280,11 +481,17 @@ def quantized_decode_attention(
 
 
 def _parameters(k_pages: Pages, v_pages: Pages) -> tuple[int, tuple[torch.Tensor | None, ...], tuple[int, ...]]:
-    """(bits, (k scales, v scales, k zeros, v zeros), strides of the scales over block, head, token)."""
+    """(bits, (k scales, v scales, k zeros, v zeros), strides of k's and v's scales over block, head, token).
+
+    Pairs of 16 bit numbers are given as words.
+    """
     if isinstance(k_pages, StaticInt8Pages):
         assert isinstance(v_pages, StaticInt8Pages)
-        return 8, (k_pages.scale, v_pages.scale, k_pages.zero, v_pages.zero), (0, 0, 0)
+        return 8, (k_pages.scale, v_pages.scale, k_pages.zero, v_pages.zero), (0,) * 6
     assert isinstance(v_pages, QuantizedPages)
-    assert k_pages.params.stride() == v_pages.params.stride(), "keys and values are stored alike"
-    assert k_pages.params.stride(3) == 1
-    return k_pages.bits, (k_pages.params, v_pages.params, None, None), k_pages.params.stride()[:3]
+    assert v_pages.num_parts == 1, "values have one scale a head"
+    assert 1 == k_pages.params.stride(3) == v_pages.params.stride(3)
+    k_params, v_params = k_pages.params, v_pages.params
+    if k_params.element_size() == 2:
+        k_params, v_params = k_params.view(torch.int32), v_params.view(torch.int32)
+    return k_pages.bits, (k_params, v_params, None, None), (*k_params.stride()[:3], *v_params.stride()[:3])

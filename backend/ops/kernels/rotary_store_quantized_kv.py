@@ -1,7 +1,7 @@
 """Rotary embedding of q and k fused with quantisation and the write of k and v into quantised pages (ops/operands.py).
 
-    x: k after rotary, or v, of one token and kv head, rounded to the compute dtype
-    made on the way   scale = (max x - min x) / (2^bits - 1), zero = min x, both rounded to the compute dtype
+    x: k after rotary less the head's offset, or v, of one token and kv head; k and v are rounded to the compute dtype before
+    made on the way   scale = (max x - min x) / (2^bits - 1), zero = min x, both rounded to the compute dtype; of 4 bit keys for each half
     static            scale and zero of the head;  q = (x - zero) / scale + 128
     q = round_half_even((x - zero) / scale), clamped.    8 bit: a byte a dim.  4 bit: dim j | dim j + head_dim / 2 << 4
 
@@ -49,6 +49,18 @@ def _round(x):
 
 
 @triton.jit
+def _steps(x, zero, scale, middle, STEPS: tl.constexpr):
+    """The stored number, uint8."""
+    return _round(tl.minimum(tl.maximum(tl.div_rn(x - zero, scale + x * 0) + middle, 0.0), STEPS)).to(tl.uint8)
+
+
+@triton.jit
+def _positive(scale):
+    """0 makes every number 0, as infinity does."""
+    return tl.where(scale > 0, scale, float("inf"))
+
+
+@triton.jit
 def _rotary_store_quantized_kv_kernel(
     qkv_ptr,
     cos_ptr,
@@ -62,15 +74,19 @@ def _rotary_store_quantized_kv_kernel(
     v_scale_ptr,
     k_zero_ptr,
     v_zero_ptr,
+    k_offset_ptr,
     stride_qkv_row,
     stride_cos_row,
     stride_sin_row,
     stride_data_block,
     stride_data_head,
     stride_data_token,
-    stride_params_block,
-    stride_params_head,
-    stride_params_token,
+    stride_k_params_block,
+    stride_k_params_head,
+    stride_k_params_token,
+    stride_v_params_block,
+    stride_v_params_head,
+    stride_v_params_token,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -78,6 +94,8 @@ def _rotary_store_quantized_kv_kernel(
     BLOCK_SIZE: tl.constexpr,
     BITS: tl.constexpr,
     STATIC: tl.constexpr,
+    HALVES: tl.constexpr,
+    HAS_OFFSET: tl.constexpr,
     HAS_Q_SCALE: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
@@ -127,6 +145,7 @@ def _rotary_store_quantized_kv_kernel(
         data_ptr = k_data_ptr
         scale_ptr = k_scale_ptr
         zero_ptr = k_zero_ptr
+        params = block * stride_k_params_block + heads * stride_k_params_head + offset * stride_k_params_token
     else:
         heads = (kv_block - NUM_KV_BLOCKS) * BLOCK_H + offs_h
         mask_h = heads < NUM_KV_HEADS
@@ -136,29 +155,47 @@ def _rotary_store_quantized_kv_kernel(
         data_ptr = v_data_ptr
         scale_ptr = v_scale_ptr
         zero_ptr = v_zero_ptr
+        params = block * stride_v_params_block + heads * stride_v_params_head + offset * stride_v_params_token
     lo = lo.to(qkv_ptr.dtype.element_ty).to(tl.float32)
     hi = hi.to(qkv_ptr.dtype.element_ty).to(tl.float32)
+
+    mask_k = mask_h & (heads * 0 + kv_block < NUM_KV_BLOCKS)
+    if HAS_OFFSET:
+        offset_ptr = k_offset_ptr + heads * HEAD_DIM + offs_half
+        lo -= tl.load(offset_ptr, mask=mask_k & mask_lo, other=0.0)
+        hi -= tl.load(offset_ptr + HALF, mask=mask_k & mask_hi, other=0.0)
 
     STEPS: tl.constexpr = (1 << BITS) - 1
     if STATIC:
         scale = tl.load(scale_ptr + heads, mask=mask_h, other=1.0)  # [BLOCK_H, 1]
         zero = tl.load(zero_ptr + heads, mask=mask_h, other=0.0)
-        middle = 128.0
+        lo = _steps(lo, zero, scale, 128.0, STEPS)
+        hi = _steps(hi, zero, scale, 128.0, STEPS)
     else:
         inf = float("inf")
-        low = tl.minimum(tl.min(tl.where(mask_lo, lo, inf), axis=1), tl.min(tl.where(mask_hi, hi, inf), axis=1))
-        high = tl.maximum(tl.max(tl.where(mask_lo, lo, -inf), axis=1), tl.max(tl.where(mask_hi, hi, -inf), axis=1))
-        stored_scale = tl.div_rn(high - low, low * 0 + STEPS)[:, None].to(scale_ptr.dtype.element_ty)
-        stored_zero = low[:, None].to(scale_ptr.dtype.element_ty)
-        params = block * stride_params_block + heads * stride_params_head + offset * stride_params_token
-        tl.store(scale_ptr + params, stored_scale, mask=mask_h)
-        tl.store(scale_ptr + params + 1, stored_zero, mask=mask_h)
-        scale = stored_scale.to(tl.float32)
-        scale = tl.where(scale > 0, scale, inf)
-        zero = stored_zero.to(tl.float32)
-        middle = 0.0
-    lo = _round(tl.minimum(tl.maximum(tl.div_rn(lo - zero, scale + lo * 0) + middle, 0.0), STEPS)).to(tl.uint8)
-    hi = _round(tl.minimum(tl.maximum(tl.div_rn(hi - zero, scale + hi * 0) + middle, 0.0), STEPS)).to(tl.uint8)
+        low_lo = tl.min(tl.where(mask_lo, lo, inf), axis=1)[:, None]  # [BLOCK_H, 1]
+        low_hi = tl.min(tl.where(mask_hi, hi, inf), axis=1)[:, None]
+        high_lo = tl.max(tl.where(mask_lo, lo, -inf), axis=1)[:, None]
+        high_hi = tl.max(tl.where(mask_hi, hi, -inf), axis=1)[:, None]
+        low = tl.minimum(low_lo, low_hi)
+        high = tl.maximum(high_lo, high_hi)
+        if HALVES:
+            low_lo, low_hi = tl.where(mask_k, low_lo, low), tl.where(mask_k, low_hi, low)
+            high_lo, high_hi = tl.where(mask_k, high_lo, high), tl.where(mask_k, high_hi, high)
+        else:
+            low_lo, low_hi, high_lo, high_hi = low, low, high, high
+        stored_type = scale_ptr.dtype.element_ty
+        scale_lo = tl.div_rn(high_lo - low_lo, low_lo * 0 + STEPS).to(stored_type)
+        scale_hi = tl.div_rn(high_hi - low_hi, low_hi * 0 + STEPS).to(stored_type)
+        zero_lo = low_lo.to(stored_type)
+        zero_hi = low_hi.to(stored_type)
+        tl.store(scale_ptr + params, scale_lo, mask=mask_h)
+        tl.store(scale_ptr + params + 1, zero_lo, mask=mask_h)
+        if HALVES:
+            tl.store(scale_ptr + params + 2, scale_hi, mask=mask_k)
+            tl.store(scale_ptr + params + 3, zero_hi, mask=mask_k)
+        lo = _steps(lo, zero_lo.to(tl.float32), _positive(scale_lo.to(tl.float32)), 0.0, STEPS)
+        hi = _steps(hi, zero_hi.to(tl.float32), _positive(scale_hi.to(tl.float32)), 0.0, STEPS)
     target_ptr = data_ptr + block * stride_data_block + heads * stride_data_head + offset * stride_data_token + offs_half
     if BITS == 4:
         tl.store(target_ptr, lo | (hi << 4), mask=mask_h & mask_lo)
@@ -182,7 +219,7 @@ def rotary_store_quantized_kv(
 
     qkv: [num_tokens, (num_heads + 2 num_kv_heads) * head_dim], fp16|bf16|fp32, rows of any stride, contiguous inside a row
     cos, sin: [num_tokens, rotary_dim / 2], fp32, contiguous inside a row      q_scale: [num_tokens], fp32, contiguous, or None
-    k_cache, v_cache: pages of one class with the same strides; QuantizedPages hold params of qkv's dtype
+    k_cache, v_cache: pages of one class, data of the same strides; QuantizedPages hold params of qkv's dtype, values' in one part
     slot_mapping: [num_tokens], int64, contiguous: block * block_size + offset; -1 stores nothing. Two tokens never share a slot
 
     Returns q': [num_tokens, num_heads, head_dim], new, contiguous, in qkv's dtype. num_tokens may be 0.
@@ -200,15 +237,19 @@ def rotary_store_quantized_kv(
     q = torch.empty((num_tokens, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     if num_tokens == 0:
         return q
+    offset = None
     if isinstance(k_cache, StaticInt8Pages) and isinstance(v_cache, StaticInt8Pages):
         parts = k_cache.scale, v_cache.scale, k_cache.zero, v_cache.zero
-        param_strides = (0, 0, 0)
+        param_strides: tuple[int, ...] = (0,) * 6
     else:
         assert isinstance(k_cache, QuantizedPages)
         assert isinstance(v_cache, QuantizedPages)
-        assert k_cache.params.stride() == v_cache.params.stride()
+        assert v_cache.num_parts == 1, "values have one scale a head"
+        assert v_cache.offset is None, "values are stored as they are"
+        offset = k_cache.offset
+        assert offset is None or offset.is_contiguous()
         parts = k_cache.params, v_cache.params, k_cache.params, v_cache.params
-        param_strides = k_cache.params.stride()[:3]
+        param_strides = (*k_cache.params.stride()[:3], *v_cache.params.stride()[:3])
     _rotary_store_quantized_kv_kernel[
         (num_tokens, ceil_div(num_heads, config.block_h) + 2 * ceil_div(num_kv_heads, config.block_h))
     ](
@@ -221,6 +262,7 @@ def rotary_store_quantized_kv(
         k_cache.data,
         v_cache.data,
         *parts,
+        offset,
         qkv.stride(0),
         cos.stride(0),
         sin.stride(0),
@@ -233,6 +275,8 @@ def rotary_store_quantized_kv(
         BLOCK_SIZE=block_size,
         BITS=bits,
         STATIC=static,
+        HALVES=isinstance(k_cache, QuantizedPages) and k_cache.num_parts == 2,
+        HAS_OFFSET=offset is not None,
         HAS_Q_SCALE=q_scale is not None,
         BLOCK_H=config.block_h,
         BLOCK_HALF=next_power_of_2((head_dim + 1) // 2),

@@ -4,7 +4,7 @@ A tile never depends on the tokens of a prefill or on context lengths, so a kern
 four sizes of batches (many programs in waves or in one, some, few): all when a model is loaded, none on the request path.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from turbotriton.contract.errors import ConfigError
 
@@ -12,16 +12,20 @@ __all__ = [
     "DecodeAttentionConfig",
     "GreedySampleConfig",
     "PrefillAttentionConfig",
+    "QuantizeRowsConfig",
+    "QuantizedDecodeAttentionConfig",
     "RmsNormConfig",
     "RotaryConfig",
     "SiluAndMulConfig",
     "SkinnyLinearConfig",
+    "W8A8LinearConfig",
     "ceil_div",
     "decode_attention_config",
     "greedy_sample_config",
     "narrow_linear_config",
     "next_power_of_2",
     "prefill_attention_config",
+    "quantize_rows_config",
     "quantized_decode_attention_config",
     "rms_norm_config",
     "rotary_config",
@@ -103,6 +107,17 @@ class DecodeAttentionConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class QuantizedDecodeAttentionConfig:
+    block_g: int  # query heads of one kv head, padded
+    block_n: int  # keys a tile, a multiple of 16
+    block_half: int  # head_dim / 2, padded
+    num_splits: int
+    min_split_tokens: int  # a multiple of block_n
+    num_warps: int
+    max_registers: int = 0  # a thread; 0: as many as it wants
+
+
+@dataclass(frozen=True, slots=True)
 class PrefillAttentionConfig:
     block_m: int  # rows of a tile: queries times the query heads of one kv head
     block_n: int  # keys a tile
@@ -112,10 +127,19 @@ class PrefillAttentionConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class GemmConfig:
+class QuantizeRowsConfig:
+    block_n: int  # columns, padded
+    num_warps: int
+
+
+@dataclass(frozen=True, slots=True)
+class W8A8LinearConfig:
     block_m: int  # rows a program
     block_n: int  # columns of y
-    block_k: int  # inputs a step; with groups it divides one
+    block_k: int  # inputs a step
+    num_splits: int  # programs that share a tile's inputs
+    group_m: int  # row blocks that go by together
+    descriptors: bool  # tiles are fetched by the copy engine
     num_warps: int
     num_stages: int
 
@@ -145,6 +169,12 @@ MAX_NARROW_GATED_ROWS = 128
 MIN_NARROW_SHARED_BYTES = 200 << 10  # of a chip in a data centre; the tiles take up to 136 KiB
 MAX_NARROW_ROWS = 64
 MANY_OUTPUTS = 65536
+MAX_QUANTIZED_ROW = 65536
+#: e4m3 with at most so many rows has our kernel, beyond them cuBLAS's. Not measured yet.
+MAX_OWN_FP8_ROWS = 64
+#: e4m3 sums of cuBLAS stay in the matrix unit's own accumulators, as ours do.
+FP8_FAST_ACCUMULATION = True
+MAX_PARTS = 8 << 20  # fp32 numbers of split sums, what split_sum.workspace has
 #: More rows than these: the weights are dequantised for one linear layer at a time, and torch multiplies.
 MAX_W4A16_ROWS = 256
 
@@ -272,28 +302,21 @@ def decode_attention_config(
 
 
 def quantized_decode_attention_config(
-    batch: int,
-    num_kv_heads: int,
-    group_size: int,
-    head_dim: int,
-    element_bytes: int,
-    max_context: int,
-    num_sms: int,
-    compute_capability: int,
-    bits: int,
-) -> DecodeAttentionConfig:
-    """As for dense pages; block_d is half a head, the two halves being tiles of their own. Widened tiles live in registers: 64 keys
-    spilled with 8 bits, before sm_90, and where half a head is no power of two. No measurement of speed yet. element_bytes: of q.
-    """
-    dense = decode_attention_config(batch, num_kv_heads, group_size, head_dim, element_bytes, max_context, num_sms)
-    half = ceil_div(head_dim, 2)
-    block_half = max(16, next_power_of_2(half))
-    if element_bytes == 4:
-        return replace(dense, block_d=block_half, block_n=FP32_BLOCK_N, num_warps=8 if block_half > 64 else 4)
-    roomy = bits == 4 and compute_capability >= 90 and block_half <= 64 and half == block_half
-    block_n = 64 if roomy else 32
-    min_split_tokens = max(dense.min_split_tokens, block_n)
-    return replace(dense, block_d=block_half, block_n=block_n, min_split_tokens=min_split_tokens, num_warps=4)
+    batch: int, num_kv_heads: int, group_size: int, head_dim: int, element_bytes: int, max_context: int, num_sms: int
+) -> QuantizedDecodeAttentionConfig:
+    """A warp a program: it holds in registers what others hold in shared memory, and nine programs on a multiprocessor hide each
+    other's waits. Splits until every multiprocessor has eight. Not measured yet. element_bytes: of q."""
+    if not 8 <= head_dim <= MAX_HEAD_DIM or head_dim % 8:
+        raise ConfigError(
+            f"head_dim {head_dim} is no multiple of 8 up to {MAX_HEAD_DIM}, what attention over 8 and 4 bit keys takes: use quant_policy 0"
+        )
+    block_half = max(32, next_power_of_2(head_dim // 2))
+    block_g = max(8, next_power_of_2(group_size))
+    block_n = 16 if element_bytes == 4 or block_half > 64 or block_g > 16 else 32
+    wanted = ceil_div(8 * num_sms, max(batch * num_kv_heads, 1))
+    num_splits = _clamp(wanted, 1, min(MAX_SPLITS, max(ceil_div(max_context, MIN_SPLIT_TOKENS), 1)))
+    num_warps = 4 if element_bytes == 4 else 1
+    return QuantizedDecodeAttentionConfig(block_g, block_n, block_half, num_splits, MIN_SPLIT_TOKENS, num_warps)
 
 
 def prefill_attention_config(
@@ -336,9 +359,24 @@ def w4a16_linear_config(num_rows: int, n: int, k: int, group_size: int, num_sms:
     return W4A16LinearConfig(block_m, block_k, num_splits, num_warps, num_stages=6 if block_m == 64 else 4)
 
 
-def w8a8_linear_config(num_rows: int, n: int) -> GemmConfig:
-    """Square-ish tiles from 128 rows on; below, the weight's bytes bound it. Without measurements of speed."""
+def quantize_rows_config(n: int) -> QuantizeRowsConfig:
+    """A whole row a program, at most 128 elements a thread."""
+    if not 1 <= n <= MAX_QUANTIZED_ROW:
+        raise ConfigError(f"{n} columns are outside [1, {MAX_QUANTIZED_ROW}], what the kernel of 8 bit rows takes")
+    block_n = next_power_of_2(n)
+    return QuantizeRowsConfig(block_n, num_warps=_clamp(block_n // 1024, 1, 16))
+
+
+def w8a8_linear_config(num_rows: int, n: int, k: int, num_sms: int, *, has_descriptors: bool) -> W8A8LinearConfig:
+    """Tiles that keep the matrix units busy from 512 rows on; below, splits until every multiprocessor has a program, since the
+    weight's bytes and what each tile reads from the L2 cache bound the time. Not measured yet."""
     block_m = _clamp(next_power_of_2(num_rows), MIN_DOT_ROWS, 128)
-    if block_m == 128:
-        return GemmConfig(128, 128, 128, num_warps=8, num_stages=3)
-    return GemmConfig(block_m, 32 if n <= 8192 else 64, 128, num_warps=4, num_stages=4)
+    if num_rows > 512 and has_descriptors:
+        return W8A8LinearConfig(128, 256, 128, 1, 8, True, num_warps=8, num_stages=4)
+    block_n = 128
+    tiles = ceil_div(n, block_n) * ceil_div(num_rows, block_m)
+    most = min(k // 1024, MAX_PARTS // (tiles * block_m * block_n)) if tiles < num_sms else 1
+    num_splits = _clamp(ceil_div(num_sms, tiles) if 3 * tiles > 2 * num_sms else num_sms // tiles, 1, _clamp(most, 1, 8))
+    num_warps = 8 if block_m == 128 else 4
+    num_stages = 4 if has_descriptors else 3  # before sm_90: 99 KiB of shared memory, and operands take registers
+    return W8A8LinearConfig(block_m, block_n, 128, num_splits, 8, has_descriptors, num_warps, num_stages)

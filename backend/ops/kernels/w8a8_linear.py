@@ -1,50 +1,35 @@
 """y = x W + b with 8 bit activations and weights (SmoothQuant, arXiv:2211.10438; e4m3: arXiv:2209.05433).
 
-    s_x = max(max |x|, 1e-7) / L;   x8 = x / s_x as int8, ties to even (L = 127), or as e4m3 (L = 448)           a kernel over rows
-    y = (x8 W8) * s_x * scale + b                                       a kernel over tiles; integer sums are exact, e4m3's are fp32
+    y = (x8 W8) * s_x * scale + b            integer sums are exact, e4m3's are fp32 as the matrix instruction makes them
 
-Tiling of the second: the grid is (column blocks, row blocks); a program walks down K. W8 is best stored by outputs.
+Tiling: a program owns a tile BLOCK_M x BLOCK_N of y and walks down K; where that leaves multiprocessors idle, NUM_SPLITS programs share
+the inputs of a tile (split_sum.py). Programs go by groups of GROUP_M row blocks, so that those which run at once read few columns:
+
+    row blocks    0  | 0 3 6 |  9 ..          program ids, GROUP_M = 3
+                  1  | 1 4 7 | 10
+                  2  | 2 5 8 | 11
+
+W8 is stored by outputs, as 8 bit matrix instructions read both operands: along K. Rows and columns past the end repeat the last.
+With tensor descriptors the copy engine fetches the tiles (sm_90 on), and threads keep no addresses.
+
+e4m3 with many rows is cuBLAS's, through torch, where it can be: bf16 results and sizes that are multiples of 16.
 """
 
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from turbotriton.backend.ops.operands import Fp8Weight, W8A8Weight
+from turbotriton.backend.ops.operands import Fp8Weight, QuantizedRows, W8A8Weight
 
-from .launch import has_pdl, launch_options, wait_for_previous
-from .tuning import ceil_div, next_power_of_2, w8a8_linear_config
+from .launch import has_pdl, launch_options, num_sms, wait_for_previous
+from .split_sum import sum_of_splits, workspace
+from .tuning import FP8_FAST_ACCUMULATION, MAX_OWN_FP8_ROWS, ceil_div, w8a8_linear_config
 
-__all__ = ["quantize_rows", "w8a8_linear"]
-
-
-@triton.jit
-def _quantize_rows_kernel(
-    x_ptr,
-    out_ptr,
-    scale_ptr,
-    stride_x_row,
-    K: tl.constexpr,
-    LARGEST: tl.constexpr,
-    IS_INT8: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    wait_for_previous(PDL)
-    row = tl.program_id(0).to(tl.int64)
-    offs_k = tl.arange(0, BLOCK_K)
-    mask = offs_k < K
-    x = tl.load(x_ptr + row * stride_x_row + offs_k, mask=mask, other=0.0).to(tl.float32)
-    largest = tl.maximum(tl.max(tl.abs(x), axis=0), 1e-7)
-    scale = tl.div_rn(largest, largest * 0 + LARGEST)
-    tl.store(scale_ptr + row, scale)
-    scaled = tl.minimum(tl.maximum(tl.div_rn(x, scale + x * 0), -LARGEST), LARGEST)
-    if IS_INT8:
-        scaled = (scaled + 12582912.0) - 12582912.0  # to the nearest integer, ties to even
-    tl.store(out_ptr + row * K + offs_k, scaled.to(out_ptr.dtype.element_ty), mask=mask)
+__all__ = ["w8a8_linear"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _w8a8_linear_kernel(
     x_ptr,
     x_scale_ptr,
@@ -52,13 +37,19 @@ def _w8a8_linear_kernel(
     scale_ptr,
     bias_ptr,
     y_ptr,
+    parts_ptr,
+    counters_ptr,
     num_rows,
+    N,
+    K,
     stride_w_k,
     stride_w_n,
-    N: tl.constexpr,
-    K: tl.constexpr,
     IS_INT8: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -66,87 +57,122 @@ def _w8a8_linear_kernel(
     PDL: tl.constexpr,
 ):
     wait_for_previous(PDL)
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    program = tl.program_id(0)
+    split = tl.program_id(1)
+    num_row_blocks = tl.cdiv(num_rows, BLOCK_M)
+    num_in_group = GROUP_M * tl.cdiv(N, BLOCK_N)
+    first_row_block = program // num_in_group * GROUP_M
+    height = tl.minimum(num_row_blocks - first_row_block, GROUP_M)
+    begin_m = (first_row_block + program % num_in_group % height) * BLOCK_M
+    begin_n = program % num_in_group // height * BLOCK_N
+    offs_m = begin_m + tl.arange(0, BLOCK_M)
+    offs_n = begin_n + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
-    mask_n = offs_n < N
-    mask_m = offs_m < num_rows
-    x_rows_ptr = x_ptr + offs_m.to(tl.int64)[:, None] * K
-    w_columns_ptr = weight_ptr + offs_n.to(tl.int64)[None, :] * stride_w_n
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32 if IS_INT8 else tl.float32)
-    for start in tl.range(0, K, BLOCK_K, num_stages=NUM_STAGES):
-        inputs = start + offs_k
-        mask_k = inputs < K
-        x = tl.load(x_rows_ptr + inputs[None, :], mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-        w_rows = inputs.to(tl.int64)[:, None] * stride_w_k
-        w = tl.load(w_columns_ptr + w_rows, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
-        acc = tl.dot(x, w, acc=acc, out_dtype=tl.int32 if IS_INT8 else tl.float32)
-    x_scale = tl.load(x_scale_ptr + offs_m, mask=mask_m, other=0.0)
-    scale = tl.load(scale_ptr + offs_n, mask=mask_n, other=0.0)
-    y = acc.to(tl.float32) * x_scale[:, None] * scale[None, :]
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    y_rows_ptr = y_ptr + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
-    tl.store(y_rows_ptr, y.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+    num_steps = tl.cdiv(K, BLOCK_K)
+    steps = tl.cdiv(num_steps, NUM_SPLITS)
+    begin = split * steps
+    end = tl.minimum(begin + steps, num_steps)
+    sum_type: tl.constexpr = tl.int32 if IS_INT8 else tl.float32
+    acc = tl.zeros((BLOCK_M, BLOCK_N), sum_type)
+    if DESCRIPTORS:
+        for step in tl.range(begin, end, num_stages=NUM_STAGES):
+            x = x_ptr.load([begin_m, step * BLOCK_K])
+            w = weight_ptr.load([begin_n, step * BLOCK_K])
+            acc = tl.dot(x, w.T, acc=acc, out_dtype=sum_type)
+    else:
+        x_rows_ptr = x_ptr + tl.minimum(offs_m, num_rows - 1).to(tl.int64)[:, None] * K + offs_k[None, :]
+        w_columns_ptr = weight_ptr + tl.minimum(offs_n, N - 1).to(tl.int64)[None, :] * stride_w_n
+        for step in tl.range(begin, end, num_stages=NUM_STAGES):
+            inputs = step * BLOCK_K + offs_k
+            w_ptrs = w_columns_ptr + inputs.to(tl.int64)[:, None] * stride_w_k
+            if EVEN_K:
+                x = tl.load(x_rows_ptr + step * BLOCK_K)
+                w = tl.load(w_ptrs)
+            else:
+                x = tl.load(x_rows_ptr + step * BLOCK_K, mask=inputs[None, :] < K, other=0.0)
+                w = tl.load(w_ptrs, mask=inputs[:, None] < K, other=0.0)
+            acc = tl.dot(x, w, acc=acc, out_dtype=sum_type)
+    total = acc.to(tl.float32)
+    is_last = True
+    if NUM_SPLITS > 1:
+        total, is_last = sum_of_splits(total, parts_ptr, counters_ptr, program, split, NUM_SPLITS)
+    if is_last:
+        mask_m = offs_m < num_rows
+        mask_n = offs_n < N
+        x_scale = tl.load(x_scale_ptr + offs_m, mask=mask_m, other=0.0)
+        scale = tl.load(scale_ptr + offs_n, mask=mask_n, other=0.0)
+        y = total * x_scale[:, None] * scale[None, :]
+        if HAS_BIAS:
+            y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+        y_rows_ptr = y_ptr + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
+        tl.store(y_rows_ptr, y.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
 
-def quantize_rows(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """x: [num_rows, n], contiguous inside a row -> (int8 or float8_e4m3fn of that shape, fp32 scales [num_rows]), new, contiguous."""
-    num_rows, k = x.shape
-    assert x.stride(1) == 1, "x must be contiguous inside a row"
-    out = torch.empty((num_rows, k), dtype=dtype, device=x.device)
-    scale = torch.empty((num_rows,), dtype=torch.float32, device=x.device)
-    if num_rows == 0:
-        return out, scale
-    is_int8 = dtype is torch.int8
-    block_k = next_power_of_2(k)
-    _quantize_rows_kernel[(num_rows,)](
-        x,
-        out,
-        scale,
-        x.stride(0),
-        K=k,
-        LARGEST=127.0 if is_int8 else 448.0,
-        IS_INT8=is_int8,
-        BLOCK_K=block_k,
-        num_warps=min(max(block_k // 1024, 1), 16),
-        **launch_options(has_pdl(x.device)),
-    )
-    return out, scale
+def w8a8_linear(x: QuantizedRows, weight: W8A8Weight | Fp8Weight) -> torch.Tensor:
+    """Launch on the current device and stream; nothing is read back.
 
+    weight: of the values' dtype; any strides, best contiguous along in_features
 
-def w8a8_linear(x: torch.Tensor, weight: W8A8Weight | Fp8Weight) -> torch.Tensor:
-    """Two launches on the current device and stream.
-
-    x: [num_rows, in_features], fp16|bf16|fp32, contiguous inside a row      weight: any strides, best contiguous along in_features
-
-    Returns [num_rows, out_features], new, contiguous, in x's dtype. num_rows may be 0.
+    Returns [num_rows, out_features], contiguous, in the dtype that x was made from. num_rows may be 0.
     """
-    num_rows, k = x.shape
-    n = weight.weight.shape[1]
-    y = torch.empty((num_rows, n), dtype=x.dtype, device=x.device)
-    if num_rows == 0:
-        return y
-    quantized, x_scale = quantize_rows(x, weight.weight.dtype)
-    config = w8a8_linear_config(num_rows, n)
-    _w8a8_linear_kernel[(ceil_div(n, config.block_n), ceil_div(num_rows, config.block_m))](
-        quantized,
-        x_scale,
-        weight.weight,
+    k, n = weight.weight.shape
+    assert x.values.shape[1] == k, f"x has {x.values.shape[1]} columns"
+    assert x.values.dtype is weight.weight.dtype, f"{x.values.dtype} times {weight.weight.dtype}"
+    if x.num_rows == 0:
+        return torch.empty((0, n), dtype=x.dtype, device=x.values.device)
+    if isinstance(weight, Fp8Weight) and x.num_rows > MAX_OWN_FP8_ROWS and _is_for_cublas(x, weight):
+        return torch._scaled_mm(
+            x.values,
+            weight.weight,
+            scale_a=x.scale[:, None],
+            scale_b=weight.scale[None, :],
+            bias=weight.bias,
+            out_dtype=x.dtype,
+            use_fast_accum=FP8_FAST_ACCUMULATION,
+        )[: x.num_rows]
+    return _linear(x, weight)
+
+
+def _is_for_cublas(x: QuantizedRows, weight: Fp8Weight) -> bool:
+    k, n = weight.weight.shape
+    return has_pdl(x.values.device) and x.dtype is torch.bfloat16 and k % 16 == n % 16 == 0 and weight.weight.stride(0) == 1
+
+
+def _linear(x: QuantizedRows, weight: W8A8Weight | Fp8Weight) -> torch.Tensor:
+    k, n = weight.weight.shape
+    device = x.values.device
+    y = torch.empty((x.num_rows, n), dtype=x.dtype, device=device)
+    has_descriptors = has_pdl(device) and k % 16 == 0 and weight.weight.stride(0) == 1
+    config = w8a8_linear_config(x.num_rows, n, k, num_sms(device), has_descriptors=has_descriptors)
+    x_values, w_values = x.values, weight.weight
+    if config.descriptors:
+        x_values = TensorDescriptor.from_tensor(x_values, [config.block_m, config.block_k])
+        w_values = TensorDescriptor.from_tensor(weight.weight.t(), [config.block_n, config.block_k])
+    parts, counters = workspace(device) if config.num_splits > 1 else (None, None)
+    _w8a8_linear_kernel[(ceil_div(n, config.block_n) * ceil_div(x.num_rows, config.block_m), config.num_splits)](
+        x_values,
+        x.scale,
+        w_values,
         weight.scale,
         weight.bias,
         y,
-        num_rows,
+        parts,
+        counters,
+        x.num_rows,
+        n,
+        k,
         *weight.weight.stride(),
-        N=n,
-        K=k,
         IS_INT8=weight.weight.dtype is torch.int8,
         HAS_BIAS=weight.bias is not None,
+        EVEN_K=k % config.block_k == 0,
+        DESCRIPTORS=config.descriptors,
+        GROUP_M=config.group_m,
+        NUM_SPLITS=config.num_splits,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         NUM_STAGES=config.num_stages,
         num_warps=config.num_warps,
-        **launch_options(has_pdl(x.device)),
+        **launch_options(has_pdl(device)),
     )
     return y

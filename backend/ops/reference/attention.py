@@ -1,6 +1,6 @@
 """Attention of a mixed batch over the paged KV cache. The contract is the Protocol `Attention` of `ops/table.py`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -9,7 +9,7 @@ from .kv_pages import gathered_pages, page_shape
 from .primitives import paged_decode_attention as reference_paged_decode_attention
 from .primitives import paged_prefill_attention as reference_paged_prefill_attention
 
-__all__ = ["attention", "quantized_decode_attention"]
+__all__ = ["attention", "quantized_decode_attention", "quantized_prefill_attention"]
 
 PagedAttention = Callable[..., torch.Tensor]
 
@@ -26,6 +26,25 @@ def quantized_decode_attention(
     """As `paged_decode_attention`, over the values that the pages stand for, in fp32."""
     k, v, tables = dense_pages(k_pages, v_pages, block_tables, torch.float32)
     return reference_paged_decode_attention(q, k, v, tables, context_lens, scale, sliding_window)
+
+
+def quantized_prefill_attention(
+    q: torch.Tensor,
+    k_pages: KvPages,
+    v_pages: KvPages,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    scale: float,
+    sliding_window: int,
+    prefills: Sequence[tuple[int, int]],
+) -> torch.Tensor:
+    """As `paged_prefill_attention`, over the values that the pages stand for, rounded to q's dtype.
+
+    prefills: (num_query_tokens, context_len) of each row
+    """
+    k, v, tables = dense_pages(k_pages, v_pages, block_tables, q.dtype)
+    return reference_paged_prefill_attention(q, k, v, tables, context_lens, cu_seqlens_q, scale, sliding_window)
 
 
 def dense_pages(
@@ -50,6 +69,7 @@ def attention(
     paged_decode_attention: PagedAttention = reference_paged_decode_attention,
     paged_prefill_attention: PagedAttention = reference_paged_prefill_attention,
     quantized_decode_attention: PagedAttention = quantized_decode_attention,
+    quantized_prefill_attention: PagedAttention = quantized_prefill_attention,
 ) -> torch.Tensor:
     n = batch.num_decodes
     tables, lens = batch.block_tables, batch.context_lens
@@ -59,9 +79,9 @@ def attention(
         num_blocks = -(-batch.max_decode_context // page_shape(k_cache)[2])
         parts.append(decode(q[:n], k_cache, v_cache, tables[:n, :num_blocks], lens[:n], scale, sliding_window))
     if batch.prefills:
-        # quantised pages of the chunks' sequences are widened first: arithmetic, not memory, bounds a prefill
-        k, v, mine = k_cache, v_cache, tables[n:]
-        if not isinstance(k_cache, torch.Tensor):
-            k, v, mine = dense_pages(k_cache, v_cache, mine, q.dtype)
-        parts.append(paged_prefill_attention(q[n:], k, v, mine, lens[n:], batch.cu_seqlens_q, scale, sliding_window))
+        chunks = (q[n:], k_cache, v_cache, tables[n:], lens[n:], batch.cu_seqlens_q, scale, sliding_window)
+        if isinstance(k_cache, torch.Tensor):
+            parts.append(paged_prefill_attention(*chunks))
+        else:
+            parts.append(quantized_prefill_attention(*chunks, batch.prefills))
     return torch.cat(parts) if len(parts) != 1 else parts[0]

@@ -49,30 +49,36 @@ def store_pages(pages: KvPages, slot_mapping: torch.Tensor, values: torch.Tensor
         scaled = (values.float() - pages.zero[:, None]) / pages.scale[:, None] + 128
         pages.data[block, :, offset] = scaled.round().clamp(0, 255).to(torch.uint8)
     else:
-        data, params = quantized_tokens(values, pages.bits, pages.params.dtype)
+        if pages.offset is not None:
+            values = values.float() - pages.offset
+        data, params = quantized_tokens(values, pages.bits, pages.params.dtype, pages.num_parts)
         pages.data[block, :, offset] = data
         pages.params[block, :, offset] = params
 
 
-def quantized_tokens(values: torch.Tensor, bits: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """values: [..., head_dim] -> (uint8 [..., head_dim * bits / 8], params [..., 2] in `dtype`), as QuantizedPages holds them."""
-    wide, steps = values.float(), 2**bits - 1
+def quantized_tokens(
+    values: torch.Tensor, bits: int, dtype: torch.dtype, num_parts: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """values: [..., head_dim] -> (uint8 [..., head_dim * bits / 8], params [..., 2 num_parts] in `dtype`), as QuantizedPages holds them."""
+    wide, steps = values.float().reshape(*values.shape[:-1], num_parts, -1), 2**bits - 1
     low, high = wide.aminmax(dim=-1, keepdim=True)
-    params = torch.cat(((high - low) / steps, low), dim=-1).to(dtype)
+    params = torch.cat(((high - low) / steps, low), dim=-1).to(dtype)  # [..., num_parts, 2]
     scale, zero = params.float().chunk(2, dim=-1)
-    q = ((wide - zero) / scale.where(scale > 0, torch.inf)).round().clamp(0, steps).to(torch.uint8)
+    q = ((wide - zero) / scale.where(scale > 0, torch.inf)).round().clamp(0, steps).to(torch.uint8).flatten(-2)
     if bits == 4:
         first, second = q.chunk(2, dim=-1)
         q = first | (second << 4)
-    return q, params
+    return q, params.flatten(-2)
 
 
 def gathered_pages(pages: QuantizedPages | StaticInt8Pages, blocks: torch.Tensor) -> torch.Tensor:
-    """The values of `blocks`: [num] int64 -> [num, num_kv_heads, block_size, head_dim], fp32."""
+    """The values of `blocks`, keys less their offset: [num] int64 -> [num, num_kv_heads, block_size, head_dim], fp32."""
     data = pages.data[blocks]
     if isinstance(pages, StaticInt8Pages):
         return (data.float() - 128) * pages.scale[:, None, None] + pages.zero[:, None, None]
     if pages.bits == 4:
         data = torch.cat((data & 0xF, data >> 4), dim=-1)
-    scale, zero = pages.params[blocks].float().chunk(2, dim=-1)
-    return data.float() * scale + zero
+    params = pages.params[blocks].float()
+    scale, zero = params.view(*params.shape[:-1], pages.num_parts, 2).chunk(2, dim=-1)  # [..., num_parts, 1]
+    parts = data.float().reshape(*data.shape[:-1], pages.num_parts, -1)
+    return (parts * scale + zero).flatten(-2)

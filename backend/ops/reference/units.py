@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..operands import AttentionBatch, KvPages, LinearWeight, NormWeight, QkvWeights
+from ..operands import AttentionBatch, KvPages, LinearWeight, NormWeight, QkvWeights, QuantizedRows
 from .kv_pages import page_shape, rotary_store_quantized_kv
 from .linear import linear
 from .primitives import rms_norm, rotary_store_kv, silu_and_mul
@@ -80,7 +80,8 @@ def norm_gate_up_silu(
     return silu_and_mul(gate_up), residual
 
 
-def down_projection(x: torch.Tensor, weight: LinearWeight, *, linear: Linear = linear) -> torch.Tensor:
+def down_projection(x: torch.Tensor | QuantizedRows, weight: LinearWeight, *, linear: Linear = linear) -> torch.Tensor:
+    assert isinstance(x, torch.Tensor), "QuantizedRows are a column's own"
     return linear(x, weight)
 
 

@@ -14,6 +14,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 #: Bytes a program: 99 KiB on sm_86 and sm_89, which run what is compiled for sm_80; 227 KiB on sm_90 and sm_100.
 SHARED_LIMIT_BYTES = {80: 101376, 90: 232448, 100: 232448}
@@ -68,6 +69,8 @@ def source_of(kernel, arguments):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name], attributes[(index,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
+        elif isinstance(value, TensorDescriptor):
+            signature[parameter.name] = f"tensordesc<{POINTERS[value.base.dtype][1:]}{list(value.block_shape)}>"
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
         else:

@@ -14,7 +14,9 @@ from tests.backend.ops.test_kernels_compile_ahead import (
 )
 from triton.backends.compiler import GPUTarget
 
+from turbotriton.backend.ops.kernels import quantize_rows as rows_module
 from turbotriton.backend.ops.kernels import quantized_decode_attention as attention
+from turbotriton.backend.ops.kernels import quantized_prefill_attention as prefill
 from turbotriton.backend.ops.kernels import rotary_store_quantized_kv as store
 from turbotriton.backend.ops.kernels import w4a16_linear as w4a16
 from turbotriton.backend.ops.kernels import w8a8_linear as w8a8
@@ -33,35 +35,42 @@ CASES = [
 @pytest.fixture
 def launches(monkeypatch):
     recorded = []
-    for module in (attention, store, w4a16, w8a8):
+    for module in (attention, store, prefill, w4a16, w8a8, rows_module):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Recorder(getattr(module, name), recorded))
     return recorded
 
 
-def pages(kind, dtype, head_dim):
+def pages(kind, dtype, head_dim, num_parts):
     width = head_dim // 2 if kind == "4" else head_dim
     data = torch.empty((4, NUM_KV_HEADS, BLOCK_SIZE, width), dtype=torch.uint8)
     if kind == "static":
         return StaticInt8Pages(data, torch.empty(NUM_KV_HEADS), torch.empty(NUM_KV_HEADS))
-    return QuantizedPages(data, torch.empty((4, NUM_KV_HEADS, BLOCK_SIZE, 2), dtype=dtype), int(kind))
+    return QuantizedPages(data, torch.empty((4, NUM_KV_HEADS, BLOCK_SIZE, 2 * num_parts), dtype=dtype), int(kind))
 
 
 @pytest.mark.parametrize(("capability", "dtype", "head_dim", "kind"), CASES, ids=lambda value: str(value).removeprefix("torch."))
 def test_every_kernel_compiles_without_spills(capability, dtype, head_dim, kind, launches, monkeypatch, tmp_path):
     qkv, angle = torch.empty((16, (NUM_HEADS + 2 * NUM_KV_HEADS) * head_dim), dtype=dtype), torch.empty((16, head_dim // 2))
     slots = torch.empty(16, dtype=torch.int64)
-    k, v = (pages(kind, dtype, head_dim) for _ in "kv")
+    k, v = pages(kind, dtype, head_dim, 2 if kind == "4" else 1), pages(kind, dtype, head_dim, 1)
     store.rotary_store_quantized_kv(qkv, angle, angle, None, k, v, slots, NUM_HEADS, NUM_KV_HEADS)
     tables, lens = torch.empty((16, 128), dtype=torch.int32), torch.empty(16, dtype=torch.int32)
-    monkeypatch.setattr(attention, "compute_capability", lambda device: capability)
-    for module in (attention, store):
+    for module in (attention, store, prefill):
         monkeypatch.setattr(module, "has_pdl", lambda device: capability >= 90)
     for count in (1, 132):  # one split, then several
         monkeypatch.setattr(attention, "num_sms", lambda device, count=count: count)
         attention.quantized_decode_attention(torch.empty((16, NUM_HEADS, head_dim), dtype=dtype), k, v, tables, lens, 0.1)
+    prefill._widened(k, v, tables, lens, lens, dtype, 0, [(5, 100)] * 15)
     names = [kernel.__name__ for kernel, _ in launches]
-    assert names == ["_rotary_store_quantized_kv_kernel", *["_quantized_split_kernel"] * 2, "_reduce_kernel"]
+    assert names == [
+        "_rotary_store_quantized_kv_kernel",
+        *["_quantized_split_kernel"] * 2,
+        "_reduce_kernel",
+        "_widen_pages_kernel",
+    ]
+    for _, arguments in launches[1:3]:
+        arguments["ASM"] = dtype is not FP32  # as on a GPU
     compile_all(launches, capability, tmp_path)
 
 
@@ -85,16 +94,26 @@ def test_w4a16_kernels_compile_without_spills(capability, dtype, launches, monke
 
 
 @pytest.mark.parametrize(
-    ("capability", "dtype"), [(90, torch.int8), pytest.param(90, torch.float8_e4m3fn, marks=pytest.mark.slow)], ids=str
+    ("capability", "dtype"),
+    [(90, torch.int8), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((90, torch.float8_e4m3fn), (80, torch.int8)))],
+    ids=str,
 )
 def test_w8a8_kernels_compile_without_spills(capability, dtype, launches, monkeypatch, tmp_path):
-    monkeypatch.setattr(w8a8, "has_pdl", lambda device: capability >= 90)
+    for module in (w8a8, rows_module):
+        monkeypatch.setattr(module, "has_pdl", lambda device: capability >= 90)
+    monkeypatch.setattr(w8a8, "num_sms", lambda device: 132)
+    monkeypatch.setattr(w8a8, "workspace", lambda device: (torch.empty(16), torch.empty(16, dtype=torch.int32)))
+    monkeypatch.setattr(w8a8, "_is_for_cublas", lambda x, weight: False)
     k, n = 4096, 6144
     kind = W8A8Weight if dtype is torch.int8 else Fp8Weight
     weight = kind(torch.empty((n, k), dtype=dtype).t(), torch.empty(n))
-    for num_rows in (1, 64, 128):
-        w8a8.w8a8_linear(torch.empty((num_rows, k), dtype=BF16), weight)
-    compile_all(launches[1:], capability, tmp_path)
+    for num_rows in (1, 64, 256, 4096):
+        x = torch.empty((num_rows, k), dtype=BF16)
+        w8a8.w8a8_linear(rows_module.quantize_rows(x, dtype), weight)
+    rows_module.rms_norm_rows(x, x[0], 1e-5, x, dtype)
+    rows_module.silu_and_mul_rows(torch.empty((1, 2 * 14336), dtype=BF16), dtype)
+    assert len(launches) == 10
+    compile_all(launches, capability, tmp_path)
 
 
 def compile_all(launches, capability, tmp_path):

@@ -1,5 +1,6 @@
 """The kernels over quantised pages: what is stored equals the reference bit for bit where no tie decides; attention against float64."""
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -7,7 +8,9 @@ import pytest
 import torch
 
 from turbotriton.backend.ops.kernels import quantized_decode_attention as module
+from turbotriton.backend.ops.kernels import quantized_prefill_attention as prefill_module
 from turbotriton.backend.ops.kernels.quantized_decode_attention import quantized_decode_attention
+from turbotriton.backend.ops.kernels.quantized_prefill_attention import quantized_prefill_attention
 from turbotriton.backend.ops.kernels.rotary_store_quantized_kv import rotary_store_quantized_kv
 from turbotriton.backend.ops.operands import QuantizedPages, StaticInt8Pages
 from turbotriton.backend.ops.reference import kv_pages
@@ -26,7 +29,7 @@ SHAPES = [Shape(1, 1, 1, 16, 16, 8), Shape(7, 6, 3, 40, 24, 5), Shape(3, 8, 2, 1
 KINDS = ["8", "4", "static"]
 
 
-def pages(target, kind, num_blocks, num_kv_heads, block_size, head_dim):
+def pages(target, kind, num_blocks, num_kv_heads, block_size, head_dim, *, keys=False):
     """Filled with bytes and NaN that must stay where no token is stored."""
     device = target.device
     width = head_dim // 2 if kind == "4" else head_dim
@@ -34,15 +37,19 @@ def pages(target, kind, num_blocks, num_kv_heads, block_size, head_dim):
     if kind == "static":
         scale = target.randn_fp32(num_kv_heads).abs() * 0.01 + 0.005
         return StaticInt8Pages(data, scale, target.randn_fp32(num_kv_heads) * 0.1)
-    params = torch.full((num_blocks, num_kv_heads, block_size, 2), float("nan"), dtype=target.dtype, device=device)
-    return QuantizedPages(data, params, int(kind))
+    in_halves = keys and kind == "4"
+    params = torch.full(
+        (num_blocks, num_kv_heads, block_size, 4 if in_halves else 2), float("nan"), dtype=target.dtype, device=device
+    )
+    offset = target.randn_fp32(num_kv_heads, head_dim) if in_halves else None
+    return QuantizedPages(data, params, int(kind), offset)
 
 
 def copy_of(p):
     return (
         StaticInt8Pages(p.data.clone(), p.scale, p.zero)
         if isinstance(p, StaticInt8Pages)
-        else QuantizedPages(p.data.clone(), p.params.clone(), p.bits)
+        else QuantizedPages(p.data.clone(), p.params.clone(), p.bits, p.offset)
     )
 
 
@@ -59,7 +66,7 @@ def test_store_equals_the_reference(target, shape, kind, assert_close):
     num_blocks = -(-n // block_size) + 1
     slots = torch.randperm(num_blocks * block_size, generator=target.generator)[:n].to(target.device)
     slots[n // 2] = -1 if n > 1 else slots[0]
-    ours = [pages(target, kind, num_blocks, kv_heads, block_size, d) for _ in "kv"]
+    ours = [pages(target, kind, num_blocks, kv_heads, block_size, d, keys=keys) for keys in (True, False)]
     theirs = [copy_of(p) for p in ours]
     q = rotary_store_quantized_kv(qkv, cos, sin, q_scale, *ours, slots, heads, kv_heads)
     wanted = kv_pages.rotary_store_quantized_kv(qkv, cos, sin, q_scale, *theirs, slots, heads, kv_heads)
@@ -115,8 +122,8 @@ def stored(target, kind, case):
     for row, count in enumerate(used):
         tables[row, :count] = torch.tensor([order.pop() for _ in range(count)], dtype=torch.int32)
     parts = []
-    for _ in "kv":
-        p = pages(target, kind, num_blocks, case.num_kv_heads, case.block_size, case.head_dim)
+    for keys in (True, False):
+        p = pages(target, kind, num_blocks, case.num_kv_heads, case.block_size, case.head_dim, keys=keys)
         slots = torch.arange((num_blocks - 1) * case.block_size, device=target.device)
         kv_pages.store_pages(p, slots, target.randn(len(slots), case.num_kv_heads, case.head_dim))
         parts.append(p)
@@ -167,3 +174,45 @@ def test_8_bit_and_static_pages_are_read_too(target, assert_close, guarded_outpu
         tensors = stored(target, kind, case)
         out = quantized_decode_attention(*tensors, 0.2, 16)
         assert_close(out, oracle(*tensors, 0.2, 16), max_error=4 * target.eps + 4e-5, rms_error=target.eps + 4e-6)
+
+
+class Chunks(NamedTuple):
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    rows: tuple[tuple[int, int], ...]  # (queries, context)
+    sliding_window: int = 0
+
+
+CHUNKS = [
+    Chunks(4, 2, 40, 5, ((7, 7), (3, 21), (2, 2))),
+    Chunks(4, 1, 16, 16, ((20, 50), (33, 33)), 9),
+]
+
+
+@pytest.mark.parametrize("scratch_blocks", [1, 1000], ids=["a_row_at_a_time", "all_rows_at_once"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("chunks", CHUNKS, ids=["odd", "window"])
+def test_prefill_is_attention_over_the_stored_values(
+    target, chunks, kind, scratch_blocks, assert_close, guarded_outputs, monkeypatch
+):
+    case = Case(*chunks[:4], tuple(context for _, context in chunks.rows), chunks.sliding_window)
+    _, k_pages, v_pages, tables, lens = stored(target, kind, case)
+    num_tokens = sum(queries for queries, _ in chunks.rows)
+    q, scale = target.randn(num_tokens, chunks.num_heads, chunks.head_dim), chunks.head_dim**-0.5
+    starts = torch.tensor(
+        [0, *itertools.accumulate(queries for queries, _ in chunks.rows)], dtype=torch.int32, device=target.device
+    )
+    block_bytes = 2 * chunks.num_kv_heads * chunks.block_size * chunks.head_dim * target.dtype.itemsize
+    monkeypatch.setattr(prefill_module, "MAX_SCRATCH_BYTES", scratch_blocks * block_bytes)
+    found = quantized_prefill_attention(q, k_pages, v_pages, tables, lens, starts, scale, chunks.sliding_window, chunks.rows)
+    wanted = []
+    for row, (queries, context) in enumerate(chunks.rows):
+        for i in range(queries):  # a query is a decode of a shorter context
+            end = torch.tensor([context - queries + i + 1], dtype=torch.int32, device=target.device)
+            at = slice(int(starts[row]) + i, int(starts[row]) + i + 1)
+            wanted.append(oracle(q[at], k_pages, v_pages, tables[row : row + 1], end, scale, chunks.sliding_window))
+    eps = target.eps
+    bounds = {"max_error": 4e-5, "rms_error": 4e-6} if target.dtype == torch.float32 else {"max_error": 6 * eps, "rms_error": eps}
+    assert_close(found, torch.cat(wanted), **bounds)

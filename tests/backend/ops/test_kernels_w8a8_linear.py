@@ -1,4 +1,4 @@
-"""The W8A8 kernels: quantised rows equal the reference's bit for bit, products are exact sums, over odd sizes.
+"""The W8A8 kernel: products are exact sums, over odd sizes and every way to cut them into tiles.
 
 e4m3 on a GPU only: triton's interpreter truncates where the hardware rounds.
 Tolerance: int8's sums are exact, so the result's few fp32 products and one rounding decide. e4m3 adds fp32 sums in another order.
@@ -9,7 +9,10 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from turbotriton.backend.ops.kernels.w8a8_linear import quantize_rows, w8a8_linear
+from turbotriton.backend.ops.kernels import w8a8_linear as module
+from turbotriton.backend.ops.kernels.quantize_rows import quantize_rows
+from turbotriton.backend.ops.kernels.tuning import W8A8LinearConfig
+from turbotriton.backend.ops.kernels.w8a8_linear import w8a8_linear
 from turbotriton.backend.ops.operands import Fp8Weight, W8A8Weight
 from turbotriton.backend.ops.reference.linear import quantized_tokens
 
@@ -43,27 +46,56 @@ def weight_of(target, shape, dtype, *, by_outputs):
     return kind(stored.to(target.device), scale, target.randn(shape.n) if shape.bias else None)
 
 
-def test_rows_are_quantised_as_the_reference_does(target, dtype):
-    x = target.randn(5, 203)[:, :-3] * 3
-    x[2] = 0
-    found, scale = quantize_rows(x, dtype)
-    wanted, wanted_scale = quantized_tokens(x, dtype)
-    assert torch.equal(scale, wanted_scale.squeeze(1))
-    assert torch.equal(found.view(torch.uint8), wanted.view(torch.uint8))
+def assert_is_product(target, shape, weight, assert_close):
+    x = target.randn(shape.num_rows, shape.k)
+    x8, scale = quantized_tokens(x, weight.weight.dtype)
+    wanted = x8.double() @ weight.weight.double() * scale.double() * weight.scale.double()
+    if weight.bias is not None:
+        wanted = wanted + weight.bias.double()
+    found = w8a8_linear(quantize_rows(x, weight.weight.dtype), weight)
+    assert found.dtype is x.dtype
+    # e4m3: the matrix unit adds with fewer bits than fp32
+    loose = 2e-3 if weight.weight.dtype is torch.float8_e4m3fn else 0
+    assert_close(found, wanted, max_error=4 * target.eps + 2e-6 + loose, rms_error=0.6 * target.eps + 1e-6 + loose / 4)
 
 
 @pytest.mark.parametrize("by_outputs", [False, True], ids=["by_inputs", "by_outputs"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "-".join(map(str, shape)))
 def test_linear_is_the_sum_of_quantised_products(target, shape, dtype, by_outputs, assert_close):
-    weight = weight_of(target, shape, dtype, by_outputs=by_outputs)
-    x = target.randn(shape.num_rows, shape.k)
-    x8, scale = quantized_tokens(x, dtype)
-    wanted = x8.double() @ weight.weight.double() * scale.double() * weight.scale.double()
-    if weight.bias is not None:
-        wanted = wanted + weight.bias.double()
-    assert_close(w8a8_linear(x, weight), wanted, max_error=4 * target.eps + 2e-6, rms_error=0.6 * target.eps + 1e-6)
+    assert_is_product(target, shape, weight_of(target, shape, dtype, by_outputs=by_outputs), assert_close)
+
+
+TILES = [
+    W8A8LinearConfig(32, 32, 64, 1, 2, True, num_warps=4, num_stages=3),
+    W8A8LinearConfig(32, 32, 64, 3, 8, True, num_warps=4, num_stages=3),
+    W8A8LinearConfig(64, 32, 64, 2, 1, False, num_warps=4, num_stages=2),
+]
+
+
+@pytest.mark.parametrize("config", TILES, ids=lambda config: f"{config.num_splits}-{config.group_m}-{config.descriptors}")
+def test_tiles_in_groups_splits_and_descriptors_cover_all(target, dtype, config, assert_close, monkeypatch):
+    if config.num_splits > 1 and target.device == "cpu":
+        monkeypatch.setattr(module, "workspace", lambda device: (torch.zeros(1 << 20), torch.zeros(4096, dtype=torch.int32)))
+    monkeypatch.setattr(module, "w8a8_linear_config", lambda *args, **kwargs: config)
+    shape = Shape(150, 320, 80, bias=True)
+    assert_is_product(target, shape, weight_of(target, shape, dtype, by_outputs=True), assert_close)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_rows", [65, 80, 127, 256, 1000])
+def test_many_rows_of_fp8_are_the_product_for_cublas_too(num_rows, assert_close):
+    """bf16: the shapes that torch's scaled product takes, with rows that are no multiple of 16."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    x = torch.randn(num_rows, 4096, generator=generator, device="cuda").bfloat16()
+    weight = torch.randn(6144, 4096, generator=generator, device="cuda").to(torch.float8_e4m3fn).t()
+    fp8 = Fp8Weight(weight, torch.rand(6144, generator=generator, device="cuda") / 64, x.new_ones(6144))
+    x8, scale = quantized_tokens(x, torch.float8_e4m3fn)
+    wanted = x8.double() @ weight.double() * scale.double() * fp8.scale.double() + 1
+    rows = quantize_rows(x, torch.float8_e4m3fn)
+    assert_close(w8a8_linear(rows, fp8), wanted, max_error=0.04, rms_error=0.005)
+    assert_close(module._linear(rows, fp8), wanted, max_error=0.04, rms_error=0.005)
 
 
 def test_no_rows(target):
     weight = weight_of(target, SHAPES[0], torch.int8, by_outputs=True)
-    assert w8a8_linear(target.randn(0, 128), weight).shape == (0, 96)
+    assert w8a8_linear(quantize_rows(target.randn(0, 128), torch.int8), weight).shape == (0, 96)

@@ -15,6 +15,7 @@ from turbotriton.backend.ops.operands import (
     W8A8Weight,
 )
 from turbotriton.backend.ops.packing import pack_rows, unpack_gptq_weight, unpack_gptq_zeros, unpack_rows
+from turbotriton.backend.ops.reference.attention import quantized_decode_attention
 from turbotriton.backend.ops.reference.kv_pages import gathered_pages, page_shape, store_pages
 from turbotriton.backend.ops.reference.linear import linear
 from turbotriton.backend.ops.table import REFERENCE
@@ -117,6 +118,35 @@ def test_stored_tokens_come_back_as_their_class_defines(kind: str) -> None:
             wanted = stored_by_loops(pages, head, values[token, head].tolist())
             np.testing.assert_allclose(back[slot // BLOCK, head, slot % BLOCK].numpy(), wanted, rtol=1e-5, atol=1e-5)
     assert torch.equal(pages.data.transpose(1, 2)[~written], before.transpose(1, 2)[~written])
+
+
+def test_keys_in_halves_are_stored_less_their_offset() -> None:
+    """Each half of a head has its own scale; what comes back is the key less the offset."""
+    offset = torch.randn(HEADS, DIM) * 5
+    data = torch.zeros(3, HEADS, BLOCK, DIM // 2, dtype=torch.uint8)
+    pages = QuantizedPages(data, torch.zeros(3, HEADS, BLOCK, 4), 4, offset)
+    values, slots = randn(3, HEADS, DIM) + offset, torch.tensor([2, 9, 4])
+    store_pages(pages, slots, values)
+    back, half = gathered_pages(pages, torch.arange(3)), QuantizedPages(data, torch.zeros(3, HEADS, BLOCK, 2), 4)
+    for token, slot in enumerate(slots.tolist()):
+        for head in range(HEADS):
+            less = (values[token, head] - offset[head]).tolist()
+            first, second = (stored_by_loops(half, head, part) for part in (less[: DIM // 2], less[DIM // 2 :]))
+            found = back[slot // BLOCK, head, slot % BLOCK].numpy()
+            np.testing.assert_allclose(found, first + second, rtol=1e-4, atol=1e-5)
+
+
+def test_a_constant_taken_off_every_key_leaves_attention_as_it_is() -> None:
+    q, k, v = randn(1, HEADS, DIM), randn(12, HEADS, DIM), randn(12, HEADS, DIM, seed=3)
+    tables, lens = torch.tensor([[0, 1, 2]], dtype=torch.int32), torch.tensor([11], dtype=torch.int32)
+    found = []
+    for offset in (None, torch.randn(HEADS, DIM)):
+        pages = [QuantizedPages(torch.zeros(3, HEADS, BLOCK, DIM, dtype=torch.uint8), torch.zeros(3, HEADS, BLOCK, 2), 8, o)
+                 for o in (offset, None)]  # fmt: skip
+        for p, values in zip(pages, (k, v), strict=True):
+            store_pages(p, torch.arange(12), values)
+        found.append(quantized_decode_attention(q, *pages, tables, lens, 0.3))
+    assert torch.allclose(*found, atol=0.02)
 
 
 def test_int4_bytes_hold_dim_j_low_and_dim_j_plus_half_high() -> None:

@@ -1,0 +1,192 @@
+"""Rows as 8 bit numbers with a scale each (arXiv:2211.10438; e4m3: arXiv:2209.05433), alone or fused with what makes them.
+
+    s = max(max |y|, 1e-7) / L;   y8 = y / s as int8, ties to even (L = 127), or as e4m3 (L = 448)
+
+    quantize_rows        y = x
+    rms_norm_rows        r = round(x + residual);  y = round(r * rsqrt(mean(r^2) + eps) * weight)       as `rms_norm`
+    silu_and_mul_rows    y = round(gate / (1 + exp(-gate)) * up)                                        as `silu_and_mul`
+
+y is rounded to x's dtype first, so what comes out is what the two ops would give one after the other.
+
+Tiling: a program holds a whole row in registers; each element is read once.
+
+Rows of the results are padded to a multiple of 16, which is what matrix instructions and libraries like; what stands there is anything.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from turbotriton.backend.ops.operands import QuantizedRows
+
+from .launch import has_pdl, launch_options, wait_for_previous
+from .tuning import ceil_div, quantize_rows_config
+
+__all__ = ["quantize_rows", "rms_norm_rows", "silu_and_mul_rows"]
+
+ROW_MULTIPLE = 16
+
+
+@triton.jit
+def _store_quantized(y, row, out_ptr, scale_ptr, offs_n, mask, N: tl.constexpr, LARGEST: tl.constexpr, IS_INT8: tl.constexpr):
+    """y: [BLOCK_N], fp32, 0 where masked."""
+    largest = tl.maximum(tl.max(tl.abs(y), axis=0), 1e-7)
+    scale = tl.div_rn(largest, largest * 0 + LARGEST)
+    tl.store(scale_ptr + row, scale)
+    scaled = tl.minimum(tl.maximum(tl.div_rn(y, scale + y * 0), -LARGEST), LARGEST)
+    if IS_INT8:
+        scaled = (scaled + 12582912.0) - 12582912.0  # to the nearest integer, ties to even
+    tl.store(out_ptr + row * N + offs_n, scaled.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _quantize_rows_kernel(
+    x_ptr,
+    out_ptr,
+    scale_ptr,
+    stride_x_row,
+    N: tl.constexpr,
+    LARGEST: tl.constexpr,
+    IS_INT8: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait_for_previous(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    offs_n = tl.arange(0, BLOCK_N)
+    mask = offs_n < N
+    x = tl.load(x_ptr + row * stride_x_row + offs_n, mask=mask, other=0.0).to(tl.float32)
+    _store_quantized(x, row, out_ptr, scale_ptr, offs_n, mask, N, LARGEST, IS_INT8)
+
+
+@triton.jit
+def _rms_norm_rows_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    out_ptr,
+    scale_ptr,
+    r_ptr,
+    eps,
+    stride_x_row,
+    stride_residual_row,
+    N: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    LARGEST: tl.constexpr,
+    IS_INT8: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait_for_previous(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    offs_n = tl.arange(0, BLOCK_N)
+    mask = offs_n < N
+    r = tl.load(x_ptr + row * stride_x_row + offs_n, mask=mask, other=0.0)
+    weight = tl.load(weight_ptr + offs_n, mask=mask, other=0.0).to(tl.float32)
+    dtype = r.dtype
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + row * stride_residual_row + offs_n, mask=mask, other=0.0)
+        r = (r.to(tl.float32) + residual.to(tl.float32)).to(dtype)  # the rounding of the residual stream
+        tl.store(r_ptr + row * N + offs_n, r, mask=mask)
+    wide = r.to(tl.float32)
+    mean_square = tl.sum(wide * wide, axis=0) / N
+    y = (wide * tl.rsqrt(mean_square + eps) * weight).to(dtype).to(tl.float32)
+    _store_quantized(y, row, out_ptr, scale_ptr, offs_n, mask, N, LARGEST, IS_INT8)
+
+
+@triton.jit
+def _silu_and_mul_rows_kernel(
+    x_ptr,
+    out_ptr,
+    scale_ptr,
+    stride_x_row,
+    N: tl.constexpr,
+    LARGEST: tl.constexpr,
+    IS_INT8: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait_for_previous(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    offs_n = tl.arange(0, BLOCK_N)
+    mask = offs_n < N
+    gate_ptrs = x_ptr + row * stride_x_row + offs_n
+    gate = tl.load(gate_ptrs, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_ptrs + N, mask=mask, other=0.0).to(tl.float32)
+    y = (gate / (1.0 + tl.exp(-gate)) * up).to(x_ptr.dtype.element_ty).to(tl.float32)
+    _store_quantized(y, row, out_ptr, scale_ptr, offs_n, mask, N, LARGEST, IS_INT8)
+
+
+def _outputs(x: torch.Tensor, n: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, QuantizedRows]:
+    """(values, scales, both without the padding)."""
+    num_rows = x.shape[0]
+    padded = ceil_div(num_rows, ROW_MULTIPLE) * ROW_MULTIPLE
+    values = torch.empty((padded, n), dtype=dtype, device=x.device)
+    scale = torch.empty((padded,), dtype=torch.float32, device=x.device)
+    return values, scale, QuantizedRows(values, scale, num_rows, x.dtype)
+
+
+def _options(n: int, dtype: torch.dtype, device: torch.device) -> dict[str, object]:
+    config, is_int8 = quantize_rows_config(n), dtype is torch.int8
+    options = {
+        "LARGEST": 127.0 if is_int8 else 448.0,
+        "IS_INT8": is_int8,
+        "BLOCK_N": config.block_n,
+        "num_warps": config.num_warps,
+    }
+    return options | launch_options(has_pdl(device))
+
+
+def quantize_rows(x: torch.Tensor, dtype: torch.dtype) -> QuantizedRows:
+    """Launch on the current device and stream. x: [num_rows, n], fp16|bf16|fp32, contiguous inside a row; num_rows may be 0.
+
+    dtype: int8 or float8_e4m3fn. Raises ConfigError when n > 65536.
+    """
+    num_rows, n = x.shape
+    assert x.stride(1) == 1 or n == 1, "x must be contiguous inside a row"
+    values, scale, rows = _outputs(x, n, dtype)
+    options = _options(n, dtype, x.device)
+    if num_rows:
+        _quantize_rows_kernel[(num_rows,)](x, values, scale, x.stride(0), N=n, **options)
+    return rows
+
+
+def rms_norm_rows(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None, dtype: torch.dtype
+) -> tuple[QuantizedRows, torch.Tensor]:
+    """As `rms_norm` (kernels/rms_norm.py) with the first result in `dtype`; without a residual the second is x itself."""
+    num_rows, hidden = x.shape
+    assert x.stride(1) == 1 or hidden == 1, "x must be contiguous inside a row"
+    assert residual is None or residual.stride(1) == 1 or hidden == 1, "residual must be contiguous inside a row"
+    values, scale, rows = _outputs(x, hidden, dtype)
+    r = x if residual is None else torch.empty((num_rows, hidden), dtype=x.dtype, device=x.device)
+    options = _options(hidden, dtype, x.device)
+    if num_rows:
+        _rms_norm_rows_kernel[(num_rows,)](
+            x,
+            residual,
+            weight,
+            values,
+            scale,
+            None if residual is None else r,
+            eps,
+            x.stride(0),
+            0 if residual is None else residual.stride(0),
+            N=hidden,
+            HAS_RESIDUAL=residual is not None,
+            **options,
+        )
+    return rows, r
+
+
+def silu_and_mul_rows(x: torch.Tensor, dtype: torch.dtype) -> QuantizedRows:
+    """As `silu_and_mul` (kernels/silu_and_mul.py) with the result in `dtype`. x: [num_rows, 2 n]."""
+    num_rows, columns = x.shape
+    n = columns // 2
+    assert columns == 2 * n, f"{columns} columns are not two halves"
+    assert x.stride(1) == 1, "x must be contiguous inside a row"
+    values, scale, rows = _outputs(x, n, dtype)
+    options = _options(n, dtype, x.device)
+    if num_rows:
+        _silu_and_mul_rows_kernel[(num_rows,)](x, values, scale, x.stride(0), N=n, **options)
+    return rows

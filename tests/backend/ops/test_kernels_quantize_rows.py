@@ -1,0 +1,64 @@
+"""Rows in 8 bit: what the fused kernels give equals the ops one after the other, over odd sizes.
+
+e4m3 on a GPU only: triton's interpreter truncates where the hardware rounds.
+Tolerance: the sum of squares adds up in another order, which may move a value over a rounding border: a step of 1 in few places.
+"""
+
+import pytest
+import torch
+
+from turbotriton.backend.ops.kernels.quantize_rows import quantize_rows, rms_norm_rows, silu_and_mul_rows
+from turbotriton.backend.ops.reference.linear import quantized_tokens
+from turbotriton.backend.ops.reference.primitives import rms_norm, silu_and_mul
+
+
+@pytest.fixture(params=[torch.int8, torch.float8_e4m3fn], ids=str)
+def dtype(request, target):
+    if request.param is torch.float8_e4m3fn and target.device == "cpu":
+        pytest.skip("triton's interpreter truncates to e4m3 where the hardware rounds")
+    return request.param
+
+
+def assert_rows(found, x, dtype, *, share_of_steps):
+    """`found` are the rows of x, but for a share of values that are a step away."""
+    values, scale = quantized_tokens(x, dtype)
+    assert found.num_rows == len(x)
+    assert found.dtype is x.dtype
+    assert found.values.dtype is dtype
+    assert found.values.shape[0] % 16 == 0
+    ours, our_scale = found.values[: len(x)], found.scale[: len(x), None]
+    assert torch.allclose(our_scale, scale, rtol=4 * torch.finfo(x.dtype).eps, atol=0)
+    if share_of_steps == 0:
+        assert torch.equal(our_scale, scale)
+    steps = (ours.view(torch.uint8).int() - values.view(torch.uint8).int()).abs()
+    steps = torch.minimum(steps, 256 - steps)
+    assert int(steps.max()) <= (share_of_steps > 0)
+    assert float((steps > 0).float().mean()) <= share_of_steps
+
+
+def test_rows_are_quantised_as_the_reference_does(target, dtype):
+    x = target.randn(5, 203)[:, :-3] * 3
+    x[2] = 0
+    assert_rows(quantize_rows(x, dtype), x, dtype, share_of_steps=0)
+
+
+@pytest.mark.parametrize("with_residual", [True, False])
+def test_norm_and_rows_are_one_after_the_other(target, dtype, with_residual):
+    x, weight = target.randn(19, 203)[:, :-3], target.randn(200)
+    residual = target.randn(19, 200) if with_residual else None
+    found, r = rms_norm_rows(x, weight, 1e-5, residual, dtype)
+    wanted, wanted_r = rms_norm(x, weight, 1e-5, residual)
+    assert torch.equal(r, wanted_r)
+    assert_rows(found, wanted, dtype, share_of_steps=0.02)
+
+
+def test_silu_and_rows_are_one_after_the_other(target, dtype):
+    x = target.randn(17, 2 * 72 + 1)[:, :-1] * 2
+    assert_rows(silu_and_mul_rows(x, dtype), silu_and_mul(x), dtype, share_of_steps=0.02)
+
+
+def test_no_rows(target):
+    assert quantize_rows(target.randn(0, 32), torch.int8).values.shape == (0, 32)
+    assert silu_and_mul_rows(target.randn(0, 32), torch.int8).num_rows == 0
+    rows, r = rms_norm_rows(target.randn(0, 32), target.randn(32), 1e-5, target.randn(0, 32), torch.int8)
+    assert rows.num_rows == r.shape[0] == 0
