@@ -11,13 +11,13 @@ from typing import TypeGuard
 import torch
 
 from .kernels import narrow_linear, skinny_linear
-from .kernels.greedy_sample import greedy_sample
 from .kernels.paged_decode_attention import paged_decode_attention
 from .kernels.paged_prefill_attention import paged_prefill_attention
 from .kernels.quantized_decode_attention import quantized_decode_attention
 from .kernels.rms_norm import rms_norm
 from .kernels.rotary_store_kv import rotary_store_kv
 from .kernels.rotary_store_quantized_kv import rotary_store_quantized_kv
+from .kernels.sample import sample
 from .kernels.silu_and_mul import silu_and_mul
 from .kernels.stage_decode import stage_decode
 from .kernels.tuning import (
@@ -30,10 +30,9 @@ from .kernels.tuning import (
 )
 from .kernels.w4a16_linear import dequantize_w4a16, w4a16_gate_up, w4a16_linear
 from .kernels.w8a8_linear import w8a8_linear
-from .operands import DenseWeight, LinearWeight, NormWeight, SamplingBatch, W4A16Tiles, W8A8Weight
+from .operands import DenseWeight, LinearWeight, NormWeight, W4A16Tiles, W8A8Weight
 from .reference import units
 from .reference.attention import attention
-from .reference.sample import sample as reference_sample
 from .table import REFERENCE
 
 __all__ = ["TRITON", "UNITS_WITH_REFERENCE_PARTS"]
@@ -95,12 +94,6 @@ def norm_gate_up_silu(
         return narrow_linear.gate_up(y, weight.weight, weight.bias), residual
     gate_up, residual = norm_linear(x, residual, norm, weight)
     return silu_and_mul(gate_up), residual
-
-
-def sample(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
-    if batch.is_plain_greedy:
-        return greedy_sample(logits, batch.banned_starts, batch.banned_ids)
-    return reference_sample(logits, batch)
 
 
 TRITON = dataclasses.replace(

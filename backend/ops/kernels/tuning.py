@@ -14,6 +14,7 @@ __all__ = [
     "PrefillAttentionConfig",
     "RmsNormConfig",
     "RotaryConfig",
+    "SampleConfig",
     "SiluAndMulConfig",
     "SkinnyLinearConfig",
     "ceil_div",
@@ -25,6 +26,7 @@ __all__ = [
     "quantized_decode_attention_config",
     "rms_norm_config",
     "rotary_config",
+    "sample_config",
     "silu_and_mul_config",
     "skinny_linear_config",
     "w4a16_linear_config",
@@ -88,6 +90,13 @@ class SkinnyLinearConfig:
 @dataclass(frozen=True, slots=True)
 class GreedySampleConfig:
     block_v: int  # logits a program
+    num_warps: int
+
+
+@dataclass(frozen=True, slots=True)
+class SampleConfig:
+    block_v: int  # logits a program
+    max_copied: int  # weights of a row that are searched as a copy
     num_warps: int
 
 
@@ -227,6 +236,12 @@ def narrow_linear_config(
 def greedy_sample_config(vocab_size: int) -> GreedySampleConfig:
     """Tiles of 4096 logits: 23 programs for one row of 92544, so that a batch of one is not left to a single program."""
     return GreedySampleConfig(_clamp(next_power_of_2(vocab_size), 16, 4096), num_warps=4)
+
+
+def sample_config(num_rows: int, vocab_size: int) -> SampleConfig:
+    """Tiles of 4096 logits, 16 a thread: their 64 bit weights have to stay in registers. Copies of 32 MiB in all, 8192 weights at least."""
+    block_v = _clamp(next_power_of_2(vocab_size), 16, 4096)
+    return SampleConfig(block_v, _clamp((8 << 20) // max(num_rows, 1), 8192, 65536), num_warps=_clamp(block_v // 512, 1, 8))
 
 
 def decode_attention_config(
