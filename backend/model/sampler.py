@@ -7,19 +7,21 @@ batching, preemption and the device change nothing.
 `position` is the index in its sequence of the token being drawn.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from turbotriton.backend.ops.operands import SamplingBatch
+from turbotriton.backend.ops.table import Sample
 from turbotriton.contract.wire import SamplingParams
 
 from .transfer import to_device
 
-__all__ = ["SamplerState", "uniform_numbers"]
+__all__ = ["SamplerState", "uniform_numbers", "warm_up_sampling"]
 
 U64 = npt.NDArray[np.uint64]
 Words = npt.NDArray[np.int64] | npt.NDArray[np.float64]
@@ -98,7 +100,9 @@ class SamplerState:
         self.slots[slot] = state = _slot_sampling(params, token_ids, num_prompt_tokens, self.eos_token_ids, self.vocab_size)
         has_penalty = params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
         self._floats[slot] = (
-            (params.temperature or 1.0) if has_penalty or not params.is_greedy else 1.0,  # which logit is largest it does not change
+            (params.temperature or 1.0)
+            if has_penalty or not params.is_greedy
+            else 1.0,  # which logit is largest it does not change
             params.top_p,
             params.min_p,
             params.repetition_penalty,
@@ -138,7 +142,7 @@ class SamplerState:
         has_bias = bool(self._has_bias[slots].any())
         parts: dict[str, Words] = self._bans(slots, positions)
         if has_bias or (parts and (is_random or has_penalty)):  # one kernel takes both
-            nothing = {"banned_ids": np.zeros(0, np.int64), "banned_starts": np.zeros(slots.size + 1, np.int64)}
+            nothing: dict[str, Words] = {"banned_ids": np.zeros(0, np.int64), "banned_starts": np.zeros(slots.size + 1, np.int64)}
             parts = (parts or nothing) | self._biases(slots)
         if is_random or has_penalty:
             parts["temperature"] = floats[:, 0]
@@ -240,3 +244,22 @@ def _slot_sampling(
     return _SlotSampling(
         params, list(token_ids), num_prompt_tokens, known(banned), known(early), bad_sequences, stop_sequences, bias
     )
+
+
+def warm_up_sampling(
+    sample: Sample, vocab_size: int, eos_token_ids: tuple[int, ...], device: torch.device, dtype: torch.dtype
+) -> None:
+    """Draws once in every way that compiles kernels of its own, on zeros: filters, and what shapes logits before them."""
+    logits = torch.zeros((2, vocab_size), dtype=dtype, device=device)
+    filters = (SamplingParams(top_p=0.9), SamplingParams(top_k=2))
+    ways: list[tuple[SamplingParams, ...]] = [
+        (SamplingParams(temperature=0.0),),
+        (SamplingParams(temperature=0.0, bad_sequences=((0,),)),),
+    ]
+    for penalty, bias in itertools.product((1.0, 1.1), ((), ((0, 1.0),))):
+        ways.append(tuple(replace(params, repetition_penalty=penalty, logit_bias=bias) for params in filters))
+    for way in ways:
+        state = SamplerState(2, vocab_size, eos_token_ids, device)
+        for slot, params in enumerate(way):
+            state.join(slot, params, (0,), 1, 0, 0)
+        sample(logits[: len(way)], state.batch(np.arange(len(way)), np.ones(len(way), np.int64)))

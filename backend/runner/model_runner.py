@@ -21,7 +21,7 @@ import torch
 
 from turbotriton.backend.model.decoder import Decoder
 from turbotriton.backend.model.logprobs import raw_logprobs
-from turbotriton.backend.model.sampler import SamplerState
+from turbotriton.backend.model.sampler import SamplerState, warm_up_sampling
 from turbotriton.backend.model.token_masks import masked_logits
 from turbotriton.backend.model.transfer import to_host
 from turbotriton.backend.ops.table import REFERENCE, ops_for
@@ -76,6 +76,8 @@ class ModelRunner:
                 self._graphs = DecodeGraphs(self._decoder, self._slots, self._kv, engine.max_batch_size, device)
         self.num_blocks = self._kv.num_blocks
         if device.type == "cuda":
+            with torch.inference_mode():
+                warm_up_sampling(ops.sample, model.vocab_size, model.eos_token_ids, device, dtype)
             self._warm_up(engine.max_batch_size)
         if device.type == "cpu" and weights.num_elements < ONE_THREAD_ELEMENTS:
             torch.set_num_threads(1)  # of the whole process

@@ -13,7 +13,15 @@ import triton
 import triton.language as tl
 
 from .launch import wait_for_previous
-from .sample_weights import LARGEST_WEIGHT_BITS, PACKED_NUMBERS, draws_randomly, row_largest, searches, smallest_by_min_p, tile_weights
+from .sample_weights import (
+    LARGEST_WEIGHT_BITS,
+    PACKED_NUMBERS,
+    draws_randomly,
+    row_largest,
+    searches,
+    smallest_by_min_p,
+    tile_weights,
+)
 
 __all__ = ["NUM_BINS", "bins_kernel", "is_last_of_row", "refine_kernel", "search_kernel"]
 
@@ -280,10 +288,7 @@ def _smallest_kept(
                 above += tl.sum(is_above.to(tl.int32), axis=1).to(tl.int64)
             first_present = tl.minimum(first_present, tl.min(tl.where(bits >= low, bits, last), axis=0))
             last_present = tl.maximum(last_present, tl.max(tl.where(bits <= last, bits, low), axis=0))
-        if BY_MASS:
-            is_enough = (base + above).to(tl.float64) < bound
-        else:
-            is_enough = above < top_k
+        is_enough = (base + above).to(tl.float64) < bound if BY_MASS else above < top_k
         low = tl.maximum(tl.max(tl.where(is_enough, low, bounds + 1), axis=0), first_present)
         last = tl.minimum(tl.min(tl.where(is_enough, bounds, last), axis=0), last_present)
     return low

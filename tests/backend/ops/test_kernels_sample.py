@@ -12,7 +12,17 @@ from turbotriton.backend.ops.reference.sample import integer_weights
 from turbotriton.backend.ops.reference.sample import sample as reference
 
 # (top_k, top_p, min_p); 0: off
-FILTERS = ((0, 1, 0), (1, 1, 0), (40, 1, 0), (0, 0.9, 0), (3, 0.5, 0), (2000, 0.8, 0.01), (0, 1, 0.2), (0, 0.999, 0), (0, 0.05, 0))
+FILTERS = (
+    (0, 1, 0),
+    (1, 1, 0),
+    (40, 1, 0),
+    (0, 0.9, 0),
+    (3, 0.5, 0),
+    (2000, 0.8, 0.01),
+    (0, 1, 0.2),
+    (0, 0.999, 0),
+    (0, 0.05, 0),
+)
 
 
 def numbers(values, device, dtype=torch.float64):

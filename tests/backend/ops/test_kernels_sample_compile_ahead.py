@@ -1,4 +1,4 @@
-"""The kernels of a random draw, compiled for real devices without one: no spills, no fused products, no more shared memory than any gives."""
+"""The kernels of a random draw, compiled for real devices without one: no spills, no fused products, little shared memory."""
 
 import pytest
 import torch
