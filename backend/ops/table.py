@@ -15,12 +15,13 @@ from typing import Protocol
 import torch
 
 from .operands import AttentionBatch, KvPages, LinearWeight, NormWeight, QkvWeights, SamplingBatch
+from .reference import by_token
 from .reference.attention import attention
 from .reference.sample import sample
 from .reference.stage_decode import stage_decode
 from .reference.units import down_projection, embed, lm_head, norm_gate_up_silu, norm_qkv_rotary_store, output_projection
 
-__all__ = ["REFERENCE", "OpTable", "Sample", "ops_for", "reference_ops"]
+__all__ = ["DETERMINISTIC_REFERENCE", "REFERENCE", "OpTable", "Sample", "ops_for", "reference_ops"]
 
 logger = logging.getLogger(__name__)
 
@@ -195,16 +196,32 @@ REFERENCE = OpTable(
 )
 
 
+#: `deterministic = 1` without a GPU.
+DETERMINISTIC_REFERENCE = dataclasses.replace(
+    REFERENCE,
+    norm_qkv_rotary_store=by_token.norm_qkv_rotary_store,
+    attention=by_token.attention,
+    output_projection=by_token.output_projection,
+    norm_gate_up_silu=by_token.norm_gate_up_silu,
+    down_projection=by_token.down_projection,
+    lm_head=by_token.lm_head,
+)
+
+
 def reference_ops(column: OpTable) -> list[str]:
     """Names of the ops that `column` takes unchanged from REFERENCE."""
     return [f.name for f in dataclasses.fields(OpTable) if getattr(column, f.name) is getattr(REFERENCE, f.name)]
 
 
-def ops_for(device: torch.device) -> OpTable:
-    """The column for a device: TRITON on CUDA, REFERENCE elsewhere. Raises ImportError when a kernel does not import."""
-    if device.type != "cuda":
-        return REFERENCE
-    from .triton_column import TRITON, UNITS_WITH_REFERENCE_PARTS
+def ops_for(device: torch.device, *, deterministic: bool = False) -> OpTable:
+    """The column for a device: TRITON on CUDA, REFERENCE elsewhere, or those whose results do not depend on the batch.
 
-    logger.info("ops on the plain torch reference: %s", ", ".join(reference_ops(TRITON) + list(UNITS_WITH_REFERENCE_PARTS)))
-    return TRITON
+    Raises ImportError when a kernel does not import.
+    """
+    if device.type != "cuda":
+        return DETERMINISTIC_REFERENCE if deterministic else REFERENCE
+    from .triton_column import DETERMINISTIC, TRITON, UNITS_WITH_REFERENCE_PARTS
+
+    column = DETERMINISTIC if deterministic else TRITON
+    logger.info("ops on the plain torch reference: %s", ", ".join(reference_ops(column) + list(UNITS_WITH_REFERENCE_PARTS)))
+    return column

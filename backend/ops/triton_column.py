@@ -10,7 +10,7 @@ from typing import TypeGuard
 
 import torch
 
-from .kernels import narrow_linear, skinny_linear
+from .kernels import fixed_order_linear, narrow_linear, skinny_linear
 from .kernels.paged_decode_attention import paged_decode_attention
 from .kernels.paged_prefill_attention import paged_prefill_attention
 from .kernels.quantized_decode_attention import quantized_decode_attention
@@ -30,12 +30,13 @@ from .kernels.tuning import (
 )
 from .kernels.w4a16_linear import dequantize_w4a16, w4a16_gate_up, w4a16_linear
 from .kernels.w8a8_linear import w8a8_linear
-from .operands import DenseWeight, LinearWeight, NormWeight, W4A16Tiles, W8A8Weight
+from .operands import AttentionBatch, DenseWeight, KvPages, LinearWeight, NormWeight, W4A16Tiles, W4A16Weight, W8A8Weight
 from .reference import units
 from .reference.attention import attention
+from .reference.linear import dequantized, quantized_tokens
 from .table import REFERENCE
 
-__all__ = ["TRITON", "UNITS_WITH_REFERENCE_PARTS"]
+__all__ = ["DETERMINISTIC", "TRITON", "UNITS_WITH_REFERENCE_PARTS"]
 
 
 def _has_rows_stored(weight: LinearWeight, x: torch.Tensor, max_rows: int) -> TypeGuard[DenseWeight]:
@@ -96,6 +97,47 @@ def norm_gate_up_silu(
     return silu_and_mul(gate_up), residual
 
 
+def fixed_order_product(x: torch.Tensor, weight: LinearWeight) -> torch.Tensor:
+    """Every weight but int8, whose sums are exact in any order, through the one kernel; quantised ones widened first."""
+    if isinstance(weight, W8A8Weight):
+        return w8a8_linear(x, weight)
+    if isinstance(weight, DenseWeight):
+        return fixed_order_linear.linear(x, weight.weight, weight.bias)
+    if isinstance(weight, W4A16Tiles):
+        return fixed_order_linear.linear(x, dequantize_w4a16(weight), weight.bias)
+    if isinstance(weight, W4A16Weight):
+        return fixed_order_linear.linear(x, dequantized(weight, x.dtype), weight.bias)
+    quantized, scale = quantized_tokens(x, weight.weight.dtype)
+    y = fixed_order_linear.linear(quantized.float(), weight.weight.float()) * scale * weight.scale
+    return (y if weight.bias is None else y + weight.bias.float()).to(x.dtype)
+
+
+def fixed_order_norm_linear(
+    x: torch.Tensor, residual: torch.Tensor | None, norm: NormWeight, weight: LinearWeight
+) -> tuple[torch.Tensor, torch.Tensor]:
+    y, residual = rms_norm(x, norm.weight, norm.eps, residual)
+    return fixed_order_product(y, weight), residual
+
+
+def fixed_order_norm_gate_up_silu(
+    x: torch.Tensor, residual: torch.Tensor, norm: NormWeight, weight: LinearWeight
+) -> tuple[torch.Tensor, torch.Tensor]:
+    gate_up, residual = fixed_order_norm_linear(x, residual, norm, weight)
+    return silu_and_mul(gate_up), residual
+
+
+def fixed_order_attention(
+    q: torch.Tensor, k_cache: KvPages, v_cache: KvPages, batch: AttentionBatch, scale: float, sliding_window: int
+) -> torch.Tensor:
+    """Decodes as chunks of one query: a query then sees its keys in the same tiles and order, alone, in a batch and in any chunk."""
+    assert isinstance(k_cache, torch.Tensor), "refused when the engine starts"
+    assert isinstance(v_cache, torch.Tensor), "refused when the engine starts"
+    bounds = torch.arange(batch.num_decodes + 1, dtype=torch.int32, device=q.device)
+    if batch.prefills:
+        bounds = torch.cat((bounds[:-1], batch.cu_seqlens_q + batch.num_decodes))
+    return paged_prefill_attention(q, k_cache, v_cache, batch.block_tables, batch.context_lens, bounds, scale, sliding_window)
+
+
 TRITON = dataclasses.replace(
     REFERENCE,
     stage_decode=stage_decode,
@@ -117,6 +159,24 @@ TRITON = dataclasses.replace(
     down_projection=functools.partial(units.down_projection, linear=linear),
     lm_head=functools.partial(units.lm_head, norm_linear=norm_linear),
     sample=sample,
+)
+
+#: `deterministic = 1`: whatever adds up has one order that the batch does not change. Cosines are torch's in every kind of step.
+DETERMINISTIC = dataclasses.replace(
+    TRITON,
+    stage_decode=REFERENCE.stage_decode,
+    norm_qkv_rotary_store=functools.partial(
+        units.norm_qkv_rotary_store,
+        norm_linear=fixed_order_norm_linear,
+        rms_norm=rms_norm,
+        rotary_store_kv=rotary_store_kv,
+        rotary_store_quantized_kv=rotary_store_quantized_kv,
+    ),
+    attention=fixed_order_attention,
+    output_projection=functools.partial(units.output_projection, linear=fixed_order_product),
+    norm_gate_up_silu=fixed_order_norm_gate_up_silu,
+    down_projection=functools.partial(units.down_projection, linear=fixed_order_product),
+    lm_head=functools.partial(units.lm_head, norm_linear=fixed_order_norm_linear),
 )
 
 #: Parts of units above that run on plain torch where a kernel is missing, for the log and `check_env`. GEMMs are cuBLAS's by choice.

@@ -10,6 +10,7 @@ from turbotriton.contract.errors import ConfigError
 
 __all__ = [
     "DecodeAttentionConfig",
+    "FixedOrderLinearConfig",
     "GreedySampleConfig",
     "PrefillAttentionConfig",
     "RmsNormConfig",
@@ -19,6 +20,7 @@ __all__ = [
     "SkinnyLinearConfig",
     "ceil_div",
     "decode_attention_config",
+    "fixed_order_linear_config",
     "greedy_sample_config",
     "narrow_linear_config",
     "next_power_of_2",
@@ -149,6 +151,16 @@ class NarrowLinearConfig:
     num_stages: int
 
 
+@dataclass(frozen=True, slots=True)
+class FixedOrderLinearConfig:
+    block_m: int  # rows of x a program
+    block_n: int  # outputs a program
+    block_k: int  # inputs a step
+    chunk: int  # inputs whose sum is added to the others': a multiple of block_k
+    num_warps: int
+    num_stages: int
+
+
 #: Dense layers of a batch of decodes with at most so many rows have a kernel of their own. With a gate, it saves the launch of SiLU; with
 #: more inputs than outputs, or with very many outputs, it reads faster than cuBLAS (H200: docs/perf-log.md).
 MAX_NARROW_GATED_ROWS = 128
@@ -231,6 +243,13 @@ def narrow_linear_config(
     tiles = ceil_div(n, 64) * ceil_div(num_rows, block_m)
     num_splits = _clamp(next_power_of_2(2 * num_sms // tiles + 1) // 2, 1, 4)
     return NarrowLinearConfig(block_m, 64, 128, num_splits, 2, num_warps=4, num_stages=4)
+
+
+def fixed_order_linear_config(k: int, element_bytes: int) -> FixedOrderLinearConfig:
+    """Of the layer alone, never of the batch: 4 to 8 chunks, so that small layers fill a device. Not measured yet."""
+    if element_bytes == 4:
+        return FixedOrderLinearConfig(32, 32, 32, max(512, ceil_div(k, 8 * 32) * 32), num_warps=4, num_stages=2)
+    return FixedOrderLinearConfig(64, 128, 64, max(512, ceil_div(k, 8 * 64) * 64), num_warps=8, num_stages=4)
 
 
 def greedy_sample_config(vocab_size: int) -> GreedySampleConfig:
