@@ -1,8 +1,8 @@
 """Linear layers whose every sum has one order, whatever the number of rows: y = round(x W + b), for `deterministic = 1`.
 
 An output is ((0 + s_0) + s_1) + ..., s_i being the sum over the i-th of at most 8 chunks of K, which tl.dot makes in steps of BLOCK_K.
-Tiles have one size for one row and for thousands (rows past the end are computed and not stored), so each output meets the same instructions
-in the same order:
+Tiles have one size for one row and for thousands (rows past the end are computed and not stored), so each output meets the same
+instructions in the same order:
 
     W rows      +- chunk 0 -+- chunk 1 -+- ...         y^T tile [BLOCK_N, BLOCK_M] = W tile x^T tile
     BLOCK_N     | BLOCK_K   |           |              few tiles: a program a chunk, parts added up in order by the last (split_sum.py)
