@@ -84,7 +84,9 @@ def prompts():
     """Half of them continue another's first blocks."""
     draw = random.Random(4)
     alone = [[draw.randrange(3, VOCAB) for _ in range(draw.randint(1, 40))] for _ in range(6)]
-    return alone + [head[: draw.randint(8, 30)] + [draw.randrange(3, VOCAB) for _ in range(draw.randint(1, 12))] for head in alone]
+    return alone + [
+        head[: draw.randint(8, 30)] + [draw.randrange(3, VOCAB) for _ in range(draw.randint(1, 12))] for head in alone
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +100,14 @@ def expected(workspace, prompts):
         key = prompt, asked, None if params.is_greedy else seed
         if key not in known:
             output = generate(
-                runner, workspace[0].model_config(), [prompts[prompt]], asked, num_new=MOST_NEW, chunk=96, seeds=[seed], num_slots=1
+                runner,
+                workspace[0].model_config(),
+                [prompts[prompt]],
+                asked,
+                num_new=MOST_NEW,
+                chunk=96,
+                seeds=[seed],
+                num_slots=1,
             )
             known[key] = output.token_ids[0]
             if params == GREEDY:

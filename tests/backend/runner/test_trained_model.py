@@ -61,7 +61,13 @@ def demo(tmp_path_factory):
 
 
 def make_runner(config, folder, device, num_blocks=400, **options):
-    text = {"cache_block_seq_len": "16", "cache_max_entry_count": str(num_blocks), "session_len": "256", "device": device, **options}
+    text = {
+        "cache_block_seq_len": "16",
+        "cache_max_entry_count": str(num_blocks),
+        "session_len": "256",
+        "device": device,
+        **options,
+    }
     return ModelRunner(config.model_config(), config.engine_config(text.get), folder)
 
 
