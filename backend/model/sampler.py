@@ -7,7 +7,8 @@ batching, preemption and the device change nothing.
 `position` is the index in its sequence of the token being drawn.
 """
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -15,13 +16,15 @@ import numpy.typing as npt
 import torch
 
 from turbotriton.backend.ops.operands import SamplingBatch
+from turbotriton.backend.ops.table import Sample
 from turbotriton.contract.wire import SamplingParams
 
 from .transfer import to_device
 
-__all__ = ["SamplerState", "uniform_numbers"]
+__all__ = ["SamplerState", "uniform_numbers", "warm_up_sampling"]
 
 U64 = npt.NDArray[np.uint64]
+Words = npt.NDArray[np.int64] | npt.NDArray[np.float64]
 
 
 def uniform_numbers(seeds: U64, positions: U64, sample_indices: U64) -> npt.NDArray[np.float64]:
@@ -49,6 +52,7 @@ class _SlotSampling:
     banned_early: tuple[int, ...]  # not before min_new_tokens
     bad_sequences: tuple[tuple[int, ...], ...]  # two ids or more
     bad_sequences_early: tuple[tuple[int, ...], ...]
+    bias: dict[int, float]  # by token id, several of one id added up
 
     def banned_at(self, position: int) -> Sequence[int]:
         """Ids that the token at `position` may not be."""
@@ -77,7 +81,6 @@ class SamplerState:
     _top_k: npt.NDArray[np.int64] = field(init=False)
     _has_penalty: npt.NDArray[np.bool_] = field(init=False)
     _is_random: npt.NDArray[np.bool_] = field(init=False)
-    _has_filter: npt.NDArray[np.bool_] = field(init=False)
     _has_bans: npt.NDArray[np.bool_] = field(init=False)
     _has_bias: npt.NDArray[np.bool_] = field(init=False)
     _output_counts: torch.Tensor | None = None  # [max_batch_size, vocab_size], int32
@@ -89,15 +92,17 @@ class SamplerState:
         self._seeds, self._sample_indices = np.zeros(size, np.uint64), np.zeros(size, np.uint64)
         self._top_k = np.zeros(size, np.int64)
         self._has_penalty, self._is_random = np.zeros(size, np.bool_), np.zeros(size, np.bool_)
-        self._has_filter, self._has_bans = np.zeros(size, np.bool_), np.zeros(size, np.bool_)
-        self._has_bias = np.zeros(size, np.bool_)
+        self._has_bans, self._has_bias = np.zeros(size, np.bool_), np.zeros(size, np.bool_)
 
     def join(
         self, slot: int, params: SamplingParams, token_ids: Sequence[int], num_prompt_tokens: int, seed: int, sample_index: int
     ) -> None:
         self.slots[slot] = state = _slot_sampling(params, token_ids, num_prompt_tokens, self.eos_token_ids, self.vocab_size)
+        has_penalty = params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
         self._floats[slot] = (
-            params.temperature or 1.0,
+            (params.temperature or 1.0)
+            if has_penalty or not params.is_greedy
+            else 1.0,  # which logit is largest it does not change
             params.top_p,
             params.min_p,
             params.repetition_penalty,
@@ -107,11 +112,10 @@ class SamplerState:
         self._seeds[slot], self._sample_indices[slot] = seed, sample_index
         self._top_k[slot] = min(params.top_k or self.vocab_size, self.vocab_size)
         self._is_random[slot] = not params.is_greedy
-        self._has_filter[slot] = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
         self._has_bans[slot] = bool(state.banned or state.banned_early or state.bad_sequences or state.bad_sequences_early)
-        self._has_bias[slot] = bool(params.logit_bias)
-        self._has_penalty[slot] = params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
-        if self._has_penalty[slot]:
+        self._has_bias[slot] = bool(state.bias)
+        self._has_penalty[slot] = has_penalty
+        if has_penalty:
             self._count_known_tokens(slot, state)
 
     def _count_known_tokens(self, slot: int, state: _SlotSampling) -> None:
@@ -119,80 +123,79 @@ class SamplerState:
             shape = (self.max_batch_size, self.vocab_size)
             self._output_counts = torch.zeros(shape, dtype=torch.int32, device=self.device)
             self._seen = torch.zeros(shape, dtype=torch.bool, device=self.device)
-        tokens = torch.tensor(state.tokens, dtype=torch.int64)
-        counts = torch.bincount(tokens[state.num_prompt_tokens :], minlength=self.vocab_size)
-        self._output_counts[slot] = counts.to(self.device, torch.int32)
-        self._seen[slot] = (torch.bincount(tokens, minlength=self.vocab_size) > 0).to(self.device)
+        tokens = np.array(state.tokens, np.int64)
+        counts = np.bincount(tokens[state.num_prompt_tokens :], minlength=self.vocab_size)
+        self._output_counts[slot] = to_device(counts.astype(np.int32), self.device)
+        self._seen[slot] = to_device(np.bincount(tokens, minlength=self.vocab_size) > 0, self.device)
 
     def leave(self, slot: int) -> None:
         del self.slots[slot]
 
     def batch(self, slots: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> SamplingBatch:
-        """slots, positions: [num_rows]; positions[r] is the index of the token that row r draws now."""
+        """slots, positions: [num_rows]; positions[r] is the index of the token that row r draws now.
 
-        def column(values: npt.NDArray[np.generic]) -> torch.Tensor:
-            return to_device(values, self.device)[:, None]
-
-        floats = self._floats[slots]
-        bans = self._bans(slots, positions)
-        temperature = column(floats[:, 0]) if (floats[:, 0] != 1).any() else None
-        shaped = SamplingBatch(temperature, *bans, *self._biases(slots))
-        if self._has_penalty[slots].any() and self._output_counts is not None and self._seen is not None:
-            rows = to_device(slots, self.device)
+        All of its numbers travel in one copy, as words of 64 bits.
+        """
+        floats = self._floats[slots].astype(np.float64)
+        is_random = bool(self._is_random[slots].any())
+        has_penalty = bool(self._has_penalty[slots].any()) and self._output_counts is not None
+        has_bias = bool(self._has_bias[slots].any())
+        parts: dict[str, Words] = self._bans(slots, positions)
+        if has_bias or (parts and (is_random or has_penalty)):  # one kernel takes both
+            nothing: dict[str, Words] = {"banned_ids": np.zeros(0, np.int64), "banned_starts": np.zeros(slots.size + 1, np.int64)}
+            parts = (parts or nothing) | self._biases(slots)
+        if is_random or has_penalty:
+            parts["temperature"] = floats[:, 0]
+        if has_penalty:
             # A slot without penalties may hold a former request's counts: its factors 1, 0, 0 make them count for nothing.
-            shaped = replace(
-                shaped,
-                repetition_penalty=column(floats[:, 3]),
-                presence_penalty=column(floats[:, 4]),
-                frequency_penalty=column(floats[:, 5]),
-                output_counts=self._output_counts[rows],
-                seen=self._seen[rows],
-            )
-        random_rows = np.flatnonzero(self._is_random[slots])
-        drawn = slots[random_rows]
-        if drawn.size == 0:
-            return shaped
-        uniform = uniform_numbers(self._seeds[drawn], positions[random_rows].astype(np.uint64), self._sample_indices[drawn])
-        return replace(
-            shaped,
-            random_rows=to_device(random_rows, self.device),
-            top_k=column(self._top_k[drawn]),
-            top_p=column(floats[random_rows, 1]),
-            min_p=column(floats[random_rows, 2]),
-            uniform=column(uniform),
-            max_top_k=int(self._top_k[drawn].max()),
-            filters=bool(self._has_filter[drawn].any()),
+            parts |= {
+                "slots": slots,
+                "repetition_penalty": floats[:, 3],
+                "presence_penalty": floats[:, 4],
+                "frequency_penalty": floats[:, 5],
+            }
+        top_k = np.where(self._is_random[slots], self._top_k[slots], 1)
+        if is_random:
+            parts |= {
+                "top_k": top_k,
+                "top_p": floats[:, 1],
+                "min_p": floats[:, 2],
+                "uniform": uniform_numbers(self._seeds[slots], positions.astype(np.uint64), self._sample_indices[slots]),
+            }
+        return SamplingBatch(
+            **self._on_device(parts),
+            output_counts=self._output_counts if has_penalty else None,
+            seen=self._seen if has_penalty else None,
+            max_top_k=int(top_k.max()),
+            has_top_k=bool(((top_k > 1) & (top_k < self.vocab_size)).any()),
+            has_top_p=bool(((top_k == self.vocab_size) & (floats[:, 1] < 1)).any()),
         )
 
-    def _bans(
-        self, slots: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """Rows, ids, and where each row's ids begin."""
-        pairs = [
-            (row, token)
-            for row in np.flatnonzero(self._has_bans[slots]).tolist()
-            for token in self.slots[int(slots[row])].banned_at(int(positions[row]))
-        ]
-        if not pairs:
-            return None, None, None
-        rows, ids = np.array(pairs, np.int64).T
-        starts = np.searchsorted(rows, np.arange(slots.size + 1))
-        packed = to_device(np.concatenate((rows, ids, starts)), self.device)
-        return packed[: rows.size], packed[rows.size : 2 * rows.size], packed[2 * rows.size :]
+    def _on_device(self, parts: Mapping[str, Words]) -> dict[str, torch.Tensor]:
+        if not parts:
+            return {}
+        words = [np.ascontiguousarray(part).view(np.int64) for part in parts.values()]
+        split = torch.split(to_device(np.concatenate(words), self.device), [part.size for part in words])
+        is_float = [part.dtype == np.float64 for part in parts.values()]
+        return {name: word.view(torch.float64) if f else word for name, word, f in zip(parts, split, is_float, strict=True)}
 
-    def _biases(self, slots: npt.NDArray[np.int64]) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """Rows, ids and values of every logit bias in the batch."""
-        entries = [
-            (row, token_id, value)
-            for row in np.flatnonzero(self._has_bias[slots]).tolist()
-            for token_id, value in self.slots[int(slots[row])].params.logit_bias
-            if 0 <= token_id < self.vocab_size
+    def _bans(self, slots: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> dict[str, Words]:
+        if not self._has_bans[slots].any():
+            return {}
+        ids = [
+            self.slots[slot].banned_at(position) if self._has_bans[slot] else ()
+            for slot, position in zip(slots.tolist(), positions.tolist(), strict=True)
         ]
-        if not entries:
-            return None, None, None
-        rows, ids, values = zip(*entries, strict=True)
-        index = to_device(np.array([rows, ids], np.int64), self.device)
-        return index[0], index[1], to_device(np.array(values, np.float32), self.device)
+        starts = np.cumsum([0, *map(len, ids)])
+        return {"banned_ids": np.array([i for row in ids for i in row], np.int64), "banned_starts": starts} if starts[-1] else {}
+
+    def _biases(self, slots: npt.NDArray[np.int64]) -> dict[str, Words]:
+        entries = [self.slots[slot].bias for slot in slots.tolist()]
+        return {
+            "bias_ids": np.array([i for row in entries for i in row], np.int64),
+            "bias": np.array([value for row in entries for value in row.values()], np.float64),
+            "bias_starts": np.cumsum([0, *map(len, entries)]),
+        }
 
     def append(self, slots: npt.NDArray[np.int64], drawn: torch.Tensor) -> Callable[[Sequence[int]], None]:
         """Counts the drawn token of each row on the device. drawn: [num_rows], int64, for slots[r].
@@ -234,4 +237,29 @@ def _slot_sampling(
     stop_ids, stop_sequences = split(params.stop_sequences) if params.min_new_tokens else ((), ())
     early = (*eos_token_ids, *params.stop_token_ids, *stop_ids) if params.min_new_tokens else ()
     banned = (*bad_ids, *eos_token_ids) if params.ignore_eos else bad_ids
-    return _SlotSampling(params, list(token_ids), num_prompt_tokens, known(banned), known(early), bad_sequences, stop_sequences)
+    bias: dict[int, float] = {}
+    for token_id, value in params.logit_bias:
+        if 0 <= token_id < vocab_size:
+            bias[token_id] = bias.get(token_id, 0.0) + value
+    return _SlotSampling(
+        params, list(token_ids), num_prompt_tokens, known(banned), known(early), bad_sequences, stop_sequences, bias
+    )
+
+
+def warm_up_sampling(
+    sample: Sample, vocab_size: int, eos_token_ids: tuple[int, ...], device: torch.device, dtype: torch.dtype
+) -> None:
+    """Draws once in every way that compiles kernels of its own, on zeros: filters, and what shapes logits before them."""
+    logits = torch.zeros((2, vocab_size), dtype=dtype, device=device)
+    filters = (SamplingParams(top_p=0.9), SamplingParams(top_k=2))
+    ways: list[tuple[SamplingParams, ...]] = [
+        (SamplingParams(temperature=0.0),),
+        (SamplingParams(temperature=0.0, bad_sequences=((0,),)),),
+    ]
+    for penalty, bias in itertools.product((1.0, 1.1), ((), ((0, 1.0),))):
+        ways.append(tuple(replace(params, repetition_penalty=penalty, logit_bias=bias) for params in filters))
+    for way in ways:
+        state = SamplerState(2, vocab_size, eos_token_ids, device)
+        for slot, params in enumerate(way):
+            state.join(slot, params, (0,), 1, 0, 0)
+        sample(logits[: len(way)], state.batch(np.arange(len(way)), np.ones(len(way), np.int64)))

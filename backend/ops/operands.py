@@ -254,42 +254,42 @@ class AttentionBatch:
 
 @dataclass(frozen=True, slots=True)
 class SamplingBatch:
-    """Sampling parameters of the rows whose logits are drawn from; all tensors have one entry a row unless said.
+    """Sampling parameters of the rows whose logits are drawn from: [num_rows], fp64, contiguous, unless said. A group that no row
+    needs is None as a whole.
 
-    banned_rows, banned_ids: [num_banned], int64: token ids that row may not produce now, rows ascending; None when there are none
-    banned_starts: [num_rows + 1], int64: where the ids of each row begin in banned_ids; None together with them
-    bias_rows, bias_ids: [num_biased], int64, bias: [num_biased], fp32: added to these logits first; None when there are none
-    temperature: [num_rows, 1], fp32; 1 where the request says 0 (greedy)
-    repetition_penalty, presence_penalty, frequency_penalty: [num_rows, 1], fp32
-    output_counts: [num_rows, vocab_size], int32: times the row has produced each token; None when no row has a penalty
-    seen: [num_rows, vocab_size], bool: tokens in prompt or output; None together with output_counts
-    random_rows: [num_random], int64: rows that are drawn, the others are greedy; None when all are greedy
-    top_k: [num_random, 1], int64, in [1, vocab_size] (off: vocab_size);  top_p, min_p: [num_random, 1], fp32
-    uniform: [num_random, 1], fp64 in [0, 1): from (seed, position, sample index), see model/sampler.py
-    max_top_k: largest top_k; `filters`: some random row has top_k, top_p or min_p on
+    banned_ids: [num_banned], int64: ids that may not be drawn now, row i's at [banned_starts[i], banned_starts[i + 1])
+    bias_ids, bias: [num_biased], int64 and fp64, in the same way by bias_starts: added to these logits first; a row's ids differ
+    banned_starts, bias_starts: [num_rows + 1], int64; a row may have none
+    temperature: 1 where the request says 0 (greedy)
+    repetition_penalty, presence_penalty, frequency_penalty: 1, 0, 0 where the row has none
+    slots: int64, each row's line in output_counts and seen
+    output_counts: [num_slots, vocab_size], int32: times each token was produced      seen: the same shape, bool: in prompt or output
+    top_k: int64, in [1, vocab_size] (off: vocab_size); 1 makes a row greedy      top_p: in (0, 1]      min_p: in [0, 1]
+    uniform: in [0, 1): from (seed, position, sample index), see model/sampler.py
+    max_top_k: largest top_k, 1 when all rows are greedy
     """
 
-    temperature: torch.Tensor | None = None  # None: all 1
-    banned_rows: torch.Tensor | None = None
     banned_ids: torch.Tensor | None = None
     banned_starts: torch.Tensor | None = None
-    bias_rows: torch.Tensor | None = None
     bias_ids: torch.Tensor | None = None
     bias: torch.Tensor | None = None
+    bias_starts: torch.Tensor | None = None
+    temperature: torch.Tensor | None = None
     repetition_penalty: torch.Tensor | None = None
     presence_penalty: torch.Tensor | None = None
     frequency_penalty: torch.Tensor | None = None
+    slots: torch.Tensor | None = None
     output_counts: torch.Tensor | None = None
     seen: torch.Tensor | None = None
-    random_rows: torch.Tensor | None = None
     top_k: torch.Tensor | None = None
     top_p: torch.Tensor | None = None
     min_p: torch.Tensor | None = None
     uniform: torch.Tensor | None = None
-    max_top_k: int = 0
-    filters: bool = False
+    max_top_k: int = 1
+    has_top_k: bool = False  # some row has 1 < top_k < vocab_size
+    has_top_p: bool = False  # some row without top_k has top_p < 1
 
     @property
     def is_plain_greedy(self) -> bool:
         """Every row takes its first largest logit that is not banned; temperatures do not change which that is."""
-        return self.random_rows is None and self.output_counts is None and self.bias_ids is None
+        return self.top_k is None and self.output_counts is None and self.bias_ids is None

@@ -15,12 +15,13 @@ from typing import Protocol
 import torch
 
 from .operands import AttentionBatch, KvPages, LinearWeight, NormWeight, QkvWeights, QuantizedRows, SamplingBatch
+from .reference import by_token
 from .reference.attention import attention
 from .reference.sample import sample
 from .reference.stage_decode import stage_decode
 from .reference.units import down_projection, embed, lm_head, norm_gate_up_silu, norm_qkv_rotary_store, output_projection
 
-__all__ = ["REFERENCE", "OpTable", "ops_for", "reference_ops"]
+__all__ = ["DETERMINISTIC_REFERENCE", "REFERENCE", "OpTable", "Sample", "ops_for", "reference_ops"]
 
 logger = logging.getLogger(__name__)
 
@@ -151,13 +152,19 @@ class LmHead(Protocol):
 class Sample(Protocol):
     """The next token of each row. logits: [num_rows, vocab_size], not modified. Returns [num_rows], int64.
 
-    In fp32 and in this order: banned ids to -inf;  l = l / temperature;  where seen, l = l p if l < 0 else l / p (p = repetition_penalty,
-    arXiv:1909.05858);  l -= presence_penalty [count > 0] + frequency_penalty count (counts of the output);  top-k: the k largest;
-    top-p: of those, renormalised and descending, each whose predecessors sum to less than top_p (arXiv:1904.09751);  min-p:
-    probability at least min_p times the largest. A logit equal to the smallest kept is kept.
+    In fp32, an operation at a time, and in this order: NaN to -inf;  l += bias;  banned ids to -inf;  l = l / temperature;  where seen,
+    l = l p if l < 0 else l / p (p = repetition_penalty, arXiv:1909.05858);  l -= presence_penalty [count > 0];
+    l -= frequency_penalty count (counts of the output).
 
-    Greedy rows: the first largest logit. Random rows: with P = softmax over what is kept and C its sums over ascending token ids
-    (fp64), the first id with C[id] > uniform C[last]: the draw depends on the row's logits and its uniform number alone.
+    Greedy rows (top_k 1) and rows without a finite logit: the first largest logit. The others in whole numbers, so that neither the
+    order of a sum nor the device matters:
+
+        w = floor(2^44 e^(l - largest l)),   `integer_weights` in reference/sample.py
+        top-k: the k largest;   top-p: of those, descending, each whose predecessors sum to less than top_p times the sum of all k
+        (arXiv:1904.09751);   min-p: w >= 2^44 min_p;   then every w that is at least the smallest kept
+        C = running sums of the kept w over ascending ids: the first id with C[id] > floor(uniform C[last])
+
+    Products with top_p and uniform in fp64. The draw depends on the row's logits, parameters and uniform number alone.
     """
 
     def __call__(self, logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor: ...
@@ -191,16 +198,33 @@ REFERENCE = OpTable(
 )
 
 
+#: `deterministic = 1` without a GPU.
+DETERMINISTIC_REFERENCE = dataclasses.replace(
+    REFERENCE,
+    norm_qkv_rotary_store=by_token.norm_qkv_rotary_store,
+    attention=by_token.attention,
+    output_projection=by_token.output_projection,
+    norm_gate_up_silu=by_token.norm_gate_up_silu,
+    down_projection=by_token.down_projection,
+    lm_head=by_token.lm_head,
+)
+
+
 def reference_ops(column: OpTable) -> list[str]:
     """Names of the ops that `column` takes unchanged from REFERENCE."""
     return [f.name for f in dataclasses.fields(OpTable) if getattr(column, f.name) is getattr(REFERENCE, f.name)]
 
 
-def ops_for(device: torch.device) -> OpTable:
-    """The column for a device: TRITON on CUDA, REFERENCE elsewhere. Raises ImportError when a kernel does not import."""
+def ops_for(device: torch.device, *, deterministic: bool = False) -> OpTable:
+    """The column for a device: TRITON on CUDA, REFERENCE elsewhere, or those whose results do not depend on the batch.
+
+    Raises ImportError when a kernel does not import.
+    """
     if device.type != "cuda":
-        return REFERENCE
+        return DETERMINISTIC_REFERENCE if deterministic else REFERENCE
+    from .deterministic_column import DETERMINISTIC
     from .triton_column import TRITON
 
-    logger.info("ops on the plain torch reference: %s", ", ".join(reference_ops(TRITON)))
-    return TRITON
+    column = DETERMINISTIC if deterministic else TRITON
+    logger.info("ops on the plain torch reference: %s", ", ".join(reference_ops(column)))
+    return column

@@ -11,7 +11,6 @@ from typing import TypeGuard
 import torch
 
 from .kernels import narrow_linear, skinny_linear, skinny_qkv
-from .kernels.greedy_sample import greedy_sample
 from .kernels.launch import shared_memory_bytes
 from .kernels.paged_decode_attention import paged_decode_attention
 from .kernels.paged_prefill_attention import paged_prefill_attention
@@ -21,6 +20,7 @@ from .kernels.quantized_prefill_attention import quantized_prefill_attention
 from .kernels.rms_norm import rms_norm
 from .kernels.rotary_store_kv import rotary_store_kv
 from .kernels.rotary_store_quantized_kv import rotary_store_quantized_kv
+from .kernels.sample import sample
 from .kernels.silu_and_mul import silu_and_mul
 from .kernels.stage_decode import stage_decode
 from .kernels.tuning import (
@@ -43,13 +43,11 @@ from .operands import (
     NormWeight,
     QkvWeights,
     QuantizedRows,
-    SamplingBatch,
     W4A16Tiles,
     W8A8Weight,
 )
 from .reference import units
 from .reference.attention import attention
-from .reference.sample import sample as reference_sample
 from .table import REFERENCE
 
 __all__ = ["TRITON"]
@@ -167,12 +165,6 @@ def norm_gate_up_silu(
     if isinstance(weight, W8A8Weight | Fp8Weight):  # all of a model's layers are stored alike: down_projection is 8 bit too
         return silu_and_mul_rows(gate_up, weight.weight.dtype), residual
     return silu_and_mul(gate_up), residual
-
-
-def sample(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
-    if batch.is_plain_greedy:
-        return greedy_sample(logits, batch.banned_starts, batch.banned_ids)
-    return reference_sample(logits, batch)
 
 
 TRITON = dataclasses.replace(

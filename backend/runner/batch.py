@@ -54,7 +54,7 @@ class SlotState:
         self._inverse = torch.zeros((size, model.rope.dim // 2), dtype=torch.float32, device=device)
         self._num_blocks = [0] * size  # host: entries in use of each block table
         self._inverse_for = functools.lru_cache(maxsize=256)(
-            lambda theta: inverse_frequencies(model.rope, theta).to(device)  # a theta is rare: most models have one
+            lambda theta: to_device(inverse_frequencies(model.rope, theta).numpy(), device)  # most models have one theta
         )
         self._rope_factor = attention_factor(model.rope)
 

@@ -21,10 +21,10 @@ import torch
 
 from turbotriton.backend.model.decoder import Decoder
 from turbotriton.backend.model.logprobs import raw_logprobs
-from turbotriton.backend.model.sampler import SamplerState
+from turbotriton.backend.model.sampler import SamplerState, warm_up_sampling
 from turbotriton.backend.model.token_masks import masked_logits
 from turbotriton.backend.model.transfer import to_host
-from turbotriton.backend.ops.table import REFERENCE, ops_for
+from turbotriton.backend.ops.table import DETERMINISTIC_REFERENCE, REFERENCE, ops_for
 from turbotriton.backend.scheduling.plan import JoinedRequest, ScheduledRow, StepPlan, StepResult
 from turbotriton.contract.errors import ConfigError
 from turbotriton.contract.ini import EngineConfig, ModelConfig
@@ -62,11 +62,16 @@ class ModelRunner:
         self.compute_dtype = resolve_compute_dtype(engine.compute_dtype, model.float_type, device)
         self.block_size = engine.cache_block_seq_len
         dtype = DTYPES[self.compute_dtype]
+        if engine.deterministic and device.type == "cuda" and engine.quant_policy:
+            raise ConfigError(
+                f"deterministic is 1 and quant_policy {engine.quant_policy}: kernels over quantised keys depend on the batch; "
+                "set one of them to 0"
+            )
         if device.type == "cuda" and dtype is torch.float32:
             torch.set_float32_matmul_precision("highest")  # fp32 means fp32: no TF32
         with torch.inference_mode():
-            ops = REFERENCE if reference_ops else ops_for(device)
-            weights = load_weights(model, weights_dir, device, dtype, for_kernels=ops is not REFERENCE)
+            ops = REFERENCE if reference_ops else ops_for(device, deterministic=engine.deterministic)
+            weights = load_weights(model, weights_dir, device, dtype, for_kernels=ops not in (REFERENCE, DETERMINISTIC_REFERENCE))
             self._decoder = Decoder(model, weights, ops)
             self._slots = SlotState(model, engine, device)
             self._sampler = SamplerState(engine.max_batch_size, model.vocab_size, model.eos_token_ids, device)
@@ -79,6 +84,8 @@ class ModelRunner:
                 self._graphs = DecodeGraphs(self._decoder, self._slots, self._kv, engine.max_batch_size, device)
         self.num_blocks = self._kv.num_blocks
         if device.type == "cuda":
+            with torch.inference_mode():
+                warm_up_sampling(ops.sample, model.vocab_size, model.eos_token_ids, device, dtype)
             self._warm_up(engine.max_batch_size)
         if device.type == "cpu" and weights.num_elements < ONE_THREAD_ELEMENTS:
             torch.set_num_threads(1)  # of the whole process

@@ -3,7 +3,7 @@
 Method: the calls are captured in a CUDA graph, one after the other over copies of the inputs that together exceed the L2 cache
 (256 MiB, at most 64 copies), and the graph is replayed; a sample is one replay divided by its calls. GB/s counts the bytes that
 the formula must read and write, nothing that an implementation adds. Prefill attention is bound by arithmetic: its TFLOP/s count two
-products over the keys that each query sees, and stand against a GEMM of 8192^3.
+products over the keys that each query sees, and stand against a GEMM of 8192^3. Sampling's torch is the reference op.
 """
 
 import argparse
@@ -25,10 +25,13 @@ from turbotriton.backend.ops.kernels.paged_decode_attention import paged_decode_
 from turbotriton.backend.ops.kernels.paged_prefill_attention import paged_prefill_attention
 from turbotriton.backend.ops.kernels.rms_norm import rms_norm
 from turbotriton.backend.ops.kernels.rotary_store_kv import rotary_store_kv
+from turbotriton.backend.ops.kernels.sample import sample
 from turbotriton.backend.ops.kernels.silu_and_mul import silu_and_mul
+from turbotriton.backend.ops.operands import SamplingBatch
+from turbotriton.backend.ops.reference.sample import sample as reference_sample
 
 DTYPE = torch.bfloat16
-NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, HIDDEN, INTER = 32, 8, 128, 64, 4096, 14336  # Llama 3 8B
+NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, HIDDEN, INTER, VOCAB = 32, 8, 128, 64, 4096, 14336, 128_256  # Llama 3 8B
 EXCEED_L2_BYTES = 256 << 20
 NUM_SAMPLES = 20
 
@@ -190,6 +193,47 @@ def prefill_case(shape: str, *rows: tuple[int, int]) -> Case:
     return Case("paged_prefill_attention", shape, num_bytes, make, num_flops=4 * HEAD_DIM * NUM_HEADS * pairs)
 
 
+#: name: (top_k, top_p, has penalties, standard deviation of the logits); 0.1 is what a model of random weights gives
+SAMPLE_KINDS = {
+    "temperature": (VOCAB, 1.0, False, 3.0),
+    "top_k 40": (40, 1.0, False, 3.0),
+    "top_p 0.9": (VOCAB, 0.9, False, 3.0),
+    "top_p 0.9 flat": (VOCAB, 0.9, False, 0.1),
+    "both": (40, 0.9, False, 3.0),
+    "both, penalties": (40, 0.9, True, 3.0),
+}
+
+
+def sample_case(num_rows: int, kind: str) -> Case:
+    top_k, top_p, has_penalties, deviation = SAMPLE_KINDS[kind]
+
+    def make():
+        logits = randn(num_rows, VOCAB) * deviation
+
+        def column(value, dtype=torch.float64):
+            return torch.full((num_rows,), value, dtype=dtype, device="cuda")
+
+        penalties = {}
+        if has_penalties:
+            counts = torch.randint(0, 2, (num_rows, VOCAB), dtype=torch.int32, device="cuda")
+            penalties = {f"{name}_penalty": column(1.1) for name in ("repetition", "presence", "frequency")}
+            penalties |= {"slots": torch.arange(num_rows, device="cuda"), "output_counts": counts, "seen": counts > 0}
+        batch = SamplingBatch(
+            temperature=column(0.8),
+            top_k=column(top_k, torch.int64),
+            top_p=column(top_p),
+            min_p=column(0.0),
+            uniform=torch.rand(num_rows, dtype=torch.float64, device="cuda"),
+            max_top_k=top_k,
+            has_top_k=top_k < VOCAB,
+            has_top_p=top_k == VOCAB and top_p < 1,
+            **penalties,
+        )
+        return lambda: sample(logits, batch), lambda: reference_sample(logits, batch)
+
+    return Case("sample", f"{num_rows} {kind}", num_rows * VOCAB * (DTYPE.itemsize + 5 * has_penalties), make)
+
+
 PREFILL_CASES = [
     prefill_case("1 x 512", (512, 512)),
     prefill_case("2 x 4096", (4096, 4096), (4096, 4096)),
@@ -203,6 +247,7 @@ CASES = [
     *(silu_case(num_tokens) for num_tokens in (1, 64, 8192)),
     *(attention_case(*shape) for shape in ((1, 1024), (1, 32768), (8, 4096), (64, 1024), (64, 8192), (256, 2048))),
     *PREFILL_CASES,
+    *(sample_case(num_rows, kind) for num_rows in (1, 64, 256) for kind in SAMPLE_KINDS),
 ]
 
 
@@ -290,12 +335,13 @@ def commit() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sweep", action="store_true", help="also time attention tiles and splits against each other; minutes")
+    parser.add_argument("--only", default="", help="ops whose names begin so, such as sample")
     arguments = parser.parse_args()
     copy_rate, gemm_rate = copy_gb_per_s(), gemm_tflop_per_s()
     print(f"{torch.cuda.get_device_name()}, copy {copy_rate:.0f} GB/s, GEMM {gemm_rate:.0f} TFLOP/s, {DTYPE}")
     print(f"{'op':24}{'shape':>22}{'p50 us':>10}{'GB/s':>8}{'TFLOP/s':>8}{'of limit':>9}{'torch us':>10}{'speed-up':>10}")
     rows = []
-    for case in CASES:
+    for case in [case for case in CASES if case.op.startswith(arguments.only)]:
         row = measure(case, copy_rate, gemm_rate)
         rows.append(row)
         print(

@@ -342,12 +342,12 @@ SERVED: dict[str, tuple[str, Callable[[TritonServer], None]]] = {
     "max_batch_size": ("1", _info("max_batch_size", 1)),
     "max_queued_requests": ("3", _queue_is_bounded_and_ordered),
 }
-#: Options whose effect the scheduler's tests show, or that this version refuses.
+#: Options whose effect other tests show.
 ELSEWHERE = {
     "num_tokens_per_iter": "tests/backend/scheduling/test_scheduler.py",
     "max_queued_tokens": "tests/backend/scheduling/test_scheduler.py",
     "quant_policy": "tests/e2e/test_quantized.py",
-    "deterministic": "refused unless 0",
+    "deterministic": "tests/backend/runner/test_deterministic.py",
     "cuda_graphs": "tests/backend/runner/test_decode_graphs.py, on a GPU; without one there are none",
 }
 
@@ -360,7 +360,7 @@ def test_every_engine_option_is_honoured(demo_workspace: Path) -> None:
             check(server)
 
 
-@pytest.mark.parametrize(("name", "value"), [("quant_policy", 5), ("deterministic", True)])
-def test_values_that_no_version_or_a_later_one_knows_are_refused(name: str, value: Any) -> None:
+@pytest.mark.parametrize(("name", "value"), [("quant_policy", 5), ("max_batch_size", 0)])
+def test_values_that_no_version_knows_are_refused(name: str, value: Any) -> None:
     with pytest.raises(Exception, match=name):
         EngineConfig(session_len=128, **{name: value})

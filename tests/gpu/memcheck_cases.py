@@ -1,19 +1,36 @@
-"""Launches every kernel on odd shapes, for compute-sanitizer to watch. `--plant` adds a store outside its buffer to be found.
+"""Launches every kernel on small odd shapes, for compute-sanitizer to watch. `--plant` adds a store outside its buffer to be found.
 
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 makes each tensor an allocation of its own, so that one element too far is an error.
+`tests/backend/ops/test_memcheck_cases.py` holds that no kernel is missing here.
 """
 
 import sys
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 
-from turbotriton.backend.ops.kernels.paged_decode_attention import paged_decode_attention
-from turbotriton.backend.ops.kernels.paged_prefill_attention import paged_prefill_attention
-from turbotriton.backend.ops.kernels.rms_norm import rms_norm
-from turbotriton.backend.ops.kernels.rotary_store_kv import rotary_store_kv
-from turbotriton.backend.ops.kernels.silu_and_mul import silu_and_mul
+from turbotriton.backend.ops.kernels import (
+    fixed_order_linear,
+    greedy_sample,
+    narrow_linear,
+    paged_decode_attention,
+    paged_prefill_attention,
+    quantized_decode_attention,
+    rms_norm,
+    rotary_store_kv,
+    rotary_store_quantized_kv,
+    sample,
+    silu_and_mul,
+    skinny_linear,
+    stage_decode,
+    w4a16_linear,
+    w8a8_linear,
+)
+from turbotriton.backend.ops.operands import Fp8Weight, QuantizedPages, SamplingBatch, StaticInt8Pages, W4A16Tiles, W8A8Weight
+
+DTYPES = (torch.float16, torch.bfloat16)
 
 
 @triton.jit
@@ -21,39 +38,148 @@ def _planted_fault_kernel(x_ptr, OFFSET: tl.constexpr):
     tl.store(x_ptr + OFFSET + tl.arange(0, 16), 1.0)
 
 
-def launch_all() -> None:
-    for dtype in (torch.float16, torch.bfloat16):
+class Maker:
+    """Tensors of one device and dtype."""
 
-        def zeros(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-            return torch.zeros(shape, dtype=dtype, device="cuda")
+    def __init__(self, device: str, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
 
-        for num_tokens, hidden in ((3, 72), (17, 1000), (5, 4096)):
-            rms_norm(zeros(num_tokens, hidden), zeros(hidden), 1e-5, zeros(num_tokens, hidden))
-        for num_tokens, inter in ((7, 33), (3, 1025), (2, 8192)):
-            silu_and_mul(zeros(num_tokens, 2 * inter))
-        for num_tokens, num_heads, num_kv_heads, head_dim, rotary_dim in ((7, 6, 3, 40, 24), (3, 32, 8, 128, 128)):
-            qkv, angle = zeros(num_tokens, (num_heads + 2 * num_kv_heads) * head_dim), zeros(num_tokens, rotary_dim // 2).float()
-            k_cache, v_cache = zeros(2, num_kv_heads, 5, head_dim), zeros(2, num_kv_heads, 5, head_dim)
-            slots = torch.arange(num_tokens, device="cuda") + 10 - num_tokens
-            slots[0] = -1
-            rotary_store_kv(qkv, angle, angle, angle[:, 0].contiguous(), k_cache, v_cache, slots, num_heads, num_kv_heads)
-        for num_heads, num_kv_heads, head_dim, block_size, window in ((6, 3, 40, 5, 0), (32, 8, 128, 64, 0), (4, 2, 80, 16, 200)):
-            lens = torch.tensor([block_size * 8 * 3, 0, 1, 77], device="cuda", dtype=torch.int32).clamp(max=24 * block_size)
-            k_cache, v_cache = zeros(96, num_kv_heads, block_size, head_dim), zeros(96, num_kv_heads, block_size, head_dim)
-            tables = torch.randperm(96, device="cuda").view(4, 24).int()
-            tables[1:, 20:] = 1 << 30  # must not be followed
-            paged_decode_attention(zeros(4, num_heads, head_dim), k_cache, v_cache, tables, lens, 0.1, window)
-            bounds = torch.tensor(
-                [0, block_size * 5, block_size * 5, block_size * 5 + 1, block_size * 5 + 41], device="cuda"
-            ).int()
-            lens[1] = 0
-            q = zeros(block_size * 5 + 41, num_heads, head_dim)
-            paged_prefill_attention(q, k_cache, v_cache, tables, lens, bounds, 0.1, window)
-    torch.cuda.synchronize()
+    def zeros(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype or self.dtype, device=self.device)
+
+    def ints(self, values: list[int], dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype, device=self.device)
+
+    def weight(self, k: int, n: int) -> torch.Tensor:
+        return self.zeros(n, k).t()
+
+
+def norms(m: Maker) -> None:
+    for num_tokens, hidden in ((3, 72), (17, 1000), (5, 4096)):
+        rms_norm.rms_norm(m.zeros(num_tokens, hidden), m.zeros(hidden), 1e-5, m.zeros(num_tokens, hidden))
+    for num_tokens, inter in ((7, 33), (3, 1025)):
+        silu_and_mul.silu_and_mul(m.zeros(num_tokens, 2 * inter))
+
+
+def dense_linears(m: Maker) -> None:
+    for num_rows, k, n in ((1, 72, 33), (3, 1000, 70)):
+        x, bias = m.zeros(num_rows, k), m.zeros(n)
+        skinny_linear.linear(x, m.weight(k, n), bias)
+        skinny_linear.norm_linear(x, x, m.zeros(k), 1e-5, m.weight(k, n), bias)
+        skinny_linear.norm_gate_up(x, x, m.zeros(k), 1e-5, m.weight(k, 2 * n))
+    for num_rows, k, n in ((5, 200, 70), (33, 1100, 130)):
+        narrow_linear.linear(m.zeros(num_rows, k), m.weight(k, n), m.zeros(n))
+        narrow_linear.gate_up(m.zeros(num_rows, k), m.weight(k, 2 * n))
+    for num_rows, k, n in ((1, 1100, 33), (70, 72, 130)):
+        fixed_order_linear.linear(m.zeros(num_rows, k), m.weight(k, n), m.zeros(n))
+
+
+def quantised_linears(m: Maker) -> None:
+    for num_rows, k, n, group_size, gated in ((3, 128, 64, 128, False), (17, 384, 192, 64, True)):
+        words, params = m.zeros(n // 16, k // 64, 32, 4, dtype=torch.int32), m.zeros(k // group_size, n, dtype=torch.int32)
+        weight = W4A16Tiles(words, params, None if gated else m.zeros(n), m.dtype, gated)
+        call = w4a16_linear.w4a16_gate_up if gated else w4a16_linear.w4a16_linear
+        call(m.zeros(num_rows, k), weight)
+        w4a16_linear.dequantize_w4a16(weight)
+    for num_rows, k, n in ((3, 72, 40), (33, 200, 130)):
+        int8 = W8A8Weight(m.zeros(n, k, dtype=torch.int8).t(), m.zeros(n, dtype=torch.float32), m.zeros(n))
+        w8a8_linear.w8a8_linear(m.zeros(num_rows, k), int8)
+        if m.device == "cpu" or torch.cuda.get_device_capability() >= (8, 9):
+            fp8 = Fp8Weight(m.zeros(n, k, dtype=torch.float8_e4m3fn).t(), m.zeros(n, dtype=torch.float32))
+            w8a8_linear.w8a8_linear(m.zeros(num_rows, k), fp8)
+
+
+def quantised_pages(m: Maker, kind: str, num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int):
+    data = m.zeros(num_blocks, num_kv_heads, block_size, head_dim // 2 if kind == "4" else head_dim, dtype=torch.uint8)
+    if kind == "static":
+        scale = m.zeros(num_kv_heads, dtype=torch.float32)
+        return StaticInt8Pages(data, scale, scale.clone())
+    return QuantizedPages(data, m.zeros(num_blocks, num_kv_heads, block_size, 2), int(kind))
+
+
+def stores(m: Maker) -> None:
+    for num_tokens, num_heads, num_kv_heads, head_dim, rotary_dim in ((7, 6, 3, 40, 24), (3, 32, 8, 128, 128)):
+        qkv = m.zeros(num_tokens, (num_heads + 2 * num_kv_heads) * head_dim)
+        angle = m.zeros(num_tokens, rotary_dim // 2, dtype=torch.float32)
+        slots = m.ints([-1, *range(11 - num_tokens, 10)], torch.int64)
+        rest = (qkv, angle, angle, angle[:, 0].contiguous())
+        k_cache, v_cache = (m.zeros(2, num_kv_heads, 5, head_dim) for _ in "kv")
+        rotary_store_kv.rotary_store_kv(*rest, k_cache, v_cache, slots, num_heads, num_kv_heads)
+        for kind in ("8", "4", "static"):
+            k, v = (quantised_pages(m, kind, 2, num_kv_heads, 5, head_dim) for _ in "kv")
+            rotary_store_quantized_kv.rotary_store_quantized_kv(*rest, k, v, slots, num_heads, num_kv_heads)
+
+
+def attentions(m: Maker) -> None:
+    for num_heads, num_kv_heads, head_dim, block_size, window in ((6, 3, 40, 5, 0), (32, 8, 128, 64, 0), (4, 2, 80, 16, 200)):
+        lens = m.ints([block_size * 24, 0, 1, 77]).clamp(max=24 * block_size)
+        tables = torch.randperm(96, device=m.device).view(4, 24).int()
+        tables[1:, 20:] = 1 << 30  # must not be followed
+        k_cache, v_cache = (m.zeros(96, num_kv_heads, block_size, head_dim) for _ in "kv")
+        q = m.zeros(4, num_heads, head_dim)
+        paged_decode_attention.paged_decode_attention(q, k_cache, v_cache, tables, lens, 0.1, window)
+        for kind in ("8", "4", "static"):
+            k, v = (quantised_pages(m, kind, 96, num_kv_heads, block_size, head_dim) for _ in "kv")
+            quantized_decode_attention.quantized_decode_attention(q, k, v, tables, lens, 0.1, window)
+        bounds = m.ints([0, block_size * 5, block_size * 5, block_size * 5 + 1, block_size * 5 + 41])
+        q = m.zeros(block_size * 5 + 41, num_heads, head_dim)
+        paged_prefill_attention.paged_prefill_attention(q, k_cache, v_cache, tables, lens, bounds, 0.1, window)
+
+
+def staging(m: Maker) -> None:
+    tables, ids = m.zeros(3, 5, dtype=torch.int32), m.zeros(3, 21, dtype=torch.int32)
+    slots, positions = m.ints([2, 0, 1], torch.int64), m.ints([19, 0, -1], torch.int64)
+    stage_decode.stage_decode(slots, positions, ids, tables, m.zeros(3, 12, dtype=torch.float32), 1.0, 4)
+
+
+def sampling(m: Maker) -> None:
+    """A vocabulary that fills no tile; entries at its ends; a row of nothing finite; flat logits, which fill every bracket."""
+    vocab_size, num_rows = 9001, 5
+    starts, ends = m.ints([0, 2, 2, 2, 2, 3], torch.int64), m.ints([0, vocab_size - 1, 4096], torch.int64)
+    logits = m.zeros(num_rows, vocab_size)
+    logits[2] = float("-inf")
+    logits[3] = torch.linspace(-9, 0, vocab_size)
+
+    def column(*values: float) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=m.device)
+
+    greedy_sample.greedy_sample(logits)
+    greedy_sample.greedy_sample(logits, starts, ends)
+    numbers = {
+        "temperature": column(1, 0.5, 1, 2, 1), "top_p": column(1, 0.9, 1, 0.8, 0.5), "min_p": column(0.1, 0, 0, 0, 0),
+        "uniform": column(0.999, 0.5, 0, 0.3, 0.9),
+    }  # fmt: skip
+    entries = {"banned_ids": ends, "banned_starts": starts, "bias_ids": ends, "bias": column(1, 2, 3), "bias_starts": starts}
+    counts = m.zeros(num_rows, vocab_size, dtype=torch.int32)
+    penalties = {f"{name}_penalty": column(*[1.1] * num_rows) for name in ("repetition", "presence", "frequency")}
+    penalties |= {"slots": m.ints([4, 3, 2, 1, 0], torch.int64), "output_counts": counts, "seen": counts > 0}
+    for shaping in ({}, entries, penalties, entries | penalties):
+        top_k = m.ints([vocab_size, vocab_size, 5, 40, 1], torch.int64)
+        sample.sample(
+            logits, SamplingBatch(**numbers, **shaping, top_k=top_k, max_top_k=vocab_size, has_top_k=True, has_top_p=True)
+        )
+
+
+CASES: tuple[Callable[[Maker], None], ...] = (
+    norms,
+    dense_linears,
+    quantised_linears,
+    stores,
+    attentions,
+    staging,
+    sampling,
+)
+
+
+def launch_all(device: str) -> None:
+    for dtype in DTYPES:
+        for case in CASES:
+            case(Maker(device, dtype))
 
 
 if __name__ == "__main__":
-    launch_all()
+    launch_all("cuda")
+    torch.cuda.synchronize()
     if "--plant" in sys.argv:
         _planted_fault_kernel[(1,)](torch.zeros(1000, device="cuda"), OFFSET=1000)
         torch.cuda.synchronize()

@@ -14,10 +14,11 @@ import triton.language as tl
 from .launch import has_pdl, launch_options, wait_for_previous
 from .tuning import ceil_div, greedy_sample_config, next_power_of_2
 
-__all__ = ["greedy_sample"]
+__all__ = ["greedy_sample", "pick_kernel"]
 
 
-@triton.jit(do_not_specialize=["num_tiles", "stride_row"])
+# starts and ids are parts of one packed array: whether they are aligned must not choose another compiled kernel
+@triton.jit(do_not_specialize=["starts_ptr", "banned_ptr", "num_tiles"])
 def _tile_maximum_kernel(
     logits_ptr,
     starts_ptr,
@@ -46,7 +47,7 @@ def _tile_maximum_kernel(
 
 
 @triton.jit(do_not_specialize=["num_tiles"])
-def _pick_kernel(value_ptr, id_ptr, out_ptr, num_tiles, VOCAB: tl.constexpr, BLOCK_T: tl.constexpr, PDL: tl.constexpr):
+def pick_kernel(value_ptr, id_ptr, out_ptr, num_tiles, VOCAB: tl.constexpr, BLOCK_T: tl.constexpr, PDL: tl.constexpr):
     wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     tiles = tl.arange(0, BLOCK_T)
@@ -91,7 +92,7 @@ def greedy_sample(
         num_warps=config.num_warps,
         **launch_options(has_pdl(logits.device)),
     )
-    _pick_kernel[(num_rows,)](
+    pick_kernel[(num_rows,)](
         values,
         ids,
         out,

@@ -10,17 +10,20 @@ from turbotriton.contract.errors import ConfigError
 
 __all__ = [
     "DecodeAttentionConfig",
+    "FixedOrderLinearConfig",
     "GreedySampleConfig",
     "PrefillAttentionConfig",
     "QuantizeRowsConfig",
     "QuantizedDecodeAttentionConfig",
     "RmsNormConfig",
     "RotaryConfig",
+    "SampleConfig",
     "SiluAndMulConfig",
     "SkinnyLinearConfig",
     "W8A8LinearConfig",
     "ceil_div",
     "decode_attention_config",
+    "fixed_order_linear_config",
     "greedy_sample_config",
     "narrow_linear_config",
     "next_power_of_2",
@@ -29,6 +32,7 @@ __all__ = [
     "quantized_decode_attention_config",
     "rms_norm_config",
     "rotary_config",
+    "sample_config",
     "silu_and_mul_config",
     "skinny_linear_config",
     "w4a16_linear_config",
@@ -96,6 +100,13 @@ class GreedySampleConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class SampleConfig:
+    block_v: int  # logits a program
+    max_copied: int  # weights of a row that are searched as a copy
+    num_warps: int
+
+
+@dataclass(frozen=True, slots=True)
 class DecodeAttentionConfig:
     block_g: int  # query heads of one kv head, padded
     block_n: int  # keys a tile
@@ -159,6 +170,16 @@ class NarrowLinearConfig:
     block_n: int  # outputs a program
     block_k: int  # inputs a step
     num_splits: int  # programs that share a tile's inputs
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class FixedOrderLinearConfig:
+    block_m: int  # rows of x a program
+    block_n: int  # outputs a program
+    block_k: int  # inputs a step
+    chunk: int  # inputs whose sum is added to the others': a multiple of block_k
     num_warps: int
     num_stages: int
 
@@ -256,9 +277,22 @@ def narrow_linear_config(
     return NarrowLinearConfig(block_m, 64, 128, num_splits, num_warps=4, num_stages=4)
 
 
+def fixed_order_linear_config(k: int, element_bytes: int) -> FixedOrderLinearConfig:
+    """Of the layer alone, never of the batch: 4 to 8 chunks, so that small layers fill a device. Not measured yet."""
+    if element_bytes == 4:
+        return FixedOrderLinearConfig(32, 32, 32, max(512, ceil_div(k, 8 * 32) * 32), num_warps=4, num_stages=2)
+    return FixedOrderLinearConfig(64, 128, 64, max(512, ceil_div(k, 8 * 64) * 64), num_warps=8, num_stages=4)
+
+
 def greedy_sample_config(vocab_size: int) -> GreedySampleConfig:
     """Tiles of 4096 logits: 23 programs for one row of 92544, so that a batch of one is not left to a single program."""
     return GreedySampleConfig(_clamp(next_power_of_2(vocab_size), 16, 4096), num_warps=4)
+
+
+def sample_config(num_rows: int, vocab_size: int) -> SampleConfig:
+    """Tiles of 4096 logits, 16 a thread: their 64 bit weights have to stay in registers. Copies of 32 MiB in all, 8192 weights at least."""
+    block_v = _clamp(next_power_of_2(vocab_size), 16, 4096)
+    return SampleConfig(block_v, _clamp((8 << 20) // max(num_rows, 1), 8192, 65536), num_warps=_clamp(block_v // 512, 1, 8))
 
 
 def decode_attention_config(

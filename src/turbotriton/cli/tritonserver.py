@@ -37,6 +37,7 @@ ENGINE_FLAGS: dict[str, tuple[type, str]] = {
     "quant_policy": (int, "bits of keys and values: 8, 4, or 0 for 16"),
     "enable_prefix_caching": (int, "1 or 0"),
     "cuda_graphs": (int, "1 or 0: decode steps on a GPU replay captured graphs"),
+    "deterministic": (int, "1 or 0: outputs do not depend on what else runs, to the bit; slower"),
     "max_queued_requests": (int, "requests that may wait before new ones are refused"),
     "max_queued_tokens": (int, "prompt tokens that may wait"),
 }

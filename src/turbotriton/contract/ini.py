@@ -225,7 +225,6 @@ class EngineConfig:
             "a power of two from 1 to 1024",
         )
         check(self.num_tokens_per_iter >= 0, "num_tokens_per_iter", "0 (choose) or a positive token count")
-        check(not self.deterministic, "deterministic", "0 in this version (outputs may differ in last bits with the batch)")
         check(self.quant_policy in QUANT_POLICIES, "quant_policy", "0 (16 or 32 bit KV), 8 (8 bit) or 4 (4 bit)")
         check(self.compute_dtype in COMPUTE_DTYPES, "compute_dtype", f"one of {', '.join(COMPUTE_DTYPES)}")
         check(

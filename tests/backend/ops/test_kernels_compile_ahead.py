@@ -39,6 +39,7 @@ POINTERS = {
     torch.int32: "*i32",
     torch.uint8: "*u8",
     torch.int8: "*i8",
+    torch.float64: "*fp64",
     torch.float8_e4m3fn: "*fp8e4nv",
 }
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
@@ -157,7 +158,7 @@ def test_every_kernel_compiles_without_spills(capability, dtype, head_dim, launc
         *["_linear_kernel", "_norm_linear_kernel", "_norm_linear_kernel", "_norm_qkv_kernel"] * 2,
         *["_narrow_linear_kernel"] * (6 if takes_narrow(capability, dtype) else 0),
         "_tile_maximum_kernel",
-        "_pick_kernel",
+        "pick_kernel",
         "_stage_decode_kernel",
     ]
     for kernel, arguments in launches:

@@ -213,8 +213,8 @@ def case_sample(s: Setting) -> None:
     vocab = 29
     greedy_logits = s.randn(3, vocab)
     best = [int(row.argmax()) for row in greedy_logits.float().cpu()]
-    ids, rows, starts = torch.tensor([best[0], 5, best[2]]), torch.tensor([0, 0, 2]), torch.tensor([0, 2, 2, 3])
-    bans = SamplingBatch(banned_rows=rows.to(s.device), banned_ids=ids.to(s.device), banned_starts=starts.to(s.device))
+    ids, starts = torch.tensor([best[0], 5, best[2]]), torch.tensor([0, 2, 2, 3])
+    bans = SamplingBatch(banned_ids=ids.to(s.device), banned_starts=starts.to(s.device))
     wanted = [max((t for t in range(vocab) if t not in no), key=greedy_logits[r].tolist().__getitem__)
               for r, no in enumerate(([best[0], 5], [], [best[2]]))]  # fmt: skip
     assert s.ops.sample(greedy_logits, bans).tolist() == wanted
@@ -222,32 +222,37 @@ def case_sample(s: Setting) -> None:
     logits = (torch.randn(6, vocab, generator=s.generator) * 3).to(s.device)
     counts = torch.randint(0, 3, (6, vocab), generator=s.generator, dtype=torch.int32)
     seen = (counts > 0) | (torch.rand(6, vocab, generator=s.generator) < 0.2)
-    temperature = torch.tensor([1.0, 0.5, 2.0, 1.0, 0.7, 1.3])
-    repetition, presence, frequency = torch.full((6,), 1.3), torch.full((6,), 0.4), torch.full((6,), -0.2)
-    random_rows, top_k = [1, 2, 4, 5], [4, vocab, 9, vocab]
-    top_p, min_p = [1.0, 0.8, 0.6, 1.0], [0.0, 0.0, 0.1, 0.3]
-    banned = [(0, int(logits[0].argmax())), (4, 3), (5, 8)]
-    for uniform in ([0.0] * 4, [0.31, 0.62, 0.5, 0.77], [1 - 2**-52] * 4):
+    temperature = [1.0, 0.5, 2.0, 1.0, 0.7, 1.3]
+    top_k, top_p, min_p = [1, 4, vocab, 1, 9, vocab], [1, 1.0, 0.8, 1, 0.6, 1.0], [0, 0.0, 0.0, 0, 0.1, 0.3]
+    banned, biased = {0: [int(logits[0].argmax())], 4: [3], 5: [8]}, {2: {3: 4.0, 28: -1.5}, 4: {3: 9.0, 5: 2.5}}
+    for uniform in ([0.0] * 6, [0, 0.31, 0.62, 0, 0.5, 0.77], [1 - 2**-52] * 6):
 
-        def column(values: object, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-            return torch.as_tensor(values, dtype=dtype)[:, None].to(s.device)
+        def column(values: object, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+            return torch.tensor(values, dtype=dtype).to(s.device)
+
+        def starts_of(entries: dict) -> torch.Tensor:
+            return column([0, *itertools.accumulate(len(entries.get(row, ())) for row in range(6))], torch.int64)
 
         batch = SamplingBatch(
             temperature=column(temperature),
-            banned_rows=torch.tensor([row for row, _ in banned]).to(s.device),
-            banned_ids=torch.tensor([token for _, token in banned]).to(s.device),
-            repetition_penalty=column(repetition),
-            presence_penalty=column(presence),
-            frequency_penalty=column(frequency),
-            output_counts=counts.to(s.device),
-            seen=seen.to(s.device),
-            random_rows=torch.tensor(random_rows).to(s.device),
+            banned_ids=column([token for tokens in banned.values() for token in tokens], torch.int64),
+            banned_starts=starts_of(banned),
+            bias_ids=column([token for row in biased.values() for token in row], torch.int64),
+            bias=column([value for row in biased.values() for value in row.values()]),
+            bias_starts=starts_of(biased),
+            repetition_penalty=column([1.3] * 6),
+            presence_penalty=column([0.4] * 6),
+            frequency_penalty=column([-0.2] * 6),
+            slots=column([5, 0, 1, 2, 3, 4], torch.int64),
+            output_counts=counts.roll(-1, dims=0).to(s.device),
+            seen=seen.roll(-1, dims=0).to(s.device),
             top_k=column(top_k, torch.int64),
             top_p=column(top_p),
             min_p=column(min_p),
-            uniform=column(uniform, torch.float64),
-            max_top_k=max(top_k),
-            filters=True,
+            uniform=column(uniform),
+            max_top_k=vocab,
+            has_top_k=True,
+            has_top_p=True,
         )
         before = logits.clone()
         found = s.ops.sample(logits, batch).tolist()
@@ -255,15 +260,15 @@ def case_sample(s: Setting) -> None:
         for row in range(6):
             scores = logits[row].tolist()
             for token in range(vocab):
-                value = -math.inf if (row, token) in banned else scores[token] / float(temperature[row])
+                value = (scores[token] + biased.get(row, {}).get(token, 0.0)) / temperature[row]
+                value = -math.inf if token in banned.get(row, ()) else value
                 if seen[row, token]:
                     value = value * 1.3 if value < 0 else value / 1.3
                 scores[token] = value - 0.4 * bool(counts[row, token]) + 0.2 * int(counts[row, token])
-            if row not in random_rows:
+            if top_k[row] == 1:
                 assert found[row] == scores.index(max(scores))
-                continue
-            at = random_rows.index(row)
-            assert found[row] == draw(scores, top_k[at], top_p[at], min_p[at], uniform[at])
+            else:
+                assert found[row] == draw(scores, top_k[row], top_p[row], min_p[row], uniform[row])
 
 
 def draw(scores: list[float], top_k: int, top_p: float, min_p: float, uniform: float) -> int:

@@ -14,10 +14,12 @@ OP_CASES = """
 import torch
 from tests.backend.ops.test_table import CASES, Setting
 from turbotriton.backend.ops.table import reference_ops
+from turbotriton.backend.ops.deterministic_column import DETERMINISTIC
 from turbotriton.backend.ops.triton_column import TRITON
 
 for name in sorted(set(CASES) - set(reference_ops(TRITON))):
-    CASES[name](Setting(TRITON, torch.device("cpu"), torch.float32, torch.Generator().manual_seed(11)))
+    for column in (TRITON, DETERMINISTIC):
+        CASES[name](Setting(column, torch.device("cpu"), torch.float32, torch.Generator().manual_seed(11)))
     print(name)
 """
 
@@ -31,6 +33,7 @@ from tests.backend.runner.test_weights import HF
 from tests.backend.workspace import hf_workspace_config, write_workspace
 from tests.checkpoints import make_tensors
 from turbotriton.backend.ops.table import REFERENCE
+from turbotriton.backend.ops.deterministic_column import DETERMINISTIC
 from turbotriton.backend.ops.triton_column import TRITON
 from turbotriton.backend.runner import model_runner
 
@@ -39,12 +42,12 @@ options = {"cache_block_seq_len": "8", "cache_max_entry_count": "16", "max_batch
 with tempfile.TemporaryDirectory() as folder:
     write_workspace(Path(folder), config, make_tensors(HF.to_dict(), seed=5))
     outputs = []
-    for column in (REFERENCE, TRITON):
-        with mock.patch.object(model_runner, "ops_for", lambda device: column):
+    for column in (REFERENCE, TRITON, DETERMINISTIC):
+        with mock.patch.object(model_runner, "ops_for", lambda device, deterministic: column):
             runner = model_runner.ModelRunner(config.model_config(), config.engine_config(options.get), Path(folder))
         prompts = [[3, 4, 5, 6, 7, 8, 9, 10, 11, 12], [20, 21], [30, 31, 32, 33, 34]]
         outputs.append(generate(runner, config.model_config(), prompts, greedy(8), num_new=8, chunk=4, num_slots=4).token_ids)
-assert outputs[0] == outputs[1], outputs
+assert outputs[0] == outputs[1] == outputs[2], outputs
 print(len({token for ids in outputs[0] for token in ids}), "distinct tokens")
 """
 

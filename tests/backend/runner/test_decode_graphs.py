@@ -72,27 +72,61 @@ def test_padding_writes_no_block_and_no_slot(folder):
     runner.close()
 
 
+EVERY_WAY = [
+    greedy(8),
+    SamplingParams(temperature=0.9, top_p=0.8, top_k=20, num_logprobs=3),
+    SamplingParams(temperature=0.0, repetition_penalty=1.2, ignore_eos=True, num_logprobs=0),
+    SamplingParams(min_p=0.1, presence_penalty=0.3, frequency_penalty=-0.2, min_new_tokens=8, stop_token_ids=(7, 8)),
+    SamplingParams(top_p=0.9, seed=4, logit_bias=((5, 2.0), (6, -100.0)), bad_sequences=((9,), (10,))),
+    SamplingParams(temperature=1.5, max_new_tokens=8),
+]
+
+
 @pytest.mark.gpu
-def test_no_decode_step_waits_for_the_device(folder):
+def test_no_step_waits_for_the_device(folder):
+    """Six ways to draw: decodes in a graph, then a request that joins with a penalty and its prefill among decodes."""
     runner = make_runner(folder, "cuda")
-    joined = tuple(
+    joined = [
         JoinedRequest(slot, tuple(PROMPTS[0]), 10, (2 * slot, 2 * slot + 1, 20 + slot), params, 0, 0, MODEL.rope.theta)
-        for slot, params in enumerate(
-            [
-                greedy(8),
-                SamplingParams(temperature=0.9, top_p=0.8, top_k=20),
-                SamplingParams(temperature=0.0, repetition_penalty=1.2, ignore_eos=True),
-            ]
-        )
-    )
-    runner.execute(StepPlan(0, joined=joined, rows=tuple(ScheduledRow(slot, 0, 10, True) for slot in range(3))))
-    plans = [StepPlan(step, rows=tuple(ScheduledRow(slot, 9 + step, 1, True) for slot in range(3))) for step in (1, 2, 3)]
-    runner.execute(plans[0])
+        for slot, params in enumerate(EVERY_WAY)
+    ]
+    first, last = joined[:5], joined[5:]
+    runner.execute(StepPlan(0, joined=tuple(first), rows=tuple(ScheduledRow(slot, 0, 10, True) for slot in range(5))))
+
+    def plan(step, *more_rows, **changes):
+        return StepPlan(step, rows=(*(ScheduledRow(slot, 9 + step, 1, True) for slot in range(5)), *more_rows), **changes)
+
+    again = JoinedRequest(5, tuple(PROMPTS[0]), 10, (10, 11, 25), EVERY_WAY[3], 3, 0, MODEL.rope.theta)
+    plans = [plan(2), plan(3), plan(4, ScheduledRow(5, 0, 10, True), joined=tuple(last))]
+    plans += [plan(5, left=(5,)), plan(6, ScheduledRow(5, 0, 10, True), joined=(again,)), plan(7, ScheduledRow(5, 10, 1, True))]
+    runner.execute(plan(1))
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        pending = [runner.launch(plan) for plan in plans[1:]]
+        pending = [runner.launch(plan) for plan in plans]
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert all(len(collect().token_ids) == 3 for collect in pending)
+    results = [collect() for collect in pending]
+    assert [len(result.token_ids) for result in results] == [5, 5, 6, 5, 6, 6]
+    assert all([len(entry.top) if entry else -1 for entry in result.logprobs[:4]] == [-1, 3, 0, -1] for result in results)
     runner.close()
+
+
+@pytest.mark.gpu
+def test_no_kernel_of_a_draw_is_compiled_after_the_start(folder):
+    """Whatever way a request draws, in whatever company: alignments and counts of the packed numbers choose no other kernel."""
+    import triton
+
+    runner = make_runner(folder, "cuda")
+    compiled = []
+    triton.knobs.runtime.jit_post_compile_hook = lambda **found: compiled.append((found["fn"].module, found["fn"].name))
+    try:
+        for size in (1, 2, 5, 6):
+            for shift in range(len(EVERY_WAY)):
+                params = (EVERY_WAY[shift:] + EVERY_WAY)[:size]
+                prompts = [PROMPTS[0][: 3 + slot] for slot in range(size)]
+                generate(runner, MODEL, prompts, params, num_new=6, chunk=4, num_slots=6)
+    finally:
+        triton.knobs.runtime.jit_post_compile_hook = None
+        runner.close()
+    assert [name for name in compiled if "sample" in name[0]] == []
