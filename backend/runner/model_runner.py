@@ -12,6 +12,7 @@ Invariants
 """
 
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,14 +26,14 @@ from turbotriton.backend.model.sampler import SamplerState
 from turbotriton.backend.model.token_masks import masked_logits
 from turbotriton.backend.model.transfer import to_host
 from turbotriton.backend.ops.table import REFERENCE, ops_for
-from turbotriton.backend.scheduling.plan import JoinedRequest, ScheduledRow, StepPlan, StepResult
+from turbotriton.backend.scheduling.plan import StepPlan, StepResult
 from turbotriton.contract.errors import ConfigError
 from turbotriton.contract.ini import EngineConfig, ModelConfig
-from turbotriton.contract.wire import SamplingParams
 
 from .batch import SlotState
-from .decode_graphs import DecodeGraphs
+from .decode_graphs import DecodeGraphs, batch_buckets
 from .kv_cache import allocate_kv_cache, read_kv_scales
+from .warm_up import warm_up_plans
 from .weights import DTYPES, load_weights
 
 __all__ = ["ModelRunner", "resolve_compute_dtype", "resolve_device"]
@@ -76,7 +77,7 @@ class ModelRunner:
                 self._graphs = DecodeGraphs(self._decoder, self._slots, self._kv, engine.max_batch_size, device)
         self.num_blocks = self._kv.num_blocks
         if device.type == "cuda":
-            self._warm_up(engine.max_batch_size)
+            self.warm_up(engine)
         if device.type == "cpu" and weights.num_elements < ONE_THREAD_ELEMENTS:
             torch.set_num_threads(1)  # of the whole process
         logger.info("%s: ready on %s in %s", model.model_name, self.device, self.compute_dtype)
@@ -134,18 +135,14 @@ class ModelRunner:
             return slots, positions, None
         return slots, positions, self._decoder.logits(x[inputs.sampled_tokens], residual[inputs.sampled_tokens])
 
-    def _warm_up(self, max_batch_size: int) -> None:
-        """Compiles what no graph has compiled: a mixed step of a chunk and a decode, a greedy and a random draw.
-
-        The keys that it writes lie in blocks that nobody holds yet: whoever is given them writes before it reads.
-        """
-        ways = (SamplingParams(temperature=0.0, ignore_eos=True), SamplingParams(temperature=1.0, top_p=0.9, top_k=50))
-        block = (self.num_blocks - 1,)
-        joined = tuple(JoinedRequest(slot, (1, 1), 2, block, way, 0, 0, 1e4) for slot, way in enumerate(ways[:max_batch_size]))
-        rows = (ScheduledRow(0, 0, 2, True), ScheduledRow(1, 0, 1, False))[:max_batch_size]
-        self.execute(StepPlan(0, joined=joined, rows=rows))
-        self.execute(StepPlan(0, rows=tuple(ScheduledRow(request.slot, 1, 1, True) for request in joined)))
-        self.execute(StepPlan(0, left=tuple(request.slot for request in joined)))
+    def warm_up(self, engine: EngineConfig) -> None:
+        """Compiles what no graph has compiled. While nobody holds a block."""
+        begun = time.monotonic()
+        sizes = batch_buckets(engine.max_batch_size)
+        for plans in warm_up_plans(sizes, engine.session_len, self.block_size, self.num_blocks):
+            for plan in plans:
+                self.execute(plan)
+        logger.info("steps that compile the rest of the kernels: %.1f s", time.monotonic() - begun)
 
     def close(self) -> None:
         """Drops the weights and the cache; the runner cannot be used after it."""

@@ -28,7 +28,7 @@ def _prefetch(address):
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _narrow_linear_kernel(
     x_ptr,
     weight_ptr,

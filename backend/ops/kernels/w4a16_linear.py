@@ -118,7 +118,7 @@ def _widen(words, low, high, dtype: tl.constexpr, ASM: tl.constexpr):
     return tl.reshape(numbers, (16 * STRIPS, 64 * R))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _w4a16_linear_kernel(
     x_ptr,
     words_ptr,
