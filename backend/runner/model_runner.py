@@ -11,6 +11,7 @@ Invariants
 - Rows of a plan touch different slots; blocks that a row writes belong to no other row.
 """
 
+import itertools
 import logging
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from turbotriton.backend.model.decoder import Decoder
+from turbotriton.backend.model.decoder import Decoder, ModelWeights
 from turbotriton.backend.model.logprobs import raw_logprobs
 from turbotriton.backend.model.sampler import SamplerState
 from turbotriton.backend.model.token_masks import masked_logits
@@ -31,7 +32,7 @@ from turbotriton.contract.errors import ConfigError
 from turbotriton.contract.ini import EngineConfig, ModelConfig
 
 from .batch import SlotState
-from .decode_graphs import DecodeGraphs, batch_buckets
+from .decode_graphs import DecodeGraphs, batch_buckets, decode_forward
 from .kv_cache import allocate_kv_cache, read_kv_scales
 from .warm_up import warm_up_plans
 from .weights import DTYPES, load_weights
@@ -52,11 +53,24 @@ class ModelRunner:
     """Loads the weights of `weights_dir` and holds the device's state until `close()`.
 
     `reference_ops`: plain torch on any device, where a GPU would have the kernels.
+    `weights`: instead of those in `weights_dir`.
+    `before_kv_cache`: called when the weights are there, before the cache takes its share of what memory is free then.
+    `prepare`: on a GPU, capture graphs and compile what requests will need.
     On a CPU a small model sets torch to one thread, in the whole process (ONE_THREAD_ELEMENTS).
     Raises WorkspaceError (files), ConfigError (device, KV cache size).
     """
 
-    def __init__(self, model: ModelConfig, engine: EngineConfig, weights_dir: Path, *, reference_ops: bool = False) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        engine: EngineConfig,
+        weights_dir: Path,
+        *,
+        reference_ops: bool = False,
+        weights: ModelWeights | None = None,
+        prepare: bool = True,
+        before_kv_cache: Callable[[], None] = lambda: None,
+    ) -> None:
         device = resolve_device(engine.device)
         self.device = str(device)
         self.compute_dtype = resolve_compute_dtype(engine.compute_dtype, model.float_type, device)
@@ -66,17 +80,19 @@ class ModelRunner:
             torch.set_float32_matmul_precision("highest")  # fp32 means fp32: no TF32
         with torch.inference_mode():
             ops = REFERENCE if reference_ops else ops_for(device)
-            weights = load_weights(model, weights_dir, device, dtype, for_kernels=ops is not REFERENCE)
+            if weights is None:
+                weights = load_weights(model, weights_dir, device, dtype, for_kernels=ops is not REFERENCE)
             self._decoder = Decoder(model, weights, ops)
             self._slots = SlotState(model, engine, device)
             self._sampler = SamplerState(engine.max_batch_size, model.vocab_size, model.eos_token_ids, device)
+            before_kv_cache()
             scales = read_kv_scales(model, weights_dir) if engine.quant_policy == 4 else None
             self._kv = allocate_kv_cache(model, engine, device, dtype, scales)
             self._graphs: DecodeGraphs | None = None
-            if device.type == "cuda" and engine.cuda_graphs and not reference_ops:
+            if device.type == "cuda" and engine.cuda_graphs and not reference_ops and prepare:
                 self._graphs = DecodeGraphs(self._decoder, self._slots, self._kv, engine.max_batch_size, device)
         self.num_blocks = self._kv.num_blocks
-        if device.type == "cuda":
+        if device.type == "cuda" and prepare:
             self.warm_up(engine)
         if device.type == "cpu" and weights.num_elements < ONE_THREAD_ELEMENTS:
             torch.set_num_threads(1)  # of the whole process
@@ -135,11 +151,18 @@ class ModelRunner:
             return slots, positions, None
         return slots, positions, self._decoder.logits(x[inputs.sampled_tokens], residual[inputs.sampled_tokens])
 
-    def warm_up(self, engine: EngineConfig) -> None:
-        """Compiles what no graph has compiled. While nobody holds a block."""
+    @torch.inference_mode()
+    def run_uncaptured(self, num_rows: int) -> None:
+        """A decode step as a graph of so many rows would capture it, all of it padding."""
+        inputs = torch.tensor([[0], [-1]], device=torch.device(self.device)).repeat(1, num_rows)
+        decode_forward(self._decoder, self._slots, self._kv, inputs)
+
+    def warm_up(self, engine: EngineConfig, share: int = 0, num_shares: int = 1) -> None:
+        """Compiles what no graph has compiled, or a share of it. While nobody holds a block."""
         begun = time.monotonic()
         sizes = batch_buckets(engine.max_batch_size)
-        for plans in warm_up_plans(sizes, engine.session_len, self.block_size, self.num_blocks):
+        groups = warm_up_plans(sizes, engine.session_len, self.block_size, self.num_blocks)
+        for plans in itertools.islice(groups, share, None, num_shares):
             for plan in plans:
                 self.execute(plan)
         logger.info("steps that compile the rest of the kernels: %.1f s", time.monotonic() - begun)

@@ -1,8 +1,8 @@
 """Steps that make triton compile every kernel variant that requests can need, so that none is compiled while one waits.
 
-What chooses a variant (ops/kernels/tuning.py): how many tokens a linear layer sees (one to four each have their own, then powers of two up to
-the largest that a kernel of ours takes), how many rows are sampled, how the draw is made, and for decodes their number and whether the
-longest context is worth splitting. Decodes alone may replay graphs that were captured before; beside a chunk they are launched one by one.
+What chooses a variant (ops/kernels/tuning.py): how many tokens a linear layer sees (one to four each have their own, then powers of two
+up to the largest that a kernel of ours takes), how many rows are sampled, how the draw is made, and for decodes their number and whether
+the longest context is worth splitting. Decodes alone may replay graphs that were captured before; beside a chunk they are launched.
 The keys that the steps write lie in blocks that nobody holds yet: whoever is given them writes before it reads.
 """
 

@@ -41,6 +41,19 @@ def test_every_work_is_measured_after_the_comparison_with_the_reference(checkpoi
     assert 0 < found["itl"]["itl_beside_p99_ms"] <= found["itl"]["itl_max_ms"], run.stdout
 
 
+def test_a_start_is_timed_to_its_first_token(tmp_path: Path) -> None:
+    made = program("make_workspace", "--shape", "tiny", "--dtype", "fp32", "--session-len", "1024", "--out", str(tmp_path / "it"))
+    assert made.returncode == 0, made.stderr
+    options = [f"--option={o}" for o in ("device=cpu", "cache_max_entry_count=40", "session_len=1024", "max_batch_size=4")]
+    run = program("bench_startup", "--workspace", str(tmp_path / "it"), "--repeats", "1", *options)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout.splitlines()[-1])
+    for kind in ("cold", "warm"):
+        assert 0 < found[kind]["ready_s"] <= found[kind]["first_token_s"]
+    assert found["gb_s"] is not None
+    assert "ready on cpu" in run.stdout  # the engine's own phases
+
+
 @pytest.mark.e2e
 def test_the_way_through_tritonserver_is_measured_beside_the_engine_in_process(tmp_path: Path) -> None:
     workspace = tmp_path / "workspace"
@@ -62,7 +75,16 @@ def test_the_way_through_tritonserver_is_measured_beside_the_engine_in_process(t
 
 @pytest.mark.parametrize(
     "name",
-    ["bench_engine", "bench_serving", "make_checkpoint", "make_workspace", "profile_step", "sweep_tiles", "bench_ops"],
+    [
+        "bench_engine",
+        "bench_serving",
+        "bench_startup",
+        "make_checkpoint",
+        "make_workspace",
+        "profile_step",
+        "sweep_tiles",
+        "bench_ops",
+    ],
 )
 def test_help_names_the_command_line(name: str) -> None:
     shown = program(name, "--help")

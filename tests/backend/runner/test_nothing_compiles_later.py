@@ -13,6 +13,7 @@ from tests.bench.make_checkpoint import make_checkpoint
 from turbotriton.backend.engine.engine import Engine
 from turbotriton.backend.runner import model_runner
 from turbotriton.backend.runner.model_runner import ModelRunner
+from turbotriton.backend.runner.precompile import compile_share
 from turbotriton.contract.ini import read_workspace_config
 from turbotriton.contract.wire import GenerateRequest, SamplingParams
 
@@ -67,6 +68,17 @@ def make_engine(folder: Path, dtype: str, options: dict[str, str], load: Callabl
     return Engine(model, config, load(model, config, folder), overlap=False)
 
 
+def load_as_on_a_gpu(model, config, folder):  # type: ignore[no-untyped-def]
+    """What a runner does there after it has its weights."""
+    runner = ModelRunner(model, config, folder)
+    if config.cuda_graphs:
+        with torch.inference_mode():
+            parts = (runner._decoder, runner._slots, runner._kv, config.max_batch_size, torch.device("cpu"))
+            runner._graphs = model_runner.DecodeGraphs(*parts)
+    runner.warm_up(config)
+    return runner
+
+
 CASES = [
     pytest.param("bf16", {}, id="bf16"),
     pytest.param("bf16", {"max_batch_size": "3"}, id="few_slots"),
@@ -84,20 +96,9 @@ def test_requests_need_no_kernel_variant_that_loading_did_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, options: dict[str, str]
 ) -> None:
     """By the keys that triton caches compiled kernels under; nothing is compiled or run here."""
-
-    def load(model, config, folder):  # type: ignore[no-untyped-def]
-        """What a runner does on a GPU after it has its weights."""
-        runner = ModelRunner(model, config, folder)
-        if config.cuda_graphs:
-            with torch.inference_mode():
-                parts = (runner._decoder, runner._slots, runner._kv, config.max_batch_size, torch.device("cpu"))
-                runner._graphs = model_runner.DecodeGraphs(*parts)
-        runner.warm_up(config)
-        return runner
-
     compute_dtype = {"int4": "fp16"}.get(dtype, dtype)
     with noted_launches(monkeypatch) as keys:
-        engine = make_engine(tmp_path, dtype, {"device": "cpu", "compute_dtype": compute_dtype, **options}, load)
+        engine = make_engine(tmp_path, dtype, {"device": "cpu", "compute_dtype": compute_dtype, **options}, load_as_on_a_gpu)
         loaded = set(keys)
         keys.clear()
         serve_all_kinds(engine)
@@ -105,6 +106,29 @@ def test_requests_need_no_kernel_variant_that_loading_did_not(
     assert len(loaded) > 15
     assert len(keys) > 10
     assert not late, "\n".join(map(str, sorted(late, key=str)))
+
+
+@pytest.mark.parametrize(("dtype", "options"), CASES)
+def test_compiling_ahead_in_shares_leaves_loading_nothing_to_compile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, options: dict[str, str]
+) -> None:
+    compute_dtype = {"int4": "fp16"}.get(dtype, dtype)
+    make_checkpoint("tiny", tmp_path, dtype, 512)
+    workspace = read_workspace_config(tmp_path / "config.ini")
+    model = workspace.model_config()
+    config = workspace.engine_config((OPTIONS | {"device": "cpu", "compute_dtype": compute_dtype, **options}).get)
+    with noted_launches(monkeypatch) as keys:
+        load_as_on_a_gpu(model, config, tmp_path)
+        loaded = set(keys)
+        keys.clear()
+        for file in tmp_path.glob("*.weight"):
+            file.unlink()  # they are not read
+        shares = []
+        for share in range(3):
+            compile_share(model, config, tmp_path, share, 3)
+            shares.append(len(keys))
+    assert not loaded - keys, "\n".join(map(str, sorted(loaded - keys, key=str)))
+    assert shares[0] < len(keys)  # no share does it all
 
 
 @pytest.mark.gpu
