@@ -16,6 +16,8 @@ __all__ = ["TOKEN_COUNTS", "warm_up_plans"]
 
 #: Rows of a matrix product; the last is more than any kernel of ours takes.
 TOKEN_COUNTS = (1, 2, 3, 4, 8, 16, 32, 64, 128, 256, 512)
+#: Of a decode: one that is never split, and one that is wherever splitting pays. Longer ones only take longer.
+CONTEXTS = (2, 1024)
 GREEDY = SamplingParams(temperature=0.0)
 #: Ways to draw that may run different kernels. Banned ids lie behind one another in memory: an odd number of them moves what follows.
 DRAWS = (
@@ -62,5 +64,7 @@ def warm_up_plans(
     for num_rows in decode_sizes:
         some = [joined(slot, 2, GREEDY) for slot in range(min(num_rows + 1, max_batch_size))]
         chunk = [ScheduledRow(request.slot, 0, 2, True) for request in some[num_rows:]]
-        for start in sorted({min(1, longest - 1), longest - 1}):  # nothing was computed there: the keys are zeros
+        for start in sorted(
+            {min(context, longest) - 1 for context in CONTEXTS}
+        ):  # nothing was computed there: the keys are zeros
             yield group(some, [*(ScheduledRow(slot, start, 1, True) for slot in range(num_rows)), *chunk])

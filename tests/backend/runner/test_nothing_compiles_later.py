@@ -2,6 +2,8 @@
 
 import itertools
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +13,9 @@ from tests.backend.runner.launch_keys import noted_launches
 from tests.bench.make_checkpoint import make_checkpoint
 
 from turbotriton.backend.engine.engine import Engine
-from turbotriton.backend.runner import model_runner
+from turbotriton.backend.runner import model_runner, precompile
 from turbotriton.backend.runner.model_runner import ModelRunner
-from turbotriton.backend.runner.precompile import compile_share
+from turbotriton.backend.runner.precompile import Precompilation, compile_share
 from turbotriton.contract.ini import read_workspace_config
 from turbotriton.contract.wire import GenerateRequest, SamplingParams
 
@@ -144,3 +146,26 @@ def test_triton_compiles_nothing_while_requests_are_served(
     serve_all_kinds(engine)
     engine.close()
     assert not compiled
+
+
+@pytest.mark.parametrize(("codes", "is_marked"), [((0, 0), True), ((0, 3), False)])
+def test_only_compilation_that_succeeded_leaves_a_mark(tmp_path: Path, codes: tuple[int, ...], is_marked: bool) -> None:
+    mark = tmp_path / "cache" / "turbotriton-0"
+    processes = [subprocess.Popen([sys.executable, "-c", f"raise SystemExit({code})"]) for code in codes]
+    Precompilation(processes, mark).wait()
+    assert mark.exists() == is_marked
+
+
+def test_a_process_that_hangs_is_ended_and_the_engine_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precompile, "MAX_SECONDS", 0.2)
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    Precompilation([process], tmp_path / "mark").wait()
+    assert process.returncode != 0
+    assert not (tmp_path / "mark").exists()
+
+
+def test_a_cpu_starts_no_process(tmp_path: Path) -> None:
+    make_checkpoint("tiny", tmp_path, "fp32", 64)
+    workspace = read_workspace_config(tmp_path / "config.ini")
+    config = workspace.engine_config({"device": "cpu"}.get)
+    assert Precompilation.start(workspace.model_config(), config, tmp_path)._processes == []
