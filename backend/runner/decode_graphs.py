@@ -8,6 +8,7 @@ memory. A graph's logits stay until it is replayed, which the stream does after 
 Padding has position -1: it sees no key, stores none, and its logits are not looked at.
 """
 
+import dataclasses
 import logging
 import time
 
@@ -41,6 +42,12 @@ def decode_forward(decoder: Decoder, slots: SlotState, kv: KvCache, inputs: torc
     return decoder.logits(x, residual)
 
 
+def _two_layers(decoder: Decoder) -> Decoder:
+    """They run every kernel that all do: the first has no residual, the others are alike."""
+    weights = dataclasses.replace(decoder.weights, layers=decoder.weights.layers[:2])
+    return Decoder(decoder.config, weights, decoder.ops)
+
+
 class DecodeGraphs:
     """Captures at construction, largest bucket first; call it under `inference_mode` on the device's stream."""
 
@@ -52,8 +59,9 @@ class DecodeGraphs:
         self._inputs = {size: torch.tensor([[0], [-1]], device=device).repeat(1, size) for size in self._buckets}
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         pool = None
+        short = _two_layers(decoder), KvCache(kv.k[:2], kv.v[:2], kv.num_blocks)
         for size in reversed(self._buckets):
-            self._forward(size)  # compiles what this bucket needs
+            decode_forward(short[0], slots, short[1], self._inputs[size])  # compiles and loads what this bucket needs
             torch.cuda.synchronize(device)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
