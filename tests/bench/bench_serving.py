@@ -16,6 +16,7 @@ A run is void when an answer has another number of tokens than asked, or a clien
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import platform
@@ -87,6 +88,8 @@ def measure_in_process(args: argparse.Namespace, options: dict[str, str]) -> dic
     weights = find_weights_dir(args.workspace)
     work = work_of(args, weights)
     engine = make_fake_engine(weights, options.get) if args.fake else make_engine(weights, options)
+    gc.collect()
+    gc.freeze()  # as the engine's process does
     run(engine, work.warm_up, work.vocab, 0)
     runs = []
     for repeat in range(work.repeats):
