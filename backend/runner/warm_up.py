@@ -6,8 +6,9 @@ the longest context is worth splitting. Decodes alone may replay graphs that wer
 The keys that the steps write lie in blocks that nobody holds yet: whoever is given them writes before it reads.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
-from itertools import count
+from typing import Any
 
 from turbotriton.backend.scheduling.plan import JoinedRequest, ScheduledRow, StepPlan
 from turbotriton.contract.wire import SamplingParams
@@ -19,16 +20,31 @@ TOKEN_COUNTS = (1, 2, 3, 4, 8, 16, 32, 64, 128, 256, 512)
 #: Of a decode: one that is never split, and one that is wherever splitting pays. Longer ones only take longer.
 CONTEXTS = (2, 1024)
 GREEDY = SamplingParams(temperature=0.0)
-#: Ways to draw that may run different kernels. Banned ids lie behind one another in memory: an odd number of them moves what follows.
-DRAWS = (
-    SamplingParams(temperature=0.0, bad_sequences=((3,),)),
-    SamplingParams(temperature=0.0, bad_sequences=((3,), (4,))),
-    SamplingParams(temperature=0.7),
-    SamplingParams(temperature=0.7, top_k=4),
-    SamplingParams(temperature=0.7, top_p=0.9, min_p=0.05),
-    SamplingParams(temperature=0.7, repetition_penalty=1.1, presence_penalty=0.1, frequency_penalty=0.1),
-    SamplingParams(temperature=0.0, repetition_penalty=1.1, logit_bias=((3, 1.0),), num_logprobs=2),
+# What may make a draw run other kernels. Banned ids lie behind one another in memory: an odd number of them moves what follows.
+_PENALTIES = {"repetition_penalty": 1.1, "presence_penalty": 0.1, "frequency_penalty": 0.1}
+_FILTERS: tuple[dict[str, Any], ...] = (
+    {},
+    {"top_k": 4},
+    {"top_p": 0.9},
+    {"min_p": 0.05},
+    {"top_k": 4, "top_p": 0.9, "min_p": 0.05},
 )
+_ENTRIES: tuple[dict[str, Any], ...] = (
+    {},
+    {"logit_bias": ((3, 1.0),)},
+    {"bad_sequences": ((3,),)},
+    {"bad_sequences": ((3,), (4,))},
+)
+
+
+def _draws() -> Iterator[SamplingParams]:
+    for penalties, entries in itertools.product(({}, _PENALTIES), _ENTRIES):
+        shape: dict[str, Any] = {**penalties, **entries}
+        yield SamplingParams(temperature=0.0, **shape)
+        yield SamplingParams(temperature=0.7, **shape)
+        yield SamplingParams(temperature=1.0, top_k=4, **shape)
+    for filters in _FILTERS:
+        yield SamplingParams(temperature=0.7, num_logprobs=2, **filters)
 
 
 def warm_up_plans(
@@ -36,7 +52,7 @@ def warm_up_plans(
 ) -> Iterator[tuple[StepPlan, ...]]:
     """Each group of plans is run in its order and leaves every slot free. decode_sizes: rising, the last is the number of slots."""
     max_batch_size = decode_sizes[-1]
-    steps = count(-1, -1)
+    steps = itertools.count(-1, -1)
     longest = min(session_len, num_blocks * block_size)
 
     def joined(slot: int, num_tokens: int, way: SamplingParams) -> JoinedRequest:
@@ -59,7 +75,7 @@ def warm_up_plans(
             yield group(some := [joined(0, num_tokens, GREEDY)], whole(some))
     for num_rows in (*(size for size in TOKEN_COUNTS[1:] if size < max_batch_size), max_batch_size):
         yield group(some := [joined(slot, 2, GREEDY) for slot in range(num_rows)], whole(some))
-    for way in DRAWS:
+    for way in _draws():
         yield group(some := [joined(0, 2, way)], whole(some))
     for num_rows in decode_sizes:
         some = [joined(slot, 2, GREEDY) for slot in range(min(num_rows + 1, max_batch_size))]

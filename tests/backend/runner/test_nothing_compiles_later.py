@@ -30,6 +30,9 @@ WAYS = (
     {"presence_penalty": 0.5, "temperature": 1.0},
     {"bad_sequences": ((5,), (6,), (7, 8))},
     {"logit_bias": ((3, 2.0),)},
+    {"logit_bias": ((3, 2.0),), "temperature": 0.8, "frequency_penalty": 0.5},
+    {"bad_sequences": ((5,),), "temperature": 1.0, "top_k": 3},
+    {"presence_penalty": 0.5, "logit_bias": ((3, 2.0), (4, 1.0))},
     {"num_logprobs": 3},
     {"min_new_tokens": 3, "stop_token_ids": (4,)},
 )
