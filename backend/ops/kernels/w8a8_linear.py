@@ -44,7 +44,7 @@ def _quantize_rows_kernel(
     tl.store(out_ptr + row * K + offs_k, scaled.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit
 def _w8a8_linear_kernel(
     x_ptr,
     x_scale_ptr,
