@@ -311,7 +311,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workspace", type=Path, help="of make_workspace.py or 'turbotriton convert'; --fake makes its own")
     parser.add_argument("--doors", default=",".join(DOORS), help="comma-separated (default: %(default)s)")
-    parser.add_argument("--clients", type=int, default=6, help="processes that the load comes from (default: %(default)s)")
+    parser.add_argument("--clients", type=int, default=8, help="processes that the load comes from (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="of thr; the median counts (default: %(default)s)")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="engine option, as in config.ini")
     parser.add_argument("--scale", type=float, default=1.0, help="shrink the work, to try this program (default: %(default)s)")
