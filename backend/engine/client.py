@@ -29,15 +29,21 @@ MAX_OBSERVATIONS = 4096
 class EngineClient:
     """Thread-safe. Sinks run on the receive thread and must not block.
 
-    Raises ServerError from the constructor when the socket does not greet as an engine does.
+    Raises from the constructor: ServerError when the socket does not greet as an engine does, OSError when it closes before it greets
+    (an engine that is being killed still takes connections for a moment).
     """
 
     def __init__(self, sock: socket.socket) -> None:
         self._frames = FrameSocket(sock)
         greeting = self._frames.receive()
-        if greeting is None or greeting[0] != "hello":
+        if greeting is None:
             self._frames.close()
-            raise ServerError("the engine closed the connection before it greeted")
+            raise ConnectionResetError("the engine closed the connection before it greeted")
+        if greeting[0] != "hello":
+            self._frames.close()
+            raise ServerError(
+                f"an engine greets with 'hello', and this socket with {greeting[0]!r}: are both sides of one version?"
+            )
         self.info = decode_info(greeting[1])
         self._lock = threading.Lock()
         self._sinks: dict[int, Sink] = {}
@@ -51,7 +57,7 @@ class EngineClient:
 
     @classmethod
     def connect(cls, path: Path, timeout_s: float = 5.0) -> "EngineClient":
-        """Raises OSError when nothing listens there."""
+        """Raises OSError when no living engine listens there."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             sock.settimeout(timeout_s)

@@ -263,14 +263,17 @@ def load_engine(weights_dir: Path, override: Callable[[str], str | None] = lambd
     Raises WorkspaceError, ConfigError.
     """
     from turbotriton.backend.runner.model_runner import ModelRunner
+    from turbotriton.backend.runner.precompile import Precompilation
     from turbotriton.contract.ini import read_workspace_config
 
     from .guided import Grammars, MaskFiller, find_tokenizer
 
     workspace = read_workspace_config(weights_dir / "config.ini")
     model, config = workspace.model_config(), workspace.engine_config(override)
+    precompilation = Precompilation.start(model, config, weights_dir)
     tokenizer = find_tokenizer(weights_dir)
     guides = None
     if tokenizer is not None:
         guides = Guides(Grammars(tokenizer, model.vocab_size, model.eos_token_ids), MaskFiller(model.vocab_size))
-    return Engine(model, config, ModelRunner(model, config, weights_dir), guides=guides)
+    runner = ModelRunner(model, config, weights_dir, before_kv_cache=precompilation.wait)
+    return Engine(model, config, runner, guides=guides)

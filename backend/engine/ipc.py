@@ -180,16 +180,22 @@ def _decode_deltas(payload: Sequence[Any]) -> list[TokenDelta]:
     request_ids.frombytes(payload[0])
     counts.frombytes(payload[1])
     token_ids.frombytes(payload[3])
+    ids, extras = token_ids.tolist(), payload[4]
     deltas = []
     begin = 0
     for position, (request_id, count, code) in enumerate(zip(request_ids, counts, payload[2], strict=True)):
-        extra = payload[4].get(position, {})
+        end = begin + count
+        if not code and position not in extras:  # nearly all
+            deltas.append(TokenDelta(request_id, tuple(ids[begin:end])))
+            begin = end
+            continue
+        extra = extras.get(position, {})
         error, error_status = extra.get("error", (None, "INTERNAL"))
         num_prompt, num_cached, stop_matched, timings = extra.get("final", (0, 0, False, None))
         deltas.append(
             TokenDelta(
                 request_id=request_id,
-                token_ids=tuple(token_ids[begin : begin + count]),
+                token_ids=tuple(ids[begin:end]),
                 logprobs=tuple(
                     TokenLogprobs(value, tuple((token_id, logprob) for token_id, logprob in top))
                     for value, top in extra.get("logprobs", ())
@@ -203,5 +209,5 @@ def _decode_deltas(payload: Sequence[Any]) -> list[TokenDelta]:
                 timings=None if timings is None else RequestTimings(*timings),
             )
         )
-        begin += count
+        begin = end
     return deltas

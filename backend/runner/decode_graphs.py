@@ -8,6 +8,7 @@ memory. A graph's logits stay until it is replayed, which the stream does after 
 Padding has position -1: it sees no key, stores none, and its logits are not looked at.
 """
 
+import dataclasses
 import logging
 import time
 
@@ -21,7 +22,7 @@ from turbotriton.backend.model.transfer import to_device
 from .batch import SlotState
 from .kv_cache import KvCache
 
-__all__ = ["DecodeGraphs", "batch_buckets"]
+__all__ = ["DecodeGraphs", "batch_buckets", "decode_forward"]
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,19 @@ def batch_buckets(max_batch_size: int) -> tuple[int, ...]:
     """1, 2, 4, then steps of 8 up to 32, of 16 up to 256, of 128 beyond; the last is max_batch_size itself."""
     sizes = [1, 2, 4, *range(8, 32, 8), *range(32, 257, 16), *range(384, max_batch_size + 1, 128)]
     return (*(size for size in sizes if size < max_batch_size), max_batch_size)
+
+
+def decode_forward(decoder: Decoder, slots: SlotState, kv: KvCache, inputs: torch.Tensor) -> torch.Tensor:
+    """inputs: [2, num_rows], int64, slots and positions -> logits [num_rows, vocab_size]. This is what a graph captures."""
+    token_ids, batch = slots.decode_inputs(decoder.ops.stage_decode, *inputs.unbind())
+    x, residual = decoder.hidden_states(token_ids, batch, kv.k, kv.v)
+    return decoder.logits(x, residual)
+
+
+def _two_layers(decoder: Decoder) -> Decoder:
+    """They run every kernel that all do: the first has no residual, the others are alike."""
+    weights = dataclasses.replace(decoder.weights, layers=decoder.weights.layers[:2])
+    return Decoder(decoder.config, weights, decoder.ops)
 
 
 class DecodeGraphs:
@@ -45,8 +59,9 @@ class DecodeGraphs:
         self._inputs = {size: torch.tensor([[0], [-1]], device=device).repeat(1, size) for size in self._buckets}
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         pool = None
+        short = _two_layers(decoder), KvCache(kv.k[:2], kv.v[:2], kv.num_blocks)
         for size in reversed(self._buckets):
-            self._forward(size)  # compiles what this bucket needs
+            decode_forward(short[0], slots, short[1], self._inputs[size])  # compiles and loads what this bucket needs
             torch.cuda.synchronize(device)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
@@ -58,10 +73,7 @@ class DecodeGraphs:
         logger.info("%d CUDA graphs of decode steps in %.1f s, %.0f MiB", len(self._graphs), time.monotonic() - begun, taken)
 
     def _forward(self, size: int) -> torch.Tensor:
-        slots, positions = self._inputs[size].unbind()
-        token_ids, batch = self._slots.decode_inputs(self._decoder.ops.stage_decode, slots, positions)
-        x, residual = self._decoder.hidden_states(token_ids, batch, self._kv.k, self._kv.v)
-        return self._decoder.logits(x, residual)
+        return decode_forward(self._decoder, self._slots, self._kv, self._inputs[size])
 
     def logits(self, slots: I64, positions: I64) -> torch.Tensor:
         """slots, positions of the rows' last tokens, at most max_batch_size -> [num_rows, vocab_size], valid until the next call."""

@@ -11,7 +11,9 @@ Invariants
 - Rows of a plan touch different slots; blocks that a row writes belong to no other row.
 """
 
+import itertools
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,21 +21,21 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from turbotriton.backend.model.decoder import Decoder
+from turbotriton.backend.model.decoder import Decoder, ModelWeights
 from turbotriton.backend.model.logprobs import raw_logprobs
 from turbotriton.backend.model.sampler import SamplerState, warm_up_sampling
 from turbotriton.backend.model.token_masks import masked_logits
 from turbotriton.backend.model.transfer import to_host
 from turbotriton.backend.ops.table import DETERMINISTIC_REFERENCE, REFERENCE, ops_for
-from turbotriton.backend.scheduling.plan import JoinedRequest, ScheduledRow, StepPlan, StepResult
+from turbotriton.backend.scheduling.plan import StepPlan, StepResult
 from turbotriton.contract.errors import ConfigError
 from turbotriton.contract.ini import EngineConfig, ModelConfig
-from turbotriton.contract.wire import SamplingParams
 
 from .batch import SlotState
-from .decode_graphs import DecodeGraphs
+from .decode_graphs import DecodeGraphs, batch_buckets, decode_forward
 from .key_offsets import key_offsets
 from .kv_cache import allocate_kv_cache, read_kv_scales
+from .warm_up import warm_up_plans
 from .weights import DTYPES, load_weights
 
 __all__ = ["ModelRunner", "resolve_compute_dtype", "resolve_device"]
@@ -52,11 +54,24 @@ class ModelRunner:
     """Loads the weights of `weights_dir` and holds the device's state until `close()`.
 
     `reference_ops`: plain torch on any device, where a GPU would have the kernels.
+    `weights`: instead of those in `weights_dir`.
+    `before_kv_cache`: called when the weights are there, before the cache takes its share of what memory is free then.
+    `prepare`: on a GPU, capture graphs and compile what requests will need.
     On a CPU a small model sets torch to one thread, in the whole process (ONE_THREAD_ELEMENTS).
     Raises WorkspaceError (files), ConfigError (device, KV cache size).
     """
 
-    def __init__(self, model: ModelConfig, engine: EngineConfig, weights_dir: Path, *, reference_ops: bool = False) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        engine: EngineConfig,
+        weights_dir: Path,
+        *,
+        reference_ops: bool = False,
+        weights: ModelWeights | None = None,
+        prepare: bool = True,
+        before_kv_cache: Callable[[], None] = lambda: None,
+    ) -> None:
         device = resolve_device(engine.device)
         self.device = str(device)
         self.compute_dtype = resolve_compute_dtype(engine.compute_dtype, model.float_type, device)
@@ -71,22 +86,23 @@ class ModelRunner:
             torch.set_float32_matmul_precision("highest")  # fp32 means fp32: no TF32
         with torch.inference_mode():
             ops = REFERENCE if reference_ops else ops_for(device, deterministic=engine.deterministic)
-            weights = load_weights(model, weights_dir, device, dtype, for_kernels=ops not in (REFERENCE, DETERMINISTIC_REFERENCE))
+            if weights is None:
+                for_kernels = ops not in (REFERENCE, DETERMINISTIC_REFERENCE)
+                weights = load_weights(model, weights_dir, device, dtype, for_kernels=for_kernels)
             self._decoder = Decoder(model, weights, ops)
             self._slots = SlotState(model, engine, device)
             self._sampler = SamplerState(engine.max_batch_size, model.vocab_size, model.eos_token_ids, device)
+            before_kv_cache()
             scales = read_kv_scales(model, weights_dir) if engine.quant_policy == 4 else None
             is_int4 = engine.quant_policy == 4 and scales is None
             offsets = key_offsets(self._decoder, engine.session_len, device, dtype) if is_int4 else None
             self._kv = allocate_kv_cache(model, engine, device, dtype, scales, offsets)
             self._graphs: DecodeGraphs | None = None
-            if device.type == "cuda" and engine.cuda_graphs and not reference_ops:
+            if device.type == "cuda" and engine.cuda_graphs and not reference_ops and prepare:
                 self._graphs = DecodeGraphs(self._decoder, self._slots, self._kv, engine.max_batch_size, device)
         self.num_blocks = self._kv.num_blocks
-        if device.type == "cuda":
-            with torch.inference_mode():
-                warm_up_sampling(ops.sample, model.vocab_size, model.eos_token_ids, device, dtype)
-            self._warm_up(engine.max_batch_size)
+        if device.type == "cuda" and prepare:
+            self.warm_up(engine)
         if device.type == "cpu" and weights.num_elements < ONE_THREAD_ELEMENTS:
             torch.set_num_threads(1)  # of the whole process
         logger.info("%s: ready on %s in %s", model.model_name, self.device, self.compute_dtype)
@@ -144,18 +160,24 @@ class ModelRunner:
             return slots, positions, None
         return slots, positions, self._decoder.logits(x[inputs.sampled_tokens], residual[inputs.sampled_tokens])
 
-    def _warm_up(self, max_batch_size: int) -> None:
-        """Compiles what no graph has compiled: a mixed step of a chunk and a decode, a greedy and a random draw.
+    @torch.inference_mode()
+    def run_uncaptured(self, num_rows: int) -> None:
+        """A decode step as a graph of so many rows would capture it, all of it padding."""
+        inputs = torch.tensor([[0], [-1]], device=torch.device(self.device)).repeat(1, num_rows)
+        decode_forward(self._decoder, self._slots, self._kv, inputs)
 
-        The keys that it writes lie in blocks that nobody holds yet: whoever is given them writes before it reads.
-        """
-        ways = (SamplingParams(temperature=0.0, ignore_eos=True), SamplingParams(temperature=1.0, top_p=0.9, top_k=50))
-        block = (self.num_blocks - 1,)
-        joined = tuple(JoinedRequest(slot, (1, 1), 2, block, way, 0, 0, 1e4) for slot, way in enumerate(ways[:max_batch_size]))
-        rows = (ScheduledRow(0, 0, 2, True), ScheduledRow(1, 0, 1, False))[:max_batch_size]
-        self.execute(StepPlan(0, joined=joined, rows=rows))
-        self.execute(StepPlan(0, rows=tuple(ScheduledRow(request.slot, 1, 1, True) for request in joined)))
-        self.execute(StepPlan(0, left=tuple(request.slot for request in joined)))
+    def warm_up(self, engine: EngineConfig, share: int = 0, num_shares: int = 1) -> None:
+        """Compiles what no graph has compiled, or a share of it. While nobody holds a block."""
+        begun, model = time.monotonic(), self._decoder.config
+        if share == 0:
+            device, dtype = torch.device(self.device), DTYPES[self.compute_dtype]
+            warm_up_sampling(self._decoder.ops.sample, model.vocab_size, model.eos_token_ids, device, dtype)
+        sizes = batch_buckets(engine.max_batch_size)
+        groups = warm_up_plans(sizes, engine.session_len, self.block_size, self.num_blocks)
+        for plans in itertools.islice(groups, share, None, num_shares):
+            for plan in plans:
+                self.execute(plan)
+        logger.info("steps that compile the rest of the kernels: %.1f s", time.monotonic() - begun)
 
     def close(self) -> None:
         """Drops the weights and the cache; the runner cannot be used after it."""

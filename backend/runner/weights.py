@@ -1,15 +1,20 @@
 """Reads a workspace's tensors into the device's layout.
 
-    files (contract/layout.py) --mmap--> joined over ranks --un-permuted rotary, gate and up side by side--> ModelWeights
+    files (contract/layout.py) --mapped, on a GPU by file_stream.py--> joined over ranks
+        --un-permuted rotary, gate and up side by side--> ModelWeights
                                 int4 tiles are unpacked to a byte a value on the way and packed again as the ops take them
 
 Every file's size is checked against the layout (and the manifest, where there is one) before anything is read; a missing file or
-a wrong size is refused by name. Hashes are `turbotriton convert --verify`'s business. At most one layer is held twice.
+a wrong size is refused by name. Hashes are `turbotriton convert --verify`'s business. On a GPU, what is read ahead is bounded
+(file_stream.py) and at most one layer is held twice.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +45,9 @@ from turbotriton.contract.errors import ConfigError, WorkspaceError
 from turbotriton.contract.ini import ModelConfig
 from turbotriton.contract.layout import MANIFEST_NAME, Split, Storage, TensorSpec, tensor_specs
 
-__all__ = ["find_weights_dir", "half_split_rotary", "load_weights"]
+from .file_stream import FileStream
+
+__all__ = ["empty_weights", "find_weights_dir", "half_split_rotary", "load_weights"]
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +82,23 @@ def load_weights(
     if config.weight_type == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         name = torch.cuda.get_device_name(device)
         raise ConfigError(f"weight_type is fp8, but {name} has no e4m3 arithmetic (compute capability 8.9); use int8 weights")
-    loader = _Loader(config, _Reader(config, folder), device, dtype, for_kernels)
+    begun = time.monotonic()
+    with contextlib.closing(_Reader(config, folder, device)) as reader:
+        weights = _load(config, reader, device, dtype, for_kernels)
+    seconds, gigabytes = time.monotonic() - begun, reader.num_bytes / 1e9
+    logger.info("%s: %.2f GB in %.2f s, %.2f GB/s", folder, gigabytes, seconds, gigabytes / seconds)
+    return weights
+
+
+def empty_weights(
+    config: ModelConfig, folder: Path, device: torch.device, dtype: torch.dtype, *, for_kernels: bool
+) -> ModelWeights:
+    """Zeros in the place of `load_weights`' values: same shapes, types and strides. `folder` is only looked at."""
+    return _load(config, _ZerosReader(config, folder, device), device, dtype, for_kernels)
+
+
+def _load(config: ModelConfig, reader: "_Reader", device: torch.device, dtype: torch.dtype, for_kernels: bool) -> ModelWeights:
+    loader = _Loader(config, reader, device, dtype, for_kernels)
     embeddings = loader.floats("tok_embeddings.weight")
     head = embeddings if config.tie_word_embeddings else loader.floats("output.weight")
     layers = tuple(loader.layer(f"layers.{i}") for i in range(config.num_layers))
@@ -98,7 +121,8 @@ class _Loader:
         self._qk_heads = config.num_heads + config.num_kv_heads
 
     def floats(self, name: str) -> torch.Tensor:
-        return self._reader.read(name).to(device=self._device, dtype=self._dtype, copy=True)
+        values = self._reader.read(name)
+        return values.to(device=self._device, dtype=self._dtype, copy=not values.is_cuda)
 
     def norm(self, name: str) -> NormWeight:
         return NormWeight(self.floats(name), self._config.norm_eps)
@@ -151,7 +175,8 @@ class _Loader:
             if self._config.weight_type == "int8":
                 return W8A8Weight(weight, scale, bias)
             return Fp8Weight(weight.view(torch.float8_e4m3fn), scale, bias)
-        return _dense(columns("weight").to(dtype=self._dtype, copy=True), bias)
+        weight = columns("weight")
+        return _dense(weight.to(dtype=self._dtype, copy=not weight.is_cuda), bias)
 
     def _int4(
         self, nibbles: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bias: torch.Tensor | None, gated: bool
@@ -179,9 +204,9 @@ def half_split_rotary(tensor: torch.Tensor, num_heads: int, head_dim: int, rotar
 
 
 class _Reader:
-    """The checked files of one workspace; `read(name)` gives a joined tensor on the CPU, mapped where no join is needed."""
+    """The checked files of one workspace; `read(name)` gives a joined tensor: on a GPU where that is the device, else mapped."""
 
-    def __init__(self, config: ModelConfig, folder: Path) -> None:
+    def __init__(self, config: ModelConfig, folder: Path, device: torch.device) -> None:
         if not (folder / "config.ini").is_file():
             raise WorkspaceError(f"{folder}: holds no config.ini; make a workspace with 'turbotriton convert'")
         self._config = config
@@ -195,6 +220,22 @@ class _Reader:
             self._tp = 1
         self._specs = {spec.name: spec for spec in tensor_specs(dataclasses.replace(config, tp=self._tp))}
         self._check_sizes()
+        self._stream = FileStream(self._files(), device) if device.type == "cuda" else None
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all its files."""
+        return sum(size for _, size in self._files())
+
+    def close(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+
+    def _files(self) -> Iterator[tuple[Path, int]]:
+        float_size = self._dtypes[Storage.FLOAT].itemsize
+        for spec in self._specs.values():
+            for name in spec.file_names(self._tp):
+                yield self._folder / name, spec.rank_bytes(self._tp, float_size)
 
     def _check_sizes(self) -> None:
         manifest = self._manifest_sizes()
@@ -235,11 +276,29 @@ class _Reader:
     def _map(self, name: str, spec: TensorSpec) -> torch.Tensor:
         """One rank's values; int4 ones unpacked to a byte each."""
         shape = spec.rank_shape(self._tp)
-        # mode "c": private pages, so torch gets writable memory and the file stays as it is
-        raw = torch.from_numpy(np.memmap(self._folder / name, dtype=np.uint8, mode="c"))
+        if self._stream is not None:
+            raw = self._stream.take(self._folder / name)
+        else:  # mode "c": private pages, so torch gets writable memory and the file stays as it is
+            raw = torch.from_numpy(np.memmap(self._folder / name, dtype=np.uint8, mode="c"))
         if spec.storage is Storage.NIBBLES:
             return unpack_tiles(raw, *shape)
         return raw.view(self._dtypes[spec.storage]).view(shape)
+
+
+class _ZerosReader(_Reader):
+    """Reads nothing but config.ini's shapes."""
+
+    def __init__(self, config: ModelConfig, folder: Path, device: torch.device) -> None:
+        self._zeros_on = device
+        super().__init__(config, folder, torch.device("cpu"))
+
+    def _check_sizes(self) -> None:
+        pass
+
+    def read(self, name: str) -> torch.Tensor:
+        spec = self._specs[name]
+        dtype = torch.uint8 if spec.storage is Storage.NIBBLES else self._dtypes[spec.storage]
+        return torch.zeros(spec.shape, dtype=dtype, device=self._zeros_on)
 
 
 def _join(config: ModelConfig, spec: TensorSpec, parts: list[torch.Tensor]) -> torch.Tensor:

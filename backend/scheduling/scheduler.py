@@ -7,8 +7,10 @@
 One step, in `schedule`:
   1. Requests past their deadline end.
   2. Running requests in order of service (priority, arrival): a decode takes one token of the budget, a prefill a chunk. All
-     decodes come before all chunks, so a long prompt never delays a running answer by more than one step. A request that needs a
-     block when none is free makes the last in order give up its blocks; if that is itself, it waits.
+     decodes come before all chunks, so a long prompt never delays a running answer by more than one step. Where as many requests
+     decode as wait for their first token, or more, prompts get `beside_decodes` tokens of that step and not all its budget: those who
+     wait for their next token would wait as long as that takes. A request that needs a block when none is free makes the last in
+     order give up its blocks; if that is itself, it waits.
   3. Waiting requests in order, while a slot, budget and blocks for all their known tokens are there. The first that does not fit
      holds back those behind it: nobody starves.
 
@@ -36,7 +38,10 @@ from .block_manager import BlockManager, chain_digest
 from .plan import JoinedRequest, NewBlocks, ScheduledRow, StepPlan, StepResult
 from .request import Request, RequestState, TokenMatcher, finish_reason_of
 
-__all__ = ["OwnedDelta", "Scheduler"]
+__all__ = ["PREFILL_BESIDE_DECODES", "OwnedDelta", "Scheduler"]
+
+#: Matrix products of so many rows reach nearly all of a GPU's rate, so a prompt in chunks of it loses little time.
+PREFILL_BESIDE_DECODES = 2048
 
 
 class OwnedDelta(NamedTuple):
@@ -45,7 +50,8 @@ class OwnedDelta(NamedTuple):
 
 
 class Scheduler:
-    """`token_budget`: most tokens a step. `clock`: monotonic seconds. `draw_seed`: a 64-bit seed for requests without one."""
+    """`token_budget`: most tokens a step. `clock`: monotonic seconds. `draw_seed`: a 64-bit seed for requests without one.
+    `beside_decodes`: most prompt tokens of a step where decodes are not the minority."""
 
     def __init__(
         self,
@@ -55,6 +61,7 @@ class Scheduler:
         token_budget: int,
         clock: Callable[[], float],
         draw_seed: Callable[[], int],
+        beside_decodes: int = PREFILL_BESIDE_DECODES,
     ) -> None:
         self._model = model
         self._config = config
@@ -62,6 +69,7 @@ class Scheduler:
         self._token_budget = max(token_budget, 1)
         self._clock = clock
         self._draw_seed = draw_seed
+        self._beside_decodes = beside_decodes
         self._waiting: list[tuple[tuple[int, int], Request]] = []  # heap; finished entries are dropped when met
         self._running: list[Request] = []  # in order of service
         self._requests: dict[tuple[object, int], Request] = {}
@@ -274,6 +282,8 @@ class Scheduler:
         # a later decode may have preempted an earlier pick
         picked = [request for request in picked if request.state is RequestState.RUNNING]
         rows += [self._row(request, 1) for request in picked]
+        if rows and len(rows) >= len(chunks) + self.num_waiting - self._num_held:
+            budget = min(budget, self._beside_decodes)
         for request in chunks:
             if budget and request.state is RequestState.RUNNING:
                 picked.append(request)

@@ -10,11 +10,12 @@ is_cancelled() once FINAL may have been sent: tritonserver 24.10 then looks into
 apart.
 """
 
-import itertools
+import functools
 import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -65,11 +66,33 @@ class Mailbox:
             self.engine.cancel(request_id)
 
 
+class _ReadyQueue:
+    """Mailboxes that have something to send, those that have sent nothing yet first. No lock of its own: it is passed for every token."""
+
+    def __init__(self) -> None:
+        self._first: deque[Mailbox | None] = deque()
+        self._later: deque[Mailbox | None] = deque()
+        self._tickets: queue.SimpleQueue[None] = queue.SimpleQueue()  # one for each entry, put after it
+
+    def put(self, mailbox: Mailbox | None, *, is_first: bool = False) -> None:
+        (self._first if is_first else self._later).append(mailbox)
+        self._tickets.put(None)
+
+    def get(self) -> Mailbox | None:
+        """Waits for the next one."""
+        self._tickets.get()
+        while True:
+            for entries in (self._first, self._later):
+                try:
+                    return entries.popleft()
+                except IndexError:  # others were quicker there; this ticket's entry is in one of the two
+                    continue
+
+
 class Responder:
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._ready: queue.PriorityQueue[tuple[int, int, Mailbox | None]] = queue.PriorityQueue()
-        self._order = itertools.count()
+        self._ready = _ReadyQueue()
         self._open: dict[int, Mailbox] = {}  # id(mailbox) -> mailbox, under the lock
         self._is_closing = threading.Event()
         self._threads = [threading.Thread(target=self._send, name=f"send-{i}", daemon=True) for i in range(NUM_SENDERS)]
@@ -90,7 +113,7 @@ class Responder:
     def submit(self, mailbox: Mailbox, request: GenerateRequest) -> None:
         """Sends a request of an opened mailbox to its engine; an engine that is gone answers through the mailbox too."""
         try:
-            mailbox.engine.submit(request, lambda delta: self.put(mailbox, delta))
+            mailbox.engine.submit(request, functools.partial(self.put, mailbox))
         except TurbotritonError as error:
             failed = TokenDelta(
                 request.request_id, finish_reason=FinishReason.ERROR, error=str(error), error_status=error.triton_status
@@ -103,7 +126,7 @@ class Responder:
             mailbox.deltas.append(delta)
             if not mailbox.is_queued:
                 mailbox.is_queued = True
-                self._ready.put((int(mailbox.has_sent), next(self._order), mailbox))
+                self._ready.put(mailbox, is_first=not mailbox.has_sent)
 
     def close(self, timeout_s: float = 3.0) -> None:
         """Sends what waits, then ends the threads."""
@@ -112,12 +135,12 @@ class Responder:
             time.sleep(0.02)
         self._is_closing.set()
         for _ in range(NUM_SENDERS):
-            self._ready.put((2, next(self._order), None))
+            self._ready.put(None)
         for thread in self._threads:
             thread.join(max(0.05, end - time.monotonic()))
 
     def _send(self) -> None:
-        while (mailbox := self._ready.get()[2]) is not None:
+        while (mailbox := self._ready.get()) is not None:
             with self._lock:
                 deltas, mailbox.deltas = mailbox.deltas, []
             try:
@@ -129,7 +152,7 @@ class Responder:
             with self._lock:
                 mailbox.is_queued = bool(mailbox.deltas)
                 if mailbox.is_queued:
-                    self._ready.put((1, next(self._order), mailbox))
+                    self._ready.put(mailbox)
 
     def _deliver(self, mailbox: Mailbox, deltas: Sequence[TokenDelta]) -> None:
         if mailbox.is_over or not deltas:

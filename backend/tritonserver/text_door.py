@@ -3,6 +3,7 @@
 execute: read -> submit n samples -> return at once         sender threads: ids -> text -> stop words -> response
 """
 
+import itertools
 import json
 import logging
 from collections.abc import Sequence
@@ -74,12 +75,20 @@ class _TextAnswer:
         self._sent_prompt = request.exclude_input
 
     def take(self, deltas: Sequence[TokenDelta]) -> tuple[list[Any], bool]:
-        for delta in deltas:
+        for delta in self._joined(deltas):
             self._take(delta)
         is_over = all(sample.finish is not None for sample in self._samples.values())
         if not is_over and not (self._request.stream and any(self._ids.values())):
             return [], False
         return [self._response(is_over)], is_over
+
+    def _joined(self, deltas: Sequence[TokenDelta]) -> Sequence[TokenDelta]:
+        """Deltas that bring only tokens of the only sample, as one: their text is then made at once. Stop words need each border."""
+        plain = list(itertools.takewhile(_is_plain, deltas))
+        if len(plain) < 2 or len(self._samples) > 1 or self._request.stop_words:
+            return deltas
+        token_ids = tuple(itertools.chain.from_iterable(delta.token_ids for delta in plain))
+        return [TokenDelta(plain[0].request_id, token_ids), *deltas[len(plain) :]]
 
     def _take(self, delta: TokenDelta) -> None:
         sample = self._samples[delta.request_id]
@@ -132,6 +141,10 @@ class _TextAnswer:
         self._ids = {request_id: [] for request_id in self._samples}
         self._logprobs = {request_id: [] for request_id in self._samples}
         return pb_utils.InferenceResponse(output_tensors=outputs)
+
+
+def _is_plain(delta: TokenDelta) -> bool:
+    return delta.finish_reason is None and delta.error is None and not delta.logprobs
 
 
 def _strings(name: str, values: Sequence[str]) -> Any:

@@ -57,6 +57,15 @@ class _TurnAnswer:
         self._door = door
         self._session_id = session_id
         self._session = session
+        self._sequence = np.array(session.token_ids, dtype=np.uint32)  # with room behind it once it grows
+        self._length = self._sequence.size
+
+    def _extend(self, token_ids: Sequence[int]) -> None:
+        end = self._length + len(token_ids)
+        if end > self._sequence.size:
+            self._sequence = np.concatenate((self._sequence[: self._length], np.empty(end, dtype=np.uint32)))
+        self._sequence[self._length : end] = token_ids
+        self._length = end
 
     def take(self, deltas: Sequence[TokenDelta]) -> tuple[list[Any], bool]:
         session = self._session
@@ -65,16 +74,16 @@ class _TurnAnswer:
         with self._door.lock:
             for delta in deltas:
                 session.token_ids.extend(delta.token_ids)
+                self._extend(delta.token_ids)
                 is_over |= delta.finish_reason is not None
             if failed is not None:
                 self._door.sessions.failed(self._session_id, session)
             elif is_over:
                 self._door.sessions.done(self._session_id, session)
-            token_ids = np.array(session.token_ids, dtype=np.uint32)
         if failed is not None:
             error = final_error(failed)
             return [pb_utils.InferenceResponse(error=triton_error(error, execution_failure(error)))], True
-        return [_sequence_response(token_ids)], is_over
+        return [_sequence_response(self._sequence[: self._length])], is_over
 
 
 def _sequence_response(token_ids: Any) -> Any:

@@ -9,6 +9,8 @@
     d8k       7,168 in, 1,024 out, as many requests as fit in 40 GiB of keys and values, at most max_batch_size: the same window
     thr       256 prompts of 64 to 1024 tokens, 64 to 512 out, all at once: output tokens a second
     prefill   16 x 4096 in, 1 out: prompt tokens a second
+    itl       64 x (256 in, 512 out), and a prompt of 4096 that comes when all of them decode, eight times: p50 of a decode's wait for its
+              next token, p99 and longest while a prompt is under way, and the prompt's first token (not run unless named)
 
 Greedy, ignore_eos, prompts as random token ids, prefix cache off. A request that gets fewer tokens than it asked for makes a number
 void. Before anything is timed, greedy tokens of a small model are compared with those of the reference ops (--no-check leaves it out).
@@ -50,6 +52,8 @@ MARKS = {
 WORKS = ("b1", "d64", "d256", "thr", "prefill")
 LONG, LONG_KV_BYTES = (7168, 1024), 40 << 30  # of d8k
 MIN_WINDOW_STEPS = 150
+NUM_ARRIVALS = 8
+STEPS_BETWEEN_ARRIVALS = 24
 
 
 @dataclass
@@ -124,7 +128,7 @@ def scaled(lengths: list[tuple[int, int]], scale: float) -> list[tuple[int, int]
     return [(max(2, int(prompt * scale)), new if new == 1 else max(2, int(new * scale))) for prompt, new in lengths]
 
 
-def lengths_of(work: str, num_long: int) -> list[tuple[int, int]]:
+def lengths_of(work: str, num_long: int = 0) -> list[tuple[int, int]]:
     if work == "thr":
         draw = random.Random(1)
         prompts = [draw.randint(64, 1024) for _ in range(256)]
@@ -136,6 +140,7 @@ def lengths_of(work: str, num_long: int) -> list[tuple[int, int]]:
     return {
         "b1": [(128, 512)],
         "d16": [(896, 256)] * 16,
+        "itl": [(4096, 1)],
         "d64": [(896, 256)] * 64,
         "d256": [(896, 256)] * 256,
         "prefill": [(4096, 1)] * 16,
@@ -158,6 +163,8 @@ def num_long_requests(engine: Engine, folder: Path, options: dict[str, str]) -> 
 def measure(
     engine: Engine, work: str, lengths: list[tuple[int, int]], vocab: int, scale: float, seed: int, trace: Path | None = None
 ) -> dict[str, float]:
+    if work == "itl":
+        return measure_itl(engine, vocab, scale, seed)
     if scale != 1.0:
         lengths = scaled(lengths[: max(1, int(len(lengths) * scale * 4))], scale)
     found = run(engine, lengths, vocab, seed)
@@ -182,6 +189,46 @@ def measure(
         "step_p99_ms": p99,
         "first_token_ms": first_token_ms,
     }
+
+
+def measure_itl(engine: Engine, vocab: int, scale: float, seed: int) -> dict[str, float]:
+    """Waits in milliseconds; the rate is that of all tokens while prompts come in."""
+    draw = random.Random(seed)
+    num_decodes, (prompt, new), late_prompt = max(2, int(64 * scale)), scaled([(256, 512)], scale)[0], max(8, int(4096 * scale))
+    num_arrivals, pause = (NUM_ARRIVALS, STEPS_BETWEEN_ARRIVALS) if scale == 1.0 else (2, 2)
+
+    def add(request_id: int, prompt_len: int, num_new: int) -> None:
+        sampling = SamplingParams(max_new_tokens=num_new, temperature=0.0, ignore_eos=True)
+        engine.add("bench", GenerateRequest(request_id, tuple(draw.choices(range(3, vocab), k=prompt_len)), sampling))
+
+    for index in range(num_decodes):
+        add(index, prompt, new)
+    last: dict[int, float] = {}
+    calm, beside, firsts = [], [], []
+    arrived: tuple[int, float] | None = None  # the late prompt under way and when it came
+    steps_until_next, num_tokens, begun = pause, 0, time.perf_counter()
+    while engine.has_work:
+        deltas = engine.step().get("bench", [])
+        now = time.perf_counter()
+        for delta in deltas:
+            num_tokens += len(delta.token_ids)
+            if delta.request_id in last and delta.request_id < num_decodes:
+                (calm if arrived is None else beside).append(1000 * (now - last[delta.request_id]))
+            last[delta.request_id] = now
+        if arrived is not None and arrived[0] in last:
+            firsts.append(1000 * (now - arrived[1]))
+            arrived, steps_until_next = None, pause
+        elif arrived is None and len(last) >= num_decodes and len(firsts) < num_arrivals:
+            steps_until_next -= 1
+            if steps_until_next == 0:
+                arrived = num_decodes + len(firsts), now
+                add(arrived[0], late_prompt, 1)
+    if len(firsts) < num_arrivals:
+        raise RuntimeError(f"void: the decodes ended after {len(firsts)} of {num_arrivals} prompts")
+    p50, p99 = statistics.median(calm), sorted(beside)[int(0.99 * (len(beside) - 1))]
+    first_ms = statistics.median(firsts)
+    rate = num_tokens / (time.perf_counter() - begun)
+    return {"tok_s": rate, "itl_p50_ms": p50, "itl_beside_p99_ms": p99, "itl_max_ms": max(beside), "first_token_ms": first_ms}
 
 
 def check_against_reference() -> None:
@@ -220,7 +267,7 @@ def check_against_reference() -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="folder of make_checkpoint.py")
-    parser.add_argument("--work", default=",".join(WORKS), help="comma-separated (default: %(default)s)")
+    parser.add_argument("--work", default=",".join(WORKS), help="comma-separated, also itl (default: %(default)s)")
     parser.add_argument(
         "--repeats", type=int, default=2, help="of each work after a warm-up; the median counts (default: %(default)s)"
     )

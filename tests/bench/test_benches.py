@@ -28,20 +28,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_work_is_measured_after_the_comparison_with_the_reference(checkpoint: Path, tmp_path: Path) -> None:
     options = [f"--option={o}" for o in ("device=cpu", "cache_max_entry_count=400", "session_len=1024", "max_batch_size=32")]
-    run = program(
-        "bench_engine",
-        "--model",
-        str(checkpoint),
-        "--work",
-        "b1,d16,d64,d256,d8k,thr,prefill",
-        "--scale",
-        "0.03",
-        "--trace",
-        str(tmp_path),
-        "--repeats",
-        "1",
-        *options,
-    )
+    arguments = ["--model", str(checkpoint), "--scale", "0.03", "--trace", str(tmp_path), "--repeats", "1", *options]
+    run = program("bench_engine", *arguments, "--work", "b1,d16,d64,d256,d8k,thr,prefill,itl")
     assert run.returncode == 0, run.stderr
     assert "greedy tokens equal the reference ops'" in run.stdout
     found = json.loads(run.stdout.splitlines()[-1])
@@ -50,10 +38,54 @@ def test_every_work_is_measured_after_the_comparison_with_the_reference(checkpoi
         assert found[work]["tok_s"] > 0, run.stdout
         assert "of_goal" not in found[work]  # a scaled work is not the work
         assert len((tmp_path / f"{work}.csv").read_text().splitlines()) > 1
+    assert 0 < found["itl"]["itl_beside_p99_ms"] <= found["itl"]["itl_max_ms"], run.stdout
+
+
+def test_a_start_is_timed_to_its_first_token(tmp_path: Path) -> None:
+    made = program("make_workspace", "--shape", "tiny", "--dtype", "fp32", "--session-len", "1024", "--out", str(tmp_path / "it"))
+    assert made.returncode == 0, made.stderr
+    options = [f"--option={o}" for o in ("device=cpu", "cache_max_entry_count=40", "session_len=1024", "max_batch_size=4")]
+    run = program("bench_startup", "--workspace", str(tmp_path / "it"), "--repeats", "1", *options)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout.splitlines()[-1])
+    for kind in ("cold", "warm"):
+        assert 0 < found[kind]["ready_s"] <= found[kind]["first_token_s"]
+    assert found["gb_s"] is not None
+    assert "ready on cpu" in run.stdout  # the engine's own phases
+
+
+@pytest.mark.e2e
+def test_the_way_through_tritonserver_is_measured_beside_the_engine_in_process(tmp_path: Path) -> None:
+    workspace = tmp_path / "workspace"
+    made = program("make_workspace", "--shape", "tiny", "--dtype", "fp32", "--session-len", "1024", "--out", str(workspace))
+    assert made.returncode == 0, made.stderr
+    options = [f"--option={o}" for o in ("device=cpu", "cache_max_entry_count=400", "session_len=1024", "max_batch_size=32")]
+    arguments = ["--workspace", str(workspace), "--scale", "0.02", "--repeats", "1", "--clients", "2", *options]
+    run = program("bench_serving", *arguments)
+    found = json.loads(run.stdout.splitlines()[-1])
+    for way in ("in process", "text", "turbomind"):
+        assert "void" not in found[way] or "of a core" in found[way]["void"], run.stdout  # a busy machine's clients may pass 70 %
+    if run.returncode == 0:
+        for way in ("text", "turbomind"):
+            assert found[way]["tok_s"] > 0, run.stdout
+            assert found[way]["of_in_process"] > 0
+            assert len(found[way]["client_share"]) == 2
+            assert any(label.startswith("door") for label in found[way]["cpu_s"]), run.stdout
 
 
 @pytest.mark.parametrize(
-    "name", ["bench_engine", "make_checkpoint", "profile_step", "sweep_tiles", "bench_ops", "bench_quantized"]
+    "name",
+    [
+        "bench_engine",
+        "bench_serving",
+        "bench_startup",
+        "make_checkpoint",
+        "make_workspace",
+        "profile_step",
+        "sweep_tiles",
+        "bench_ops",
+        "bench_quantized",
+    ],
 )
 def test_help_names_the_command_line(name: str) -> None:
     shown = program(name, "--help")

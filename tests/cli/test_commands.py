@@ -31,6 +31,7 @@ RUN_IN = {
     "demo": "tests/e2e/test_demo_command.py::test_answers_once_and_leaves_nothing_running",
     "bench": "docs/bench.md",
     "plan": "docs/plan.md",
+    "warmup": "tests/cli/test_warmup.py::test_without_a_gpu_it_says_what_is_missing",
     "list": "tests/cli/test_list.py::test_prints_the_template_names_one_a_line",
     "check_env": "tests/cli/test_check_env.py::test_prints_and_writes_what_the_machine_has",
 }

@@ -20,7 +20,7 @@ from .tuning import ceil_div, narrow_linear_config
 __all__ = ["gate_up", "linear"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _narrow_linear_kernel(
     x_ptr,
     weight_ptr,

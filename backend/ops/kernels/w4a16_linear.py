@@ -125,7 +125,7 @@ def _finished(acc):
     return tl.inline_asm_elementwise("", "=f,0", [acc], tl.float32, is_pure=False, pack=1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _w4a16_linear_kernel(
     x_ptr,
     words_ptr,

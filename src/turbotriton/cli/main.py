@@ -15,7 +15,7 @@ from .help_format import CommandParser
 __all__ = ["main"]
 
 #: Modules of this package in the order that `--help` lists them; each has add_parser(subparsers), which sets `run`.
-COMMANDS: tuple[str, ...] = ("chat", "convert", "lite", "serve", "demo", "bench", "plan", "list_models", "check_env")
+COMMANDS: tuple[str, ...] = ("chat", "convert", "lite", "serve", "warmup", "demo", "bench", "plan", "list_models", "check_env")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -100,7 +100,12 @@ class IncrementalDetokenizer:
         self._emitted = len(self._ids)
 
     def push(self, ids: Sequence[int]) -> str:
-        """The text that these ids make certain."""
+        """The text that these ids make certain. Several at once cost as much as one, unless there is a broken character in them."""
+        if len(ids) > 1:
+            self._ids += ids
+            if text := self._take(final=False, whole=True):
+                return text
+            del self._ids[-len(ids) :]
         pieces = []
         for token_id in ids:
             self._ids.append(token_id)
@@ -111,12 +116,15 @@ class IncrementalDetokenizer:
         """What was held back: incomplete bytes come as U+FFFD."""
         return self._take(final=True)
 
-    def _take(self, *, final: bool) -> str:
+    def _take(self, *, final: bool, whole: bool = False) -> str:
+        """whole: nothing, unless all of it is text. What a broken character looks like depends on where the ids were cut."""
         if self._emitted == len(self._ids):
             return ""
         context = self._tokenizer.decode(self._ids[self._begin : self._emitted], skip_special_tokens=self._skip)
         text = self._tokenizer.decode(self._ids[self._begin :], skip_special_tokens=self._skip)
         if not final and (text.endswith(REPLACEMENT) or len(text) <= len(context)):
+            return ""
+        if whole and REPLACEMENT in text[len(context) :]:
             return ""
         del self._ids[: self._begin]
         self._begin = self._emitted - self._begin

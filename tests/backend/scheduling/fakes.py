@@ -7,7 +7,7 @@ from typing import Any
 
 from turbotriton.backend.scheduling.block_manager import BlockManager
 from turbotriton.backend.scheduling.plan import ScheduledRow, StepPlan, StepResult
-from turbotriton.backend.scheduling.scheduler import OwnedDelta, Scheduler
+from turbotriton.backend.scheduling.scheduler import PREFILL_BESIDE_DECODES, OwnedDelta, Scheduler
 from turbotriton.contract.ini import EngineConfig, ModelConfig, RopeConfig
 from turbotriton.contract.wire import GenerateRequest, SamplingParams
 
@@ -117,13 +117,16 @@ class Bench:
         eos: tuple[int, ...] = (VOCAB_SIZE - 1,),
         rope: RopeConfig = PLAIN_ROPE,
         overlap: bool = False,
+        beside_decodes: int = PREFILL_BESIDE_DECODES,
         **config: Any,
     ) -> None:
         self.now = 0.0
         self.config = EngineConfig(**{"session_len": 64, "max_batch_size": 4, **config})
         self.runner = FakeRunner(num_blocks, block_size, self.config.max_batch_size, budget)
         blocks = BlockManager(num_blocks, block_size, enable_prefix_caching=self.config.enable_prefix_caching)
-        self.scheduler = Scheduler(model_config(eos, rope), self.config, blocks, budget, lambda: self.now, lambda: 7)
+        self.scheduler = Scheduler(
+            model_config(eos, rope), self.config, blocks, budget, lambda: self.now, lambda: 7, beside_decodes
+        )
         self.deltas: list[OwnedDelta] = []
         self.plans: list[StepPlan] = []
         self.overlap = overlap

@@ -220,3 +220,24 @@ def test_postprocessing_reads_from_the_offset_and_skips_ids_that_are_no_token(co
     assert decode([*ids, 2], 0, skip=0) == "one two<|im_end|>"
     assert decode([*ids, 4_000_000_000], 0) == "one two"
     assert decode([], 0) == ""
+
+
+def test_tokens_that_waited_together_become_text_at_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the text costs decides how many streams a door carries."""
+    from turbotriton.backend.tritonserver.text_door import IncrementalDetokenizer
+
+    pushes: list[int] = []
+    push = IncrementalDetokenizer.push
+    monkeypatch.setattr(IncrementalDetokenizer, "push", lambda self, ids: (pushes.append(len(ids)), push(self, ids))[1])
+    ids = TOKENIZER.encode("one two three four five six seven")
+    sender = bench.send(stream=np.array([True]))
+    sender.gate.clear()  # the first response is on its way while the others come in
+    for token_id in ids:
+        bench.engine.answer([token_id], None)
+    bench.engine.answer([], FinishReason.LENGTH)
+    sender.gate.set()
+    sender.wait()
+    texts = [response.outputs["text_output"].tolist()[0].decode() for response in sender.responses]
+    assert "".join(texts) == TOKENIZER.decode(ids)
+    assert sum(pushes) == len(ids)
+    assert len(pushes) <= 4  # the first, what waited behind it, the last without a token

@@ -1,0 +1,86 @@
+"""Steps that make triton compile every kernel variant that requests can need, so that none is compiled while one waits.
+
+What chooses a variant (ops/kernels/tuning.py): how many tokens a linear layer sees (one to four each have their own, then powers of two
+up to the largest that a kernel of ours takes), how many rows are sampled, how the draw is made, and for decodes their number and whether
+the longest context is worth splitting. Decodes alone may replay graphs that were captured before; beside a chunk they are launched.
+The keys that the steps write lie in blocks that nobody holds yet: whoever is given them writes before it reads.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from turbotriton.backend.scheduling.plan import JoinedRequest, ScheduledRow, StepPlan
+from turbotriton.contract.wire import SamplingParams
+
+__all__ = ["TOKEN_COUNTS", "warm_up_plans"]
+
+#: Rows of a matrix product; the last is more than any kernel of ours takes.
+TOKEN_COUNTS = (1, 2, 3, 4, 8, 16, 32, 64, 128, 256, 512)
+#: Of a decode: one that is never split, and one that is wherever splitting pays. Longer ones only take longer.
+CONTEXTS = (2, 1024)
+GREEDY = SamplingParams(temperature=0.0)
+# What may make a draw run other kernels. Banned ids lie behind one another in memory: an odd number of them moves what follows.
+_PENALTIES = {"repetition_penalty": 1.1, "presence_penalty": 0.1, "frequency_penalty": 0.1}
+_FILTERS: tuple[dict[str, Any], ...] = (
+    {},
+    {"top_k": 4},
+    {"top_p": 0.9},
+    {"min_p": 0.05},
+    {"top_k": 4, "top_p": 0.9, "min_p": 0.05},
+)
+_ENTRIES: tuple[dict[str, Any], ...] = (
+    {},
+    {"logit_bias": ((3, 1.0),)},
+    {"bad_sequences": ((3,),)},
+    {"bad_sequences": ((3,), (4,))},
+)
+
+
+def _draws() -> Iterator[SamplingParams]:
+    for penalties, entries in itertools.product(({}, _PENALTIES), _ENTRIES):
+        shape: dict[str, Any] = {**penalties, **entries}
+        yield SamplingParams(temperature=0.0, **shape)
+        yield SamplingParams(temperature=0.7, **shape)
+        yield SamplingParams(temperature=1.0, top_k=4, **shape)
+    for filters in _FILTERS:
+        yield SamplingParams(temperature=0.7, num_logprobs=2, **filters)
+
+
+def warm_up_plans(
+    decode_sizes: Sequence[int], session_len: int, block_size: int, num_blocks: int
+) -> Iterator[tuple[StepPlan, ...]]:
+    """Each group of plans is run in its order and leaves every slot free. decode_sizes: rising, the last is the number of slots."""
+    max_batch_size = decode_sizes[-1]
+    steps = itertools.count(-1, -1)
+    longest = min(session_len, num_blocks * block_size)
+
+    def joined(slot: int, num_tokens: int, way: SamplingParams) -> JoinedRequest:
+        needed = -(-(num_tokens + 1) // block_size)
+        blocks = tuple(range(num_blocks - min(needed, num_blocks), num_blocks))
+        return JoinedRequest(slot, (1,) * num_tokens, num_tokens, blocks, way, 0, 0, 1e4)
+
+    def group(requests: Sequence[JoinedRequest], *steps_of_rows: Sequence[ScheduledRow]) -> tuple[StepPlan, ...]:
+        first, *others = (tuple(rows) for rows in steps_of_rows)
+        plans = [StepPlan(next(steps), joined=tuple(requests), rows=first)]
+        plans += [StepPlan(next(steps), rows=rows) for rows in others]
+        return (*plans, StepPlan(next(steps), left=tuple(request.slot for request in requests)))
+
+    def whole(requests: Sequence[JoinedRequest]) -> list[ScheduledRow]:
+        return [ScheduledRow(request.slot, 0, len(request.token_ids), True) for request in requests]
+
+    yield group([joined(0, 2, GREEDY)], [ScheduledRow(0, 0, 1, False)])  # a chunk that the budget cut to one token
+    for num_tokens in TOKEN_COUNTS[1:]:
+        if num_tokens < longest:
+            yield group(some := [joined(0, num_tokens, GREEDY)], whole(some))
+    for num_rows in (*(size for size in TOKEN_COUNTS[1:] if size < max_batch_size), max_batch_size):
+        yield group(some := [joined(slot, 2, GREEDY) for slot in range(num_rows)], whole(some))
+    for way in _draws():
+        yield group(some := [joined(0, 2, way)], whole(some))
+    for num_rows in decode_sizes:
+        some = [joined(slot, 2, GREEDY) for slot in range(min(num_rows + 1, max_batch_size))]
+        chunk = [ScheduledRow(request.slot, 0, 2, True) for request in some[num_rows:]]
+        for start in sorted(
+            {min(context, longest) - 1 for context in CONTEXTS}
+        ):  # nothing was computed there: the keys are zeros
+            yield group(some, [*(ScheduledRow(slot, start, 1, True) for slot in range(num_rows)), *chunk])

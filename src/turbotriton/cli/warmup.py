@@ -1,0 +1,80 @@
+"""`turbotriton warmup WORKSPACE`: compiles ahead what serving it with these options needs, so that the first start is a quick one."""
+
+import argparse
+import subprocess
+import time
+from pathlib import Path
+
+from turbotriton.contract import env
+from turbotriton.contract.errors import InvalidInputError, ServerError
+
+from .tritonserver import ENGINE_FLAGS, check_engine_options
+
+__all__ = ["add_parser"]
+
+POLL_S = 0.2
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = subparsers.add_parser(
+        "warmup",
+        help="compile a workspace's kernels ahead of time",
+        description="Compile every kernel that serving WORKSPACE with these options needs into triton's cache (TRITON_CACHE_DIR, default "
+        "~/.triton/cache), on the GPU that will serve it. No weights are read. Options must be those of the server: they choose kernels.",
+    )
+    parser.add_argument("workspace", type=Path, help="folder written by 'turbotriton convert'")
+    parser.add_argument(
+        "--jobs", type=int, default=None, help="processes that compile (default: what cores and GPU memory allow)"
+    )
+    parser.add_argument("--force", action="store_true", help="compile again what was compiled before")
+    engine = parser.add_argument_group("engine", "override config.ini; unset: what config.ini says")
+    for name, (kind, text) in ENGINE_FLAGS.items():
+        engine.add_argument(f"--{name.replace('_', '-')}", type=kind, default=None, help=text)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Raises ConfigError without a GPU, ServerError when a process fails."""
+    from turbotriton.backend.runner.precompile import mark_path, num_processes_for, start_process
+    from turbotriton.backend.runner.weights import find_weights_dir
+    from turbotriton.contract.ini import read_workspace_config
+
+    if args.jobs is not None and args.jobs < 1:
+        raise InvalidInputError(f"--jobs is {args.jobs}; it must be 1 or more")
+    options = {name: str(value) for name in ENGINE_FLAGS if (value := getattr(args, name)) is not None}
+    check_engine_options(options)
+    weights = find_weights_dir(args.workspace)
+    workspace = read_workspace_config(weights / "config.ini")
+    model, engine = workspace.model_config(), workspace.engine_config(lambda name: options.get(name) or env.engine_option(name))
+    mark = mark_path(model, engine)
+    if mark.exists() and not args.force:
+        print(f"compiled already: {mark.parent} has all kernels of {args.workspace} with these options")
+        return 0
+    jobs = args.jobs or max(1, num_processes_for(model, engine))
+    begun = time.monotonic()
+    _watch([start_process(weights, share, jobs, options) for share in range(jobs)])
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+    print(f"compiled in {time.monotonic() - begun:.1f} s by {jobs} processes into {mark.parent}")
+    return 0
+
+
+def _watch(processes: "list[subprocess.Popen[bytes]]") -> None:
+    """A bar of the processes that have ended. Raises ServerError when one fails, and ends the others."""
+    from tqdm import tqdm
+
+    running = list(processes)
+    try:
+        with tqdm(total=len(processes), desc="compiling", unit="process") as bar:
+            while running:
+                time.sleep(POLL_S)
+                ended = [process for process in running if process.poll() is not None]
+                running = [process for process in running if process not in ended]
+                bar.update(len(ended))
+                failed = next((process.returncode for process in ended if process.returncode), 0)
+                if failed:
+                    raise ServerError(f"a process that compiles ended with code {failed}; its message stands above")
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()

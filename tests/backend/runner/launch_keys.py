@@ -1,0 +1,80 @@
+"""Which compiled variants a runner's steps need, found without a GPU: launches of our kernels are noted and not made.
+
+Triton compiles a kernel anew for each combination of constexpr values, of dtypes, of whole numbers that are 1 or multiples of 16, and of
+addresses that are multiples of 16. A launch's key here is that combination; what a launch would write stays zeros.
+"""
+
+import pkgutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from turbotriton.backend.ops import kernels
+from turbotriton.backend.runner import decode_graphs, model_runner, weights
+from turbotriton.backend.runner.decode_graphs import DecodeGraphs
+
+NUM_SMS = 132
+ALIGNMENT = 16
+
+
+class EagerGraphs(DecodeGraphs):
+    """The decode steps of the graphs, launched one after the other: what is captured is what is launched."""
+
+    def __init__(self, decoder, slots, kv, max_batch_size, device) -> None:  # type: ignore[no-untyped-def]
+        self._decoder, self._slots, self._device, self._kv = decoder, slots, device, kv
+        self._buckets = decode_graphs.batch_buckets(max_batch_size)
+        self._inputs = {size: torch.tensor([[0], [-1]], device=device).repeat(1, size) for size in self._buckets}
+        for size in self._buckets:
+            self._forward(size)
+
+    def logits(self, slots, positions):  # type: ignore[no-untyped-def]
+        return self._forward(next(size for size in self._buckets if size >= slots.size))[: slots.size]
+
+    def close(self) -> None:
+        pass
+
+
+def _argument_key(value: Any, parameter: Any) -> Any:
+    if parameter.is_constexpr:
+        return value
+    if isinstance(value, torch.Tensor):
+        is_free = parameter.do_not_specialize or parameter.do_not_specialize_on_alignment
+        return (str(value.dtype), None if is_free else value.data_ptr() % ALIGNMENT == 0)
+    if isinstance(value, bool) or not isinstance(value, int):
+        return type(value).__name__
+    if parameter.do_not_specialize:
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+    return 1 if value == 1 else ("int", parameter.do_not_specialize_on_alignment or value % ALIGNMENT == 0)
+
+
+@contextmanager
+def noted_launches(monkeypatch: Any) -> Iterator[set[tuple[Any, ...]]]:
+    """The runner of a "cpu" device takes the CUDA column; `clear()` what is yielded to start anew."""
+    from triton.runtime.jit import JITFunction
+
+    from turbotriton.backend.ops.triton_column import TRITON
+
+    keys: set[tuple[Any, ...]] = set()
+
+    def note(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        given = dict(zip(self.arg_names, args, strict=False))
+        options = {name: kwargs.pop(name) for name in list(kwargs) if name not in self.arg_names}
+        given |= kwargs
+        found = [(p.name, _argument_key(given[p.name], p)) for p in self.params]
+        keys.add((self.__name__, *found, *sorted(options.items())))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JITFunction, "run", note)
+        patch.setattr(torch, "empty", torch.zeros)  # nothing is computed: ids must still be ids
+        patch.setattr(torch, "empty_like", torch.zeros_like)
+        patch.setattr(model_runner, "ops_for", lambda device: TRITON)
+        patch.setattr(model_runner, "DecodeGraphs", EagerGraphs)
+        patch.setattr(weights, "_dense", lambda weight, bias=None: weights.DenseWeight(weight.t().contiguous().t(), bias))
+        for info in pkgutil.iter_modules(kernels.__path__):
+            module = import_module(f"{kernels.__name__}.{info.name}")
+            if hasattr(module, "num_sms"):
+                patch.setattr(module, "num_sms", lambda device: NUM_SMS)
+        yield keys

@@ -1,0 +1,174 @@
+"""No kernel is compiled while a request waits: what loading compiles is all that any request needs."""
+
+import itertools
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tests.backend.runner.launch_keys import noted_launches
+from tests.bench.make_checkpoint import make_checkpoint
+
+from turbotriton.backend.engine.engine import Engine
+from turbotriton.backend.runner import model_runner, precompile
+from turbotriton.backend.runner.model_runner import ModelRunner
+from turbotriton.backend.runner.precompile import Precompilation, compile_share
+from turbotriton.contract.ini import read_workspace_config
+from turbotriton.contract.wire import GenerateRequest, SamplingParams
+
+OPTIONS = {"max_batch_size": "20", "session_len": "512", "cache_max_entry_count": "300"}
+PROMPTS = (1, 2, 3, 5, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 128, 129, 300, 500)
+WAYS = (
+    {"ignore_eos": True},
+    {"temperature": 0.7},
+    {"temperature": 0.7, "top_k": 5},
+    {"temperature": 0.9, "top_p": 0.5, "min_p": 0.1},
+    {"repetition_penalty": 1.2},
+    {"presence_penalty": 0.5, "temperature": 1.0},
+    {"bad_sequences": ((5,), (6,), (7, 8))},
+    {"logit_bias": ((3, 2.0),)},
+    {"logit_bias": ((3, 2.0),), "temperature": 0.8, "frequency_penalty": 0.5},
+    {"bad_sequences": ((5,),), "temperature": 1.0, "top_k": 3},
+    {"presence_penalty": 0.5, "logit_bias": ((3, 2.0), (4, 1.0))},
+    {"num_logprobs": 3},
+    {"min_new_tokens": 3, "stop_token_ids": (4,)},
+)
+
+
+def serve_all_kinds(engine: Engine) -> None:
+    """Prompts of odd sizes alone and together, every way to draw by one to three rows, chunks beside decodes, prefixes found again."""
+    draw, ids = random.Random(3), itertools.count()
+
+    def add(prompt_len: int, **way: object) -> None:
+        prompt = tuple(draw.choices(range(3, 300), k=prompt_len)) if prompt_len % 3 else (7,) * prompt_len
+        sampling = SamplingParams(**{"max_new_tokens": 6, "temperature": 0.0, **way})  # type: ignore[arg-type]
+        engine.add("test", GenerateRequest(next(ids), prompt, sampling))
+
+    def drain() -> None:
+        while engine.has_work:
+            engine.step()
+
+    for prompt_len in PROMPTS:
+        add(prompt_len)
+        drain()
+    for way, num_rows in itertools.product(WAYS, (1, 2, 3)):
+        for _ in range(num_rows):
+            add(20, **way)
+        drain()
+    for index in range(60):
+        how = {"ignore_eos": bool(index % 2), "temperature": float(draw.choice((0, 1))), "max_new_tokens": draw.randint(1, 30)}
+        add(draw.choice((1, 2, 7, 30, 90, 400)), **how)
+        for _ in range(draw.randint(0, 4)):
+            engine.step()
+    drain()
+
+
+def make_engine(folder: Path, dtype: str, options: dict[str, str], load: Callable[..., ModelRunner] = ModelRunner) -> Engine:
+    make_checkpoint("tiny", folder, dtype, 512)
+    workspace = read_workspace_config(folder / "config.ini")
+    model, config = workspace.model_config(), workspace.engine_config((OPTIONS | options).get)
+    return Engine(model, config, load(model, config, folder), overlap=False)
+
+
+def load_as_on_a_gpu(model, config, folder):  # type: ignore[no-untyped-def]
+    """What a runner does there after it has its weights."""
+    runner = ModelRunner(model, config, folder)
+    if config.cuda_graphs:
+        with torch.inference_mode():
+            parts = (runner._decoder, runner._slots, runner._kv, config.max_batch_size, torch.device("cpu"))
+            runner._graphs = model_runner.DecodeGraphs(*parts)
+    runner.warm_up(config)
+    return runner
+
+
+CASES = [
+    pytest.param("bf16", {}, id="bf16"),
+    pytest.param("bf16", {"max_batch_size": "3"}, id="few_slots"),
+    pytest.param("bf16", {"max_batch_size": "140", "num_tokens_per_iter": "200"}, id="many_slots"),
+    pytest.param("fp32", {}, id="fp32"),
+    pytest.param("bf16", {"quant_policy": "8"}, id="kv_8_bit"),
+    pytest.param("bf16", {"quant_policy": "4"}, id="kv_4_bit"),
+    pytest.param("int4", {}, id="weights_4_bit"),
+    pytest.param("bf16", {"cuda_graphs": "0"}, id="no_graphs"),
+]
+
+
+@pytest.mark.parametrize(("dtype", "options"), CASES)
+def test_requests_need_no_kernel_variant_that_loading_did_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, options: dict[str, str]
+) -> None:
+    """By the keys that triton caches compiled kernels under; nothing is compiled or run here."""
+    compute_dtype = {"int4": "fp16"}.get(dtype, dtype)
+    with noted_launches(monkeypatch) as keys:
+        engine = make_engine(tmp_path, dtype, {"device": "cpu", "compute_dtype": compute_dtype, **options}, load_as_on_a_gpu)
+        loaded = set(keys)
+        keys.clear()
+        serve_all_kinds(engine)
+        late = keys - loaded
+    assert len(loaded) > 15
+    assert len(keys) > 10
+    assert not late, "\n".join(map(str, sorted(late, key=str)))
+
+
+@pytest.mark.parametrize(("dtype", "options"), CASES)
+def test_compiling_ahead_in_shares_leaves_loading_nothing_to_compile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, options: dict[str, str]
+) -> None:
+    compute_dtype = {"int4": "fp16"}.get(dtype, dtype)
+    make_checkpoint("tiny", tmp_path, dtype, 512)
+    workspace = read_workspace_config(tmp_path / "config.ini")
+    model = workspace.model_config()
+    config = workspace.engine_config((OPTIONS | {"device": "cpu", "compute_dtype": compute_dtype, **options}).get)
+    with noted_launches(monkeypatch) as keys:
+        load_as_on_a_gpu(model, config, tmp_path)
+        loaded = set(keys)
+        keys.clear()
+        for file in tmp_path.glob("*.weight"):
+            file.unlink()  # they are not read
+        shares = []
+        for share in range(3):
+            compile_share(model, config, tmp_path, share, 3)
+            shares.append(len(keys))
+    assert not loaded - keys, "\n".join(map(str, sorted(loaded - keys, key=str)))
+    assert shares[0] < len(keys)  # no share does it all
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "options"), CASES)
+def test_triton_compiles_nothing_while_requests_are_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, options: dict[str, str]
+) -> None:
+    import triton
+
+    engine = make_engine(tmp_path, dtype, options)
+    compiled: list[str] = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda **how: compiled.append(how["repr"]) or False)
+    serve_all_kinds(engine)
+    engine.close()
+    assert not compiled
+
+
+@pytest.mark.parametrize(("codes", "is_marked"), [((0, 0), True), ((0, 3), False)])
+def test_only_compilation_that_succeeded_leaves_a_mark(tmp_path: Path, codes: tuple[int, ...], is_marked: bool) -> None:
+    mark = tmp_path / "cache" / "turbotriton-0"
+    processes = [subprocess.Popen([sys.executable, "-c", f"raise SystemExit({code})"]) for code in codes]
+    Precompilation(processes, mark).wait()
+    assert mark.exists() == is_marked
+
+
+def test_a_process_that_hangs_is_ended_and_the_engine_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precompile, "MAX_SECONDS", 0.2)
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    Precompilation([process], tmp_path / "mark").wait()
+    assert process.returncode != 0
+    assert not (tmp_path / "mark").exists()
+
+
+def test_a_cpu_starts_no_process(tmp_path: Path) -> None:
+    make_checkpoint("tiny", tmp_path, "fp32", 64)
+    workspace = read_workspace_config(tmp_path / "config.ini")
+    config = workspace.engine_config({"device": "cpu"}.get)
+    assert Precompilation.start(workspace.model_config(), config, tmp_path)._processes == []
