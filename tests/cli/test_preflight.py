@@ -83,7 +83,7 @@ def test_a_misspelt_flag_is_named(runtime: ServerRuntime) -> None:
 
 
 def test_a_stray_word_is_named(runtime: ServerRuntime) -> None:
-    with pytest.raises(InvalidInputError, match="^'extra' is one argument too many"):
+    with pytest.raises(InvalidInputError, match=r"^'extra' is one argument too many"):
         check_passed_on(runtime, ("extra",))
 
 

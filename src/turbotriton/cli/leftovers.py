@@ -66,9 +66,9 @@ def engine_processes(server_pid: int) -> list[int]:
             arguments = (entry / "cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
-        if b"turbotriton.backend.engine" in arguments and b"--owner-pid" in arguments:
-            if arguments[arguments.index(b"--owner-pid") + 1] == str(server_pid).encode():
-                found.append(int(entry.name))
+        is_engine = b"turbotriton.backend.engine" in arguments and b"--owner-pid" in arguments
+        if is_engine and arguments[arguments.index(b"--owner-pid") + 1] == str(server_pid).encode():
+            found.append(int(entry.name))
     return found
 
 
