@@ -111,7 +111,7 @@ class EngineLoop:
             self._thread.join()
 
     def _run(self) -> None:
-        last_stats = 0.0
+        last_stats, was_busy = 0.0, False
         try:
             while not self._is_stopping.is_set():
                 self._take_messages()
@@ -120,7 +120,9 @@ class EngineLoop:
                     self._step_began = time.monotonic()
                     self._hand_on(self._engine.step())
                     self._step_began = None
-                if time.monotonic() - last_stats >= STATS_INTERVAL_S:
+                has_become_idle = was_busy and not self._engine.has_work  # told at once: that all is free again
+                was_busy = self._engine.has_work
+                if has_become_idle or time.monotonic() - last_stats >= STATS_INTERVAL_S:
                     self._publish(self._engine.stats())
                     last_stats = time.monotonic()
         except Exception:  # the border of the engine: whatever happened, its requests must end
