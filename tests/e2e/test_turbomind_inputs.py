@@ -1,4 +1,4 @@
-"""Every input of the `turbomind` door changes what comes, is refused, or has no effect by LMDeploy's contract: a table, and that it is whole."""
+"""Every input of the `turbomind` door changes what comes, is refused, or has no effect by LMDeploy's contract: a table, and its test."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -65,9 +65,8 @@ def door(demo_server: TritonServer) -> Iterator[Door]:
 
 
 def hot(seed: int = 5, temperature: float = 30.0) -> tuple[Input, ...]:
-    return (one("runtime_top_k", "UINT32", 0), one("runtime_top_p", "FP32", 1.0), one("random_seed", "UINT64", seed)) + (
-        one("temperature", "FP32", temperature),
-    )
+    off = (one("runtime_top_k", "UINT32", 0), one("runtime_top_p", "FP32", 1.0))
+    return (*off, one("random_seed", "UINT64", seed), one("temperature", "FP32", temperature))
 
 
 def but(inputs: tuple[Input, ...], changed: Input) -> tuple[Input, ...]:
