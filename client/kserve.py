@@ -69,6 +69,13 @@ _INVALID = {
     grpc.StatusCode.UNIMPLEMENTED,
     grpc.StatusCode.FAILED_PRECONDITION,
 }
+#: What to say -> how gRPC says it, in the order of looking; its own sentences differ from one release to the next.
+_CONNECTION_LOST = {
+    "connection refused": re.compile(r"refused", re.IGNORECASE),
+    "the host name is unknown": re.compile(r"resolv|resolution|hostname lookup", re.IGNORECASE),
+    "the connection broke": re.compile(r"Socket closed|reset|GOAWAY|RST_STREAM|Stream removed", re.IGNORECASE),
+    "it cannot be reached": re.compile(r"connect", re.IGNORECASE),
+}
 _STATUS_PREFIX = re.compile(
     r"\[?(?P<status>INVALID_ARG(?:UMENT)?|UNAVAILABLE|CANCELLED|DEADLINE_EXCEEDED|NOT_FOUND|UNSUPPORTED|INTERNAL)\]?:\s+"
 )
@@ -211,11 +218,9 @@ def error_from_rpc(error: grpc.RpcError, url: str) -> TurbotritonError:
     """The error for a failed RPC: by its status code; a connection that cannot be made names url and the remedy."""
     code, details = error.code(), " ".join((error.details() or "").split())
     if code in _UNAVAILABLE:
-        if re.search(r"connect|resolution|Socket closed|reset|GOAWAY|RST_STREAM", details, re.IGNORECASE):
-            reason = details.rsplit(": ", 1)[-1]
-            return UnavailableError(
-                f"no tritonserver answers at {url} ({_shorten(reason)}); is it running, and is this its gRPC port?"
-            )
+        reason = next((words for words, pattern in _CONNECTION_LOST.items() if pattern.search(details)), None)
+        if reason is not None:
+            return UnavailableError(f"no tritonserver answers at {url} ({reason}); is it running, and is this its gRPC port?")
         return UnavailableError(error_from_text(details).args[0])
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineExceededError(f"{url} did not answer in time; give a longer timeout or fewer tokens")

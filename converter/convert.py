@@ -6,6 +6,8 @@
 Until the rename the destination is untouched; the temporary folder is removed on every error.
 """
 
+import fcntl
+import glob
 import logging
 import os
 import shutil
@@ -84,7 +86,10 @@ def _new_folder(destination: Path) -> Iterator[Path]:
     parent = destination.resolve().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(parent, destination.name)
         temporary = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".converting", dir=parent))
+        lock = os.open(temporary, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
     except OSError as error:
         raise ConfigError(f"--dst-path {destination}: cannot be written ({error.strerror}); choose another path") from None
     try:
@@ -93,6 +98,21 @@ def _new_folder(destination: Path) -> Iterator[Path]:
         raise ConfigError(f"{error.filename or destination}: {error.strerror}; nothing was converted") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        os.close(lock)
+
+
+def _remove_abandoned(parent: Path, name: str) -> None:
+    """What conversions to the same destination left that were killed: a running one holds a lock on its folder."""
+    for folder in parent.glob(f".{glob.escape(name)}.*.converting"):
+        lock = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+            logger.info("removed %s, left by a conversion that was killed", folder)
+        except BlockingIOError:
+            continue
+        finally:
+            os.close(lock)
 
 
 def _publish(temporary: Path, destination: Path) -> None:
@@ -105,11 +125,12 @@ def _publish(temporary: Path, destination: Path) -> None:
         temporary.rename(target)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-    target.rename(old / "workspace")
     try:
+        target.rename(old / "workspace")
         temporary.rename(target)
-    except OSError:
-        (old / "workspace").rename(target)
+    except BaseException:  # Ctrl-C too
+        if not target.exists():
+            (old / "workspace").rename(target)
         raise
     finally:
         shutil.rmtree(old, ignore_errors=True)

@@ -47,6 +47,18 @@ def test_the_commands_table_has_every_command_and_no_other(readme: str) -> None:
     assert words == set(COMMANDS)
 
 
+def test_no_table_names_anything_twice(readme: str) -> None:
+    for heading, rows in tables(readme):
+        named = [name for row in rows for name in re.findall(r"`[^`]+`|\]\([^)]+\)", row)] or rows
+        assert len(set(named)) == len(named), f"{heading}: {sorted({name for name in named if named.count(name) > 1})}"
+
+
+def test_the_documentation_table_has_every_page(readme: str) -> None:
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")}
+    (rows,) = [rows for _, rows in tables(readme) if any("(docs/tutorial.md)" in row for row in rows)]
+    assert pages == {name for row in rows for name in re.findall(r"\(docs/([\w-]+\.md)\)", row)}
+
+
 def test_the_engine_options_are_those_of_serve_tritonserver(readme: str) -> None:
     assert column(readme, "session_len") == set(ENGINE_FLAGS)
 

@@ -35,6 +35,7 @@ def main() -> int:
     except TurbotritonError as error:
         print(f"turbotriton engine: error: {error}", file=sys.stderr)
         return error.exit_code
+    signal.signal(signal.SIGTERM, lambda *_: server.drain())
     gc.collect()
     gc.freeze()  # what is loaded stays: no collection has to walk through it while requests wait
     try:

@@ -180,6 +180,10 @@ class Engine:
     def cancel_named(self, name: str) -> DeltasByOwner:
         return self._account(self._scheduler.cancel_named(name))
 
+    def refuse_all(self, error: TurbotritonError) -> DeltasByOwner:
+        """Ends every request with `error`."""
+        return self._account(self._scheduler.refuse_all(error))
+
     def step(self) -> DeltasByOwner:
         """One step of the model, if anything can run; with overlap, the deltas are those of the step before it.
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from turbotriton.contract.errors import TurbotritonError
+from turbotriton.contract.errors import TurbotritonError, UnavailableError
 from turbotriton.contract.wire import EngineStats, FinishReason, GenerateRequest, TokenDelta
 
 from .engine import DeltasByOwner, Engine
@@ -51,6 +51,11 @@ class _Drop:
     owner: object
 
 
+@dataclass(frozen=True, slots=True)
+class _Drain:
+    error: UnavailableError
+
+
 class EngineLoop:
     """`fail(reason)` is called once, from any thread, when the engine cannot go on."""
 
@@ -67,7 +72,8 @@ class EngineLoop:
         self._publish = publish
         self._fail = fail
         self._watchdog_s = watchdog_s
-        self._inbox: queue.SimpleQueue[_Submit | _Cancel | _CancelNamed | _Drop | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Submit | _Cancel | _CancelNamed | _Drop | _Drain | None] = queue.SimpleQueue()
+        self._refusal: UnavailableError | None = None  # of every request, once drained; of the engine thread
         self._step_began: float | None = None  # written by the engine thread, read by the watchdog
         self._is_stopping = threading.Event()
         self._may_fail = threading.Lock()
@@ -93,6 +99,10 @@ class EngineLoop:
         """Cancels all of an owner that is gone."""
         self._inbox.put(_Drop(owner))
 
+    def drain(self, error: UnavailableError) -> None:
+        """Every request ends with `error`, and so does each that still comes. May be called from a signal handler."""
+        self._inbox.put(_Drain(error))
+
     def stop(self) -> None:
         """Ends the thread after the step under way."""
         self._is_stopping.set()
@@ -101,7 +111,7 @@ class EngineLoop:
             self._thread.join()
 
     def _run(self) -> None:
-        last_stats = 0.0
+        last_stats, was_busy = 0.0, False
         try:
             while not self._is_stopping.is_set():
                 self._take_messages()
@@ -110,7 +120,9 @@ class EngineLoop:
                     self._step_began = time.monotonic()
                     self._hand_on(self._engine.step())
                     self._step_began = None
-                if time.monotonic() - last_stats >= STATS_INTERVAL_S:
+                has_become_idle = was_busy and not self._engine.has_work  # told at once: that all is free again
+                was_busy = self._engine.has_work
+                if has_become_idle or time.monotonic() - last_stats >= STATS_INTERVAL_S:
                     self._publish(self._engine.stats())
                     last_stats = time.monotonic()
         except Exception:  # the border of the engine: whatever happened, its requests must end
@@ -130,12 +142,17 @@ class EngineLoop:
                     self._hand_on(self._engine.cancel_named(message.name))
                 elif isinstance(message, _Drop):
                     self._engine.cancel_owner(message.owner)
+                elif isinstance(message, _Drain):
+                    self._refusal = message.error
+                    self._hand_on(self._engine.refuse_all(message.error))
                 message = self._inbox.get_nowait()
         except queue.Empty:
             pass
 
     def _add(self, message: _Submit) -> None:
         try:
+            if self._refusal is not None:
+                raise self._refusal
             self._engine.add(message.owner, message.request)
         except TurbotritonError as error:
             refusal = TokenDelta(

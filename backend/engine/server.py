@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from turbotriton.contract.errors import ServerError, TurbotritonError
+from turbotriton.contract.errors import ServerError, TurbotritonError, UnavailableError
 from turbotriton.contract.wire import EngineStats, FinishReason, TokenDelta
 
 from .engine import Engine
@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 MAX_OUTBOX_FRAMES = 20_000
 LINGER_S = 2.0  # how long the engine outlives its last connection
 FIRST_CONNECTION_S = 60.0  # how long it waits for the first
+DRAINED_S = (
+    30.0  # how long a drained engine waits for its connections to leave: the server may stop, or only the engine was asked to
+)
 
 
 def alive_path(socket_path: Path) -> Path:
@@ -65,6 +68,7 @@ class EngineServer:
         self._num_connections = 0
         self._last_change = time.monotonic()
         self._failure: str | None = None
+        self._drained_until: float | None = None  # on time.monotonic
         self._wake_read, self._wake_write = os.pipe()
         self._loop = EngineLoop(engine, self._deliver, self._publish, self._fail)
 
@@ -73,6 +77,11 @@ class EngineServer:
         with open(alive_path(self._path), "w", encoding="utf-8") as alive:
             fcntl.flock(alive, fcntl.LOCK_EX)
             return self._serve()
+
+    def drain(self) -> None:
+        """Ends every request and refuses new ones, for a server that stops; the connections stay. May run in a signal handler."""
+        self._drained_until = time.monotonic() + DRAINED_S
+        self._loop.drain(UnavailableError("the server is stopping; send the request again when it is back"))
 
     def _serve(self) -> int:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -108,6 +117,9 @@ class EngineServer:
                 self._open(sock)
             elif self._is_abandoned():
                 logger.info("no connection is left; the engine leaves")
+                return
+            elif self._drained_until is not None and time.monotonic() > self._drained_until:
+                logger.info("the engine was asked to end; it leaves")
                 return
 
     def _is_abandoned(self) -> bool:

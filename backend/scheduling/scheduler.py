@@ -142,6 +142,9 @@ class Scheduler:
         request, delta = self._finish(request, FinishReason.ERROR)
         return OwnedDelta(request, dataclasses.replace(delta, error=str(error), error_status=error.triton_status))
 
+    def refuse_all(self, error: TurbotritonError) -> list[OwnedDelta]:
+        return [self.refuse(request, error) for request in list(self._requests.values())]
+
     def matchers_of(self, plan: StepPlan) -> list[tuple[int, TokenMatcher]]:
         """(slot, matcher) of each guided row that the plan samples."""
         if not self._num_guided:

@@ -114,14 +114,29 @@ def _prepare_stub() -> int:
         level=logging.INFO, stream=sys.stderr, format="%(asctime)s door %(process)d %(levelname)s %(name)s: %(message)s"
     )
     watched = os.pidfd_open(server_pid)
-    threading.Thread(target=_leave_with, args=(watched,), name="leave-with-server", daemon=True).start()
+    threading.Thread(
+        target=_leave_with, args=(watched, _shared_memory(server_pid)), name="leave-with-server", daemon=True
+    ).start()
     return server_pid
 
 
-def _leave_with(server: int) -> None:
+def _shared_memory(server_pid: int) -> Path | None:
+    """The region between tritonserver and this stub; only the server removes it, which a killed one cannot.
+
+    From the stub's command line: MODEL.PY REGION SIZE GROWTH SERVER_PID ...; None where it reads otherwise.
+    """
+    arguments = Path("/proc/self/cmdline").read_bytes().decode(errors="replace").split("\0")[1:]
+    if len(arguments) < 5 or arguments[4] != str(server_pid) or "/" in arguments[1]:
+        return None
+    return Path("/dev/shm") / arguments[1]
+
+
+def _leave_with(server: int, region: Path | None) -> None:
     """server: a pidfd, readable when tritonserver has ended."""
     select.select([server], [], [])
     time.sleep(GRACE_S)
+    if region is not None:
+        region.unlink(missing_ok=True)
     os._exit(1)
 
 

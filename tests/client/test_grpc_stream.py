@@ -4,10 +4,12 @@ import asyncio
 import threading
 import time
 
+import grpc
 import pytest
 from tests.client.fake_server import FakeTriton, encode
 
 from turbotriton.client import AsyncClient, Client
+from turbotriton.client.kserve import error_from_rpc
 from turbotriton.contract.errors import DeadlineExceededError, InvalidInputError, ServerError, UnavailableError
 
 
@@ -112,6 +114,30 @@ def test_no_server_is_unavailable_and_names_the_address():
         url = fake.url
     with Client(url, "chatty") as client, pytest.raises(UnavailableError, match=url):
         client.generate("x")
+
+
+@pytest.mark.parametrize(
+    ("details", "reason"),
+    [
+        ("failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0.1:9: Connection refused", "connection refused"),
+        ("DNS resolution failed for nobody.invalid:8001: Domain name not found", "the host name is unknown"),
+        ("errors resolving nobody.invalid:8001: [field:hostname lookup error]", "the host name is unknown"),
+        ("Stream removed (recvmsg:Connection reset by peer {created_time:1})", "the connection broke"),
+        ('GOAWAY received; Error code: 2; Debug Text: Cancelling all calls (at: "x"))); ', "the connection broke"),
+        ("failed to connect to all addresses; last error: UNKNOWN: no route", "it cannot be reached"),
+    ],
+)
+def test_a_broken_connection_is_told_in_words_of_ours(details, reason):
+    class Broken(grpc.RpcError):
+        def code(self):
+            return grpc.StatusCode.UNAVAILABLE
+
+        def details(self):
+            return details
+
+    found = error_from_rpc(Broken(), "there:8001")
+    assert type(found) is UnavailableError
+    assert str(found) == f"no tritonserver answers at there:8001 ({reason}); is it running, and is this its gRPC port?"
 
 
 def test_a_server_that_is_back_is_found_by_the_first_request():

@@ -291,6 +291,16 @@ def test_model_path_that_is_no_folder(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "is no folder" in refused(tmp_path / "nowhere", tmp_path, capsys)
 
 
+@pytest.mark.parametrize("order", ["path alone", "path first"])
+def test_a_path_in_the_place_of_the_name(order: str, llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", str(llama), *(["toy"] if order == "path first" else [])]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        f"turbotriton: error: MODEL_NAME is {str(llama)!r}, which is a folder: the name comes first, then the checkpoint's folder, "
+        f"such as: turbotriton convert {llama.name} {llama}"
+    )
+
+
 def test_baichuan_13b_is_refused_for_its_alibi(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     heads = {"num_attention_heads": 40, "num_key_value_heads": 40, "hidden_size": 80, "intermediate_size": 32}
     arch = LLAMA | heads | {"architectures": ["BaichuanForCausalLM"], "num_hidden_layers": 1}

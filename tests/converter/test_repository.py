@@ -5,10 +5,12 @@ import json
 import os
 import pty
 import re
+import signal
 import struct
 import subprocess
 import sys
 import termios
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -229,6 +231,70 @@ def test_a_failed_write_leaves_the_old_workspace(convert: Any, llama: Path, monk
         convert(llama, overwrite=True)
     assert (ws.weights / "manifest.json").read_bytes() == before
     assert not [path.name for path in ws.root.parent.iterdir() if path.name.startswith(".")]
+
+
+def test_an_interrupt_between_the_two_renames_leaves_the_old_workspace(
+    convert: Any, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ws = convert(llama)
+    before = tree(ws.root)
+    rename = Path.rename
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if self.name.endswith(".converting"):
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        convert(llama, overwrite=True)
+    assert tree(ws.root) == before
+    assert not [path.name for path in ws.root.parent.iterdir() if path.name.startswith(".")]
+
+
+def convert_slowly(llama: Path, destination: Path) -> "subprocess.Popen[bytes]":
+    """A conversion as a process of its own that has begun to write and does not get on."""
+    code = (
+        "import sys, time; from turbotriton.cli.main import main; from turbotriton.converter import writer\n"
+        "writer.WeightWriter.finish = lambda self: time.sleep(60)\n"
+        "sys.exit(main(['convert', 'toy', *sys.argv[1:]]))"
+    )
+    command = [sys.executable, "-c", code, str(llama), "--dst-path", str(destination)]
+    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "src")})
+    end = time.monotonic() + 60
+    while not list(destination.parent.glob(f".{destination.name}.*.converting/**/norm.weight")):
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    return process
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_conversion_that_is_stopped_leaves_nothing(number: signal.Signals, code: int, llama: Path, tmp_path: Path) -> None:
+    process = convert_slowly(llama, tmp_path / "to" / "ws")
+    process.send_signal(number)
+    assert process.wait(30) == code
+    assert list((tmp_path / "to").iterdir()) == []
+
+
+def test_what_a_killed_conversion_left_goes_with_the_next_and_what_a_running_one_writes_stays(
+    llama: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "to"
+    killed = convert_slowly(llama, folder / "ws")
+    killed.kill()
+    killed.wait()
+    (left,) = folder.iterdir()
+    running = convert_slowly(llama, folder / "other")
+    (writing,) = folder.glob(".other.*")
+    try:
+        for name in ("other", "ws"):
+            assert main(["convert", "toy", str(llama), "--dst-path", str(folder / name)]) == 0
+            assert writing.exists()
+        assert not left.exists()
+    finally:
+        running.kill()
+        running.wait()
 
 
 def test_the_workspace_is_readable_as_the_umask_says(convert: Any, llama: Path) -> None:

@@ -144,6 +144,15 @@ def test_llama(convert: Any, tmp_path: Path, tp: int, weight_type: str, source_d
     assert len(ws.names()) == 3 + 2 + 2 * (2 + 5 * tp), "no file more than the format's"
 
 
+@pytest.mark.parametrize("tp", [4, 8])
+def test_llama_on_more_ranks(convert: Any, tmp_path: Path, tp: int) -> None:
+    config = LLAMA | {"hidden_size": 128, "num_attention_heads": 16, "num_key_value_heads": 8, "attention_bias": True}
+    make_checkpoint(config, tmp_path / "m", dtype=torch.float16)
+    ws = convert(tmp_path / "m", tp=tp)
+    check_llama_like(ws, make_tensors(config, 0, torch.float16), Shape(128, 16, 8, 8, 96, 301, tp), 2, torch.float16, bias=True)
+    assert len(ws.names()) == 3 + 2 + 2 * (2 + 7 * tp)
+
+
 @pytest.mark.parametrize("tp", [1, 2])
 def test_llama_of_lmdeploys_own_example_sizes(convert: Any, tmp_path: Path, tp: int) -> None:
     """head_dim 128, 401 tokens: 17 weight files and their sizes at tp 1, 28 names with config.ini at tp 2."""

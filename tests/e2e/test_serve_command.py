@@ -1,6 +1,7 @@
 """`turbotriton serve tritonserver` as a user runs it."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,11 +10,16 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from turbotriton.cli.running_server import free_ports
+from turbotriton.client import Client, Delta
+from turbotriton.contract.errors import UnavailableError
+
+from .metrics import wait_until
 
 pytestmark = pytest.mark.e2e
 
@@ -37,16 +43,20 @@ def served(demo_workspace: Path, tmp_path: Path, run_folder: Path) -> Iterator["
     with open(log_path, "wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
     try:
-        end = time.monotonic() + 120
-        while not _ready(http):
-            assert process.poll() is None, log_path.read_text()[-3000:]
-            assert time.monotonic() < end, log_path.read_text()[-3000:]
-            time.sleep(0.1)
+        _wait_ready(process, http, log_path)
         yield process
     finally:
         if process.poll() is None:
             process.kill()
             process.wait()
+
+
+def _wait_ready(process: "subprocess.Popen[bytes]", http_port: int, log_path: Path) -> None:
+    end = time.monotonic() + 120
+    while not _ready(http_port):
+        assert process.poll() is None, log_path.read_text()[-3000:]
+        assert time.monotonic() < end, log_path.read_text()[-3000:]
+        time.sleep(0.1)
 
 
 def _ready(http_port: int) -> bool:
@@ -84,6 +94,50 @@ def test_sigterm_stops_everything_cleanly(served: "subprocess.Popen[bytes]", tmp
     assert not list(run_folder.glob("*.sock"))
     assert not _processes(run_folder)
     assert not _regions(served)
+
+
+def test_stop_ends_answers_that_take_longer_than_they_may_and_is_clean(
+    demo_workspace: Path, tmp_path: Path, run_folder: Path
+) -> None:
+    """Without the engine's help tritonserver 24.10 unloads no model that still answers, and crashes or hangs at its exit timeout."""
+    http, grpc, metrics = free_ports(3)
+    command = [sys.executable, "-m", "turbotriton", "serve", "tritonserver", str(demo_workspace), "--max-batch-size=12"]
+    command += [f"--http-port={http}", f"--grpc-port={grpc}", f"--metrics-port={metrics}", "--exit-timeout-secs=1"]
+    environment = os.environ | {"TURBOTRITON_RUNTIME_DIR": str(run_folder), "OMP_NUM_THREADS": "1"}
+    with open(tmp_path / "log", "wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+    try:
+        _wait_ready(process, http, tmp_path / "log")
+        with Client(f"127.0.0.1:{grpc}") as client, ThreadPoolExecutor(16) as pool:
+            streams = [client.stream("Once", max_tokens=2000, ignore_eos=True) for _ in range(16)]  # four of them wait
+            ended = [pool.submit(_error_of, stream) for stream in streams]
+            wait_until(lambda: _running(metrics) == 12, "twelve answers running", 30)
+            process.send_signal(signal.SIGTERM)
+            texts = {future.result(60) for future in ended}
+        assert process.wait(60) == 0
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    assert texts == {"the server is stopping; send the request again when it is back"}
+    log_text = (tmp_path / "log").read_text(errors="replace")
+    for sign in ("Non-graceful", "left behind", "Exit timeout expired", "Signal (11)", "starting it again"):
+        assert sign not in log_text, log_text[-3000:]
+    assert not _processes(run_folder)
+    assert not _regions(process)
+
+
+def _error_of(stream: Iterator[Delta]) -> str:
+    try:
+        return f"ended with {sum(len(delta.output_ids) for delta in stream)} tokens"
+    except UnavailableError as error:
+        return str(error)
+
+
+def _running(metrics_port: int) -> float:
+    page = urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}/metrics", timeout=5).read().decode()
+    found = re.search(r"^turbotriton_requests_running\{.*\} (\S+)$", page, re.MULTILINE)
+    return float(found[1]) if found else 0.0
 
 
 def test_killed_server_leaves_no_process_and_no_shared_memory(served: "subprocess.Popen[bytes]", run_folder: Path) -> None:

@@ -53,6 +53,11 @@ def run(args: argparse.Namespace) -> int:
     if args.model_name is None and not args.verify:
         raise ConfigError("MODEL_NAME and MODEL_PATH are missing; see turbotriton convert --help")
     if args.model_name is not None:
+        if Path(args.model_name).is_dir() and not (args.model_path and Path(args.model_path).is_dir()):
+            raise ConfigError(
+                f"MODEL_NAME is {args.model_name!r}, which is a folder: the name comes first, then the checkpoint's folder, such as: "
+                f"turbotriton convert {Path(args.model_name).resolve().name} {args.model_name}"
+            )
         if args.model_path is None:
             raise ConfigError(f"MODEL_PATH is missing after MODEL_NAME {args.model_name!r}; give the checkpoint's folder")
         args.model_path = resolve_model_path(args.model_path, args)

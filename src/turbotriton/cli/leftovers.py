@@ -17,6 +17,7 @@ __all__ = [
     "adopt_orphans",
     "end_children",
     "end_with_parent",
+    "engine_processes",
     "remove_shared_memory",
     "shared_memory_prefix",
     "sweep_dead_regions",
@@ -55,6 +56,20 @@ def end_children(grace_s: float) -> None:
                 logger.warning("killing process %d, left behind by tritonserver", pid)
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.05)
+
+
+def engine_processes(server_pid: int) -> list[int]:
+    """The engines of a tritonserver: they carry its pid, whoever their parent is by now."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            arguments = (entry / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        is_engine = b"turbotriton.backend.engine" in arguments and b"--owner-pid" in arguments
+        if is_engine and arguments[arguments.index(b"--owner-pid") + 1] == str(server_pid).encode():
+            found.append(int(entry.name))
+    return found
 
 
 def _reap() -> bool:

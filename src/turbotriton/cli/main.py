@@ -4,8 +4,11 @@ import argparse
 import importlib
 import logging
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from turbotriton import __version__
 from turbotriton.contract.errors import TurbotritonError
@@ -31,16 +34,18 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 done, 1 failed while running, 2 wrong input or usage, 130 interrupted."""
+    """Exit codes: 0 done, 1 failed while running, 2 wrong input or usage, 130 interrupted, 143 terminated."""
     args, unknown = build_parser().parse_known_args(argv)
     if unknown and not getattr(args, "accepts_unknown", False):
         build_parser().error(f"unrecognized arguments: {' '.join(unknown)}")
     args.unknown = unknown
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    for name in ("httpx", "httpx2"):  # a line a request
-        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("turbotriton").setLevel(
+        logging.INFO
+    )  # others' INFO is a line a request, or a cache's statistics at the end
     try:
-        return int(args.run(args) or 0)
+        with _terminated_as_by_exit():
+            return int(args.run(args) or 0)
     except TurbotritonError as error:
         print(f"turbotriton: error: {error}", file=sys.stderr)
         return error.exit_code
@@ -49,6 +54,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # who read our output has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 1
+
+
+@contextmanager
+def _terminated_as_by_exit() -> Iterator[None]:
+    """SIGTERM unwinds the stack, so that temporary folders and servers of ours go; commands that serve set their own handlers."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    old = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)
 
 
 if __name__ == "__main__":

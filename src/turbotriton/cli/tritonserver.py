@@ -2,23 +2,26 @@
 
 import argparse
 import logging
+import os
 import shlex
 import signal
 import subprocess
 import time
 from pathlib import Path
 
-from turbotriton.contract.errors import InvalidInputError, WorkspaceError
+from turbotriton.contract.errors import WorkspaceError
 from turbotriton.contract.ini import EngineConfig
 
 from .leftovers import (
     adopt_orphans,
     end_children,
     end_with_parent,
+    engine_processes,
     remove_shared_memory,
     shared_memory_prefix,
     sweep_dead_regions,
 )
+from .preflight import check_passed_on, check_ports
 from .server_runtime import ServerRuntime, find_server
 
 __all__ = ["ENGINE_FLAGS", "add_parser", "check_engine_options", "server_command"]
@@ -41,7 +44,8 @@ ENGINE_FLAGS: dict[str, tuple[type, str]] = {
     "max_queued_requests": (int, "requests that may wait before new ones are refused"),
     "max_queued_tokens": (int, "prompt tokens that may wait"),
 }
-KILL_AFTER_S = 60.0
+UNLOAD_S = 10  # what tritonserver gets to unload its models, when the requests have had their time
+KILL_AFTER_S = 30.0  # after that
 GRACE_S = 5.0  # after the server: stubs leave within 3 s, the engine process within 2 s
 
 
@@ -51,6 +55,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="start tritonserver on a workspace",
         description="Start tritonserver (from PATH, else the PyPI server runtime) on WORKSPACE/model_repository. "
         "Flags that are not listed here are passed on to tritonserver.",
+        allow_abbrev=False,  # a flag of tritonserver's is never taken for the beginning of one of ours
     )
     parser.add_argument("workspace", type=Path, help="folder written by 'turbotriton convert' (or its model_repository)")
     parser.add_argument("--http-port", type=int, default=8000, help="HTTP port")
@@ -60,7 +65,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument(
         "--model-control-mode", choices=("none", "explicit", "poll"), default="none", help="who may load and unload models"
     )
-    parser.add_argument("--exit-timeout-secs", type=int, default=10, help="how long running requests may take at a stop")
+    parser.add_argument(
+        "--exit-timeout-secs",
+        type=int,
+        default=10,
+        help="how long running requests may take at a stop; then they end with an error",
+    )
     engine = parser.add_argument_group("engine", "override config.ini (see docs/weights.md); unset: what config.ini says")
     for name, (kind, text) in ENGINE_FLAGS.items():
         engine.add_argument(f"--{name.replace('_', '-')}", type=kind, default=None, help=text)
@@ -72,12 +82,18 @@ def run(args: argparse.Namespace) -> int:
     check_engine_options(options)
     runtime = find_server()
     command = server_command(runtime, args)
+    check_passed_on(runtime, args.unknown)
+    check_ports(args.host, _ports(args), args.unknown)
     environment = runtime.environment | {f"TURBOTRITON_{name.upper()}": value for name, value in options.items()}
     logger.info("starting %s", shlex.join(command))
     sweep_dead_regions()
     adopt_orphans()
     process = subprocess.Popen(command, env=environment, preexec_fn=end_with_parent)
-    return _wait(process)
+    return _wait(process, args.exit_timeout_secs)
+
+
+def _ports(args: argparse.Namespace) -> dict[str, int]:
+    return {"http": args.http_port, "grpc": args.grpc_port, "metrics": args.metrics_port}
 
 
 def check_engine_options(options: dict[str, str]) -> None:
@@ -95,25 +111,24 @@ def server_command(runtime: ServerRuntime, args: argparse.Namespace) -> list[str
             repository = workspace
         else:
             raise WorkspaceError(f"{workspace} holds no model_repository: write one with 'turbotriton convert'")
-    ports = {"http": args.http_port, "grpc": args.grpc_port, "metrics": args.metrics_port}
-    if len(set(ports.values())) < len(ports):
-        raise InvalidInputError(f"the ports must differ: {', '.join(f'{name} {port}' for name, port in ports.items())}")
     return [
         str(runtime.binary),
         *runtime.arguments,
         f"--model-repository={repository.resolve()}",
-        *(f"--{name}-port={port}" for name, port in ports.items()),
-        *(f"--{name}-address={args.host}" for name in ports),
+        *(f"--{name}-port={port}" for name, port in _ports(args).items()),
+        *(f"--{name}-address={args.host}" for name in _ports(args)),
         f"--model-control-mode={args.model_control_mode}",
-        f"--exit-timeout-secs={args.exit_timeout_secs}",
+        f"--exit-timeout-secs={args.exit_timeout_secs + UNLOAD_S}",
         f"--backend-config=python,shm-region-prefix-name={shared_memory_prefix()}",
         *args.unknown,  # last: the user's word counts
     ]
 
 
-def _wait(process: "subprocess.Popen[bytes]") -> int:
-    """Passes SIGINT and SIGTERM on, waits, kills after KILL_AFTER_S; then ends what the server left behind.
+def _wait(process: "subprocess.Popen[bytes]", requests_s: float) -> int:
+    """Passes SIGINT and SIGTERM on and waits; then ends what the server left behind.
 
+    A stop lets running requests go on for requests_s. Then the engine ends them: tritonserver 24.10 unloads no model that still
+    answers, and crashes at its own timeout. A second signal kills.
     Returns the server's exit code, 0 when we were asked to stop.
     """
     asked: list[float] = []  # when
@@ -123,18 +138,27 @@ def _wait(process: "subprocess.Popen[bytes]") -> int:
         process.send_signal(signal.SIGTERM if len(asked) == 1 else signal.SIGKILL)
 
     old = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    is_drained = False
     try:
-        while True:
-            try:
-                code = process.wait(0.5)
-                break
-            except subprocess.TimeoutExpired:
-                if asked and time.monotonic() - asked[0] > KILL_AFTER_S:
-                    logger.error("tritonserver did not stop within %.0f s; killing it", KILL_AFTER_S)
-                    process.kill()
+        while (code := _code_within(process, 0.5)) is None:
+            stopping_s = time.monotonic() - asked[0] if asked else -1.0
+            if stopping_s >= requests_s and not is_drained:
+                is_drained = True
+                for pid in engine_processes(process.pid):
+                    os.kill(pid, signal.SIGTERM)
+            if stopping_s > requests_s + UNLOAD_S + KILL_AFTER_S:
+                logger.error("tritonserver did not stop within %.0f s; killing it", stopping_s)
+                process.kill()
     finally:
         end_children(GRACE_S)
         remove_shared_memory()
         for number, handler in old.items():
             signal.signal(number, handler)
     return 0 if asked and code in (0, -signal.SIGTERM, -signal.SIGKILL) else abs(code)
+
+
+def _code_within(process: "subprocess.Popen[bytes]", timeout_s: float) -> int | None:
+    try:
+        return process.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        return None

@@ -12,6 +12,7 @@ from tests.backend.scheduling.fakes import FakeRunner, model_config, oracle
 from turbotriton.backend.engine.engine import Engine
 from turbotriton.backend.engine.loop import EngineLoop
 from turbotriton.backend.scheduling.plan import StepPlan, StepResult
+from turbotriton.contract.errors import UnavailableError
 from turbotriton.contract.ini import EngineConfig
 from turbotriton.contract.wire import FinishReason, GenerateRequest, SamplingParams, TokenDelta
 
@@ -111,6 +112,27 @@ def test_owner_that_is_dropped_gets_nothing_more_and_the_other_goes_on() -> None
     harness.loop.stop()
     assert tokens == oracle((2,), 20)
     assert harness.engine.stats().requests_total == {"cancelled": 1, "length": 1}
+    assert harness.engine.stats().num_used_blocks == 0
+
+
+def test_drained_engine_ends_running_and_waiting_requests_and_refuses_those_that_come() -> None:
+    gate, runner = threading.Event(), FakeRunner(16, 4)
+
+    def execute(plan: StepPlan) -> StepResult:
+        gate.wait(10)
+        return runner.execute(plan)
+
+    harness = Harness(execute)
+    for request_id in (1, 2, 3):  # two slots: the third waits
+        harness.submit(request_id, (request_id,), 60)
+    harness.loop.drain(UnavailableError("the server is stopping"))
+    harness.submit(4, (4,), 60)
+    gate.set()
+    lasts = [harness.collect(request_id)[1] for request_id in (1, 2, 3, 4)]
+    harness.loop.stop()
+    assert {(last.finish_reason, last.error_status, last.error) for last in lasts} == {
+        (FinishReason.ERROR, "UNAVAILABLE", "the server is stopping")
+    }
     assert harness.engine.stats().num_used_blocks == 0
 
 

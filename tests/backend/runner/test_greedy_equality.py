@@ -48,6 +48,10 @@ ROWS = {
     "llama1": Row("vicuna-7b-v1.5"),
     "llama2": Row("llama-2-7b-chat"),
     "llama2-70b-gqa-tp2": Row("llama-2-70b", {"vocab_size": 321, "num_key_value_heads": 2}, {"tp": 2, "num_kv_heads": 2}, tp=2),
+    "llama2-tp4": Row("llama-2-7b-chat", {"num_heads": 8, "vocab_size": 322}, {"tp": 4, "num_kv_heads": 8}, tp=4),
+    "qwen2-tp8": Row(
+        "qwen1.5-0.5b-chat", {"num_heads": 16, "head_dim": 8, "vocab_size": 323}, {"tp": 8, "attn_bias": True}, tp=8
+    ),
     "llama3": Row("llama3-8b-instruct", flags={"theta": 500000.0}),
     "llama3.1-rope": Row("llama3.1-8b-instruct", flags={"scaling_type": "llama3"}),
     "llama3.2-tied": Row("llama3.2-3b-instruct", flags={"tie_word_embeddings": True}),
