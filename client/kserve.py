@@ -210,6 +210,8 @@ def error_from_text(text: str) -> TurbotritonError:
 def error_from_rpc(error: grpc.RpcError, url: str) -> TurbotritonError:
     """The error for a failed RPC: by its status code; a connection that cannot be made names url and the remedy."""
     code, details = error.code(), " ".join((error.details() or "").split())
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
+        return InvalidInputError(f"the request has more than {MAX_MESSAGE_BYTES >> 20} MiB; send less at once")
     if code in _UNAVAILABLE:
         if re.search(r"connect|resolution|Socket closed|reset|GOAWAY|RST_STREAM", details, re.IGNORECASE):
             reason = details.rsplit(": ", 1)[-1]

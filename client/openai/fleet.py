@@ -85,11 +85,12 @@ class Fleet:
 
     @contextlib.asynccontextmanager
     async def stream(
-        self, model: str, prompt: Mapping[str, Any], options: Mapping[str, Any]
+        self, model: str, prompt: Mapping[str, Any], options: Mapping[str, Any], *, stream: bool = True
     ) -> AsyncIterator[AsyncIterator[Delta]]:
         """The deltas of one answer; leaving the block early cancels it. prompt: one of prompt, messages and input_ids by name.
 
-        The first delta is there when the block begins, so that a refusal can still become a status. Raises TurbotritonError.
+        The first delta is there when the block begins, so that a refusal can still become a status; without `stream` it is the only
+        one. Raises TurbotritonError.
         """
         tried: list[_Server] = []
         while True:
@@ -97,9 +98,9 @@ class Fleet:
             tried.append(server)
             server.num_running += 1
             try:
-                async with await server.client(model).stream(**prompt, **options) as stream:
+                async with await server.client(model).stream(**prompt, **options, in_deltas=stream) as deltas:
                     try:
-                        first = await anext(stream, None)
+                        await deltas.peek()
                     except UnavailableError as error:
                         if "no tritonserver answers" not in str(error):
                             raise
@@ -107,7 +108,7 @@ class Fleet:
                         if len(tried) < len(self._having(model)):
                             continue
                         raise
-                    yield _with_first(first, stream)
+                    yield deltas
                     return
             finally:
                 server.num_running -= 1
@@ -127,10 +128,3 @@ class Fleet:
     async def close(self) -> None:
         for server in self._servers:
             await server.close()
-
-
-async def _with_first(first: Delta | None, rest: AsyncIterator[Delta]) -> AsyncIterator[Delta]:
-    if first is not None:
-        yield first
-    async for delta in rest:
-        yield delta
