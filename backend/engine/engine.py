@@ -267,10 +267,11 @@ def load_engine(weights_dir: Path, override: Callable[[str], str | None] = lambd
 
     from .guided import Grammars, MaskFiller, find_tokenizer
 
-    workspace = read_workspace_config(weights_dir / "config.ini")
+    workspace = read_workspace_config(weights_dir / "config.ini").with_model_options(override)
     model, config = workspace.model_config(), workspace.engine_config(override)
     tokenizer = find_tokenizer(weights_dir)
     guides = None
     if tokenizer is not None:
         guides = Guides(Grammars(tokenizer, model.vocab_size, model.eos_token_ids), MaskFiller(model.vocab_size))
-    return Engine(model, config, ModelRunner(model, config, weights_dir), guides=guides)
+    runner = ModelRunner(model, config, weights_dir, reference_ops=override("backend") == "pytorch")
+    return Engine(model, config, runner, guides=guides)

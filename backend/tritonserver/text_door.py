@@ -24,7 +24,7 @@ from .door import DecoupledDoor, final_error
 from .inputs import check_parameters, read_bool
 from .metrics import MetricsPublisher
 from .responder import Mailbox, Responder
-from .text_request import TextRequest, read_text_request
+from .text_request import TextRequest, given_format, read_text_request
 
 __all__ = ["TritonPythonModel"]
 
@@ -148,6 +148,7 @@ class TritonPythonModel(DecoupledDoor):
         source = self._tokenizer.chat_template
         tokenizer = self._tokenizer
         self._template = None if source is None else ChatTemplate(source, tokenizer.bos_token, tokenizer.eos_token)
+        self._format = given_format(self._tokenizer, folder / "weights")
         self._connection = EngineConnection(folder / "weights", server_pid)
         self._connection.connect()
         self._responder = Responder()
@@ -168,7 +169,7 @@ class TritonPythonModel(DecoupledDoor):
             stopped = [_strings("text_output", [""]), _strings("finish_reason", ["stopped"])]
             sender.send(pb_utils.InferenceResponse(output_tensors=stopped), flags=FINAL)
             return
-        parsed = read_text_request(request, self._tokenizer, self._template)
+        parsed = read_text_request(request, self._tokenizer, self._template, self._format)
         client = self._connection.client()
         ids = [client.next_request_id() for _ in range(parsed.num_samples)]
         mailbox = Mailbox(sender, _TextAnswer(parsed, self._tokenizer, ids, client), client, ids)
