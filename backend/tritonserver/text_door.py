@@ -72,13 +72,16 @@ class _TextAnswer:
         self._ids: dict[int, list[int]] = {request_id: [] for request_id in self._samples}
         self._logprobs: dict[int, list[dict[str, Any]]] = {request_id: [] for request_id in self._samples}
         self._sent_prompt = request.exclude_input
+        self._interval = 1  # new tokens that the next response waits for
 
     def take(self, deltas: Sequence[TokenDelta]) -> tuple[list[Any], bool]:
         for delta in deltas:
             self._take(delta)
         is_over = all(sample.finish is not None for sample in self._samples.values())
-        if not is_over and not (self._request.stream and any(self._ids.values())):
+        num_new = sum(map(len, self._ids.values()))
+        if not is_over and not (self._request.stream and num_new >= self._interval):
             return [], False
+        self._interval = self._request.stream_interval
         return [self._response(is_over)], is_over
 
     def _take(self, delta: TokenDelta) -> None:

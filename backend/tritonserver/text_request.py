@@ -27,6 +27,7 @@ __all__ = ["TextRequest", "given_format", "read_text_request"]
 INT32 = 2**31 - 1
 MAX_SAMPLES = 16
 MAX_STOP_WORDS = 64
+MAX_INTERVAL = 1024
 MAX_DEADLINE_MS = 86_400_000
 
 #: Name in vLLM's JSON -> our name (the flat tensor's).
@@ -51,6 +52,7 @@ JSON_NAMES = {
     "n": "n",
     "logprobs": "num_logprobs",
     "guided": "guided",
+    "stream_interval": "stream_interval",
 }
 #: What the server itself gives a chat template.
 TEMPLATE_NAMES = ("messages", "bos_token", "eos_token")
@@ -62,6 +64,7 @@ _INTS = {
     "seed": (0, MAX_SEED),
     "n": (1, MAX_SAMPLES),
     "num_logprobs": (0, MAX_LOGPROBS),
+    "stream_interval": (1, MAX_INTERVAL),
 }
 _BOOLS = ("ignore_eos", "skip_special_tokens", "include_stop_words")
 _STRING_LISTS = ("stop_words", "bad_words")
@@ -69,13 +72,17 @@ _STRING_LISTS = ("stop_words", "bad_words")
 
 @dataclass(frozen=True, slots=True)
 class TextRequest:
-    """prompt_text: what `exclude_input_in_output = false` puts in front; empty for messages and input_ids."""
+    """prompt_text: what `exclude_input_in_output = false` puts in front; empty for messages and input_ids.
+
+    stream_interval: new tokens that a response after the first waits for; fewer responses, less work for everyone behind them.
+    """
 
     prompt_ids: tuple[int, ...]
     prompt_text: str
     sampling: SamplingParams
     num_samples: int
     stream: bool
+    stream_interval: int
     stop_words: tuple[str, ...]
     include_stop_words: bool
     skip_special_tokens: bool
@@ -110,6 +117,8 @@ def read_text_request(
         raise InvalidInputError(
             f"n is {num_samples}; several samples are only answered unstreamed: set stream to false or n to 1"
         )
+    if "stream_interval" in values and not stream:
+        raise InvalidInputError("stream_interval is for stream = true; leave it out")
     returns = frozenset(
         name
         for name in ("finish_reason", "num_input_tokens", "num_output_tokens", "logprobs", "cumulative_logprob")
@@ -138,6 +147,7 @@ def read_text_request(
         ),
         num_samples=num_samples,
         stream=stream,
+        stream_interval=values.get("stream_interval", 1),
         stop_words=(*values.get("stop_words", ()), *_template_stop_words(request, prompt_format)),
         include_stop_words=values.get("include_stop_words", False),
         skip_special_tokens=values.get("skip_special_tokens", True),

@@ -47,6 +47,7 @@ class ServerOptions:
     tool_call_parser: str = "auto"
     qos_config_path: Any = None  # Path of LMDeploy's QoS file
     qos_max_running: int = 64
+    stream_interval: int = 0  # see Fleet
 
 
 class _Service:
@@ -54,7 +55,7 @@ class _Service:
 
     def __init__(self, options: ServerOptions) -> None:
         self.options = options
-        self.fleet = Fleet(options.urls)
+        self.fleet = Fleet(options.urls, options.stream_interval)
         self.interactive = Interactive(self.fleet)
         self.gate = None
         if options.qos_config_path is not None:

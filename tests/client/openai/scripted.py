@@ -76,7 +76,7 @@ def with_app(fleet: ScriptedFleet, use: Callable[[httpx.AsyncClient], Any], **op
 
     async def run() -> Any:
         original = app_module.Fleet
-        app_module.Fleet = lambda urls: fleet  # type: ignore[assignment,misc]
+        app_module.Fleet = lambda urls, stream_interval: fleet  # type: ignore[assignment,misc]
         try:
             app = make_app(ServerOptions(urls=["scripted"], **options))
             async with (

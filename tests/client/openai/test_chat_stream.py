@@ -48,7 +48,7 @@ def url(fleet: SlowFleet, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 @contextmanager
 def served(fleet: ScriptedFleet, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Iterator[str]:
     """The app's URL."""
-    monkeypatch.setattr(app_module, "Fleet", lambda urls: fleet)
+    monkeypatch.setattr(app_module, "Fleet", lambda urls, stream_interval: fleet)
     (port,) = free_ports(1)
     app = make_app(ServerOptions(urls=["scripted"], **options))
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
