@@ -193,11 +193,21 @@ class AsyncStream:
         self._is_finished = False
         self._is_cancelled = False
         self._draining: asyncio.Task[None] | None = None
+        self._peeked: Delta | None = None
 
     def __aiter__(self) -> AsyncIterator[Delta]:
         return self
 
+    async def peek(self) -> Delta | None:
+        """Waits for the next delta and leaves it there; None at the end."""
+        if self._peeked is None:
+            self._peeked = await anext(self, None)
+        return self._peeked
+
     async def __anext__(self) -> Delta:
+        if self._peeked is not None:
+            peeked, self._peeked = self._peeked, None
+            return peeked
         try:
             while (response := await self._call.read()) is not grpc.aio.EOF:
                 delta = read_delta(response)
@@ -300,11 +310,12 @@ class AsyncClient:
         input_ids: Sequence[int] | None = None,
         request_id: str = "",
         timeout: float | None = None,
+        in_deltas: bool = True,
         **sampling: Any,
     ) -> AsyncStream:
-        """As `generate`: `async for delta in await client.stream(...)`."""
+        """As `generate`: `async for delta in await client.stream(...)`. in_deltas False: one delta, when the answer is complete."""
         request = build_generate_request(
-            await self.model(), prompt, messages, input_ids, stream=True, request_id=request_id, sampling=sampling
+            await self.model(), prompt, messages, input_ids, stream=in_deltas, request_id=request_id, sampling=sampling
         )
         return self._open(request, timeout)
 

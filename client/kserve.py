@@ -217,6 +217,8 @@ def error_from_text(text: str) -> TurbotritonError:
 def error_from_rpc(error: grpc.RpcError, url: str) -> TurbotritonError:
     """The error for a failed RPC: by its status code; a connection that cannot be made names url and the remedy."""
     code, details = error.code(), " ".join((error.details() or "").split())
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
+        return InvalidInputError(f"the request has more than {MAX_MESSAGE_BYTES >> 20} MiB; send less at once")
     if code in _UNAVAILABLE:
         reason = next((words for words, pattern in _CONNECTION_LOST.items() if pattern.search(details)), None)
         if reason is not None:

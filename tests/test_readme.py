@@ -17,6 +17,7 @@ OPTION_TABLES = {
     "bench.md": "bench",
     "plan.md": "plan",
     "gradio.md": "serve gradio",
+    "openai.md": "serve api_server",
     "triton_client.md": "serve triton_client",
 }
 TRITONSERVER_FLAGS = {"--log-verbose", "--model-repository", "--load-model", "--disable-auto-complete-config"}  # passed through

@@ -272,12 +272,13 @@ def load_engine(weights_dir: Path, override: Callable[[str], str | None] = lambd
 
     from .guided import Grammars, MaskFiller, find_tokenizer
 
-    workspace = read_workspace_config(weights_dir / "config.ini")
+    workspace = read_workspace_config(weights_dir / "config.ini").with_model_options(override)
     model, config = workspace.model_config(), workspace.engine_config(override)
-    precompilation = Precompilation.start(model, config, weights_dir)
+    is_reference = override("backend") == "pytorch"
+    precompilation = Precompilation.start(model, config, weights_dir) if not is_reference else Precompilation.none()
     tokenizer = find_tokenizer(weights_dir)
     guides = None
     if tokenizer is not None:
         guides = Guides(Grammars(tokenizer, model.vocab_size, model.eos_token_ids), MaskFiller(model.vocab_size))
-    runner = ModelRunner(model, config, weights_dir, before_kv_cache=precompilation.wait)
+    runner = ModelRunner(model, config, weights_dir, reference_ops=is_reference, before_kv_cache=precompilation.wait)
     return Engine(model, config, runner, guides=guides)

@@ -6,7 +6,6 @@ Sinks must not block; the last delta of a request (finish_reason set) is always 
 request gets one with an error.
 """
 
-import dataclasses
 import itertools
 import logging
 import os
@@ -18,7 +17,7 @@ from turbotriton.backend.engine.engine import Engine
 from turbotriton.backend.engine.loop import EngineLoop
 from turbotriton.contract import env
 from turbotriton.contract.errors import EngineDiedError
-from turbotriton.contract.ini import WorkspaceConfig, read_workspace_config
+from turbotriton.contract.ini import read_workspace_config
 from turbotriton.contract.wire import EngineInfo, EngineStats, FinishReason, GenerateRequest, TokenDelta
 
 from .model_files import ModelFiles
@@ -107,20 +106,15 @@ def load_engine(files: ModelFiles, options: EngineOptions) -> Engine:
     """
     from turbotriton.backend.runner.model_runner import ModelRunner
 
-    workspace = _adjusted(read_workspace_config(files.weights / "config.ini"), options)
     overrides = options.overrides
+    changed = {
+        "rope_scaling_factor": str(options.rope_scaling_factor),
+        "use_logn_attn": "1" if options.use_logn_attn else None,
+    }
+    workspace = read_workspace_config(files.weights / "config.ini").with_model_options(changed.get)
     model = workspace.model_config()
     config = workspace.engine_config(lambda name: overrides.get(name) or env.engine_option(name))
     runner = ModelRunner(model, config, files.weights, reference_ops=options.reference_ops)
     if not options.reference_ops and runner.device == "cpu":
         warnings.warn("no CUDA device: the plain torch reference ops run on the CPU instead of the kernels", stacklevel=2)
     return Engine(model, config, runner)
-
-
-def _adjusted(workspace: WorkspaceConfig, options: EngineOptions) -> WorkspaceConfig:
-    llama = workspace.llama
-    if options.rope_scaling_factor:
-        llama = dataclasses.replace(llama, rope_scaling_factor=options.rope_scaling_factor)
-    if options.use_logn_attn:
-        llama = dataclasses.replace(llama, use_logn_attn=1)
-    return dataclasses.replace(workspace, llama=llama)

@@ -81,6 +81,10 @@ class Precompilation:
         self._begun = time.monotonic()
 
     @classmethod
+    def none(cls) -> "Precompilation":
+        return cls([], None)
+
+    @classmethod
     def start(cls, model: ModelConfig, engine: EngineConfig, weights_dir: Path) -> "Precompilation":
         """None are started without a GPU, when all was compiled before, or where memory for them may lack."""
         if resolve_device(engine.device).type != "cuda":

@@ -162,6 +162,9 @@ class Scheduler:
         bad = next((i for i in source.prompt_ids if not 0 <= i < self._model.vocab_size), None)
         if bad is not None:
             raise InvalidInputError(f"prompt token id {bad} is outside the vocabulary of {self._model.vocab_size}")
+        bad = next((i for i, _ in source.sampling.logit_bias if not 0 <= i < self._model.vocab_size), None)
+        if bad is not None:
+            raise InvalidInputError(f"logit_bias names token id {bad}, outside the vocabulary of {self._model.vocab_size}")
         if source.sample_index < 0:
             raise InvalidInputError(f"sample_index is {source.sample_index}; it must be 0 or more")
         room = config.session_len - num_prompt

@@ -25,7 +25,7 @@ from .door import DecoupledDoor, final_error
 from .inputs import check_parameters, read_bool
 from .metrics import MetricsPublisher
 from .responder import Mailbox, Responder
-from .text_request import TextRequest, read_text_request
+from .text_request import TextRequest, given_format, read_text_request
 
 __all__ = ["TritonPythonModel"]
 
@@ -73,13 +73,16 @@ class _TextAnswer:
         self._ids: dict[int, list[int]] = {request_id: [] for request_id in self._samples}
         self._logprobs: dict[int, list[dict[str, Any]]] = {request_id: [] for request_id in self._samples}
         self._sent_prompt = request.exclude_input
+        self._interval = 1  # new tokens that the next response waits for
 
     def take(self, deltas: Sequence[TokenDelta]) -> tuple[list[Any], bool]:
         for delta in self._joined(deltas):
             self._take(delta)
         is_over = all(sample.finish is not None for sample in self._samples.values())
-        if not is_over and not (self._request.stream and any(self._ids.values())):
+        num_new = sum(map(len, self._ids.values()))
+        if not is_over and not (self._request.stream and num_new >= self._interval):
             return [], False
+        self._interval = self._request.stream_interval
         return [self._response(is_over)], is_over
 
     def _joined(self, deltas: Sequence[TokenDelta]) -> Sequence[TokenDelta]:
@@ -161,6 +164,7 @@ class TritonPythonModel(DecoupledDoor):
         source = self._tokenizer.chat_template
         tokenizer = self._tokenizer
         self._template = None if source is None else ChatTemplate(source, tokenizer.bos_token, tokenizer.eos_token)
+        self._format = given_format(self._tokenizer, folder / "weights")
         self._connection = EngineConnection(folder / "weights", server_pid)
         self._connection.connect()
         self._responder = Responder()
@@ -181,7 +185,7 @@ class TritonPythonModel(DecoupledDoor):
             stopped = [_strings("text_output", [""]), _strings("finish_reason", ["stopped"])]
             sender.send(pb_utils.InferenceResponse(output_tensors=stopped), flags=FINAL)
             return
-        parsed = read_text_request(request, self._tokenizer, self._template)
+        parsed = read_text_request(request, self._tokenizer, self._template, self._format)
         client = self._connection.client()
         ids = [client.next_request_id() for _ in range(parsed.num_samples)]
         mailbox = Mailbox(sender, _TextAnswer(parsed, self._tokenizer, ids, client), client, ids)

@@ -7,22 +7,27 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from turbotriton.contract import env
+from turbotriton.contract.chat_templates import find_template, read_template_config
 from turbotriton.contract.errors import InvalidInputError
+from turbotriton.contract.ini import read_workspace_config
 from turbotriton.contract.wire import MAX_LOGPROBS, MAX_SEED, SamplingParams
-from turbotriton.text.chat_template import ChatTemplate
+from turbotriton.text.chat_template import ChatTemplate, check_messages
 from turbotriton.text.detokenizer import TextTokenizer
-from turbotriton.text.prompt_format import encode_messages
+from turbotriton.text.prompt_format import PromptFormat, choose_format, encode_messages
 
 from .guided_key import read_guided
 from .inputs import check_parameters, read_array, read_bool, read_float, read_int, read_string, read_strings
 
-__all__ = ["TextRequest", "read_text_request"]
+__all__ = ["TextRequest", "given_format", "read_text_request"]
 
 INT32 = 2**31 - 1
 MAX_SAMPLES = 16
 MAX_STOP_WORDS = 64
+MAX_INTERVAL = 1024
 MAX_DEADLINE_MS = 86_400_000
 
 #: Name in vLLM's JSON -> our name (the flat tensor's).
@@ -47,6 +52,7 @@ JSON_NAMES = {
     "n": "n",
     "logprobs": "num_logprobs",
     "guided": "guided",
+    "stream_interval": "stream_interval",
 }
 #: What the server itself gives a chat template.
 TEMPLATE_NAMES = ("messages", "bos_token", "eos_token")
@@ -58,6 +64,7 @@ _INTS = {
     "seed": (0, MAX_SEED),
     "n": (1, MAX_SAMPLES),
     "num_logprobs": (0, MAX_LOGPROBS),
+    "stream_interval": (1, MAX_INTERVAL),
 }
 _BOOLS = ("ignore_eos", "skip_special_tokens", "include_stop_words")
 _STRING_LISTS = ("stop_words", "bad_words")
@@ -65,13 +72,17 @@ _STRING_LISTS = ("stop_words", "bad_words")
 
 @dataclass(frozen=True, slots=True)
 class TextRequest:
-    """prompt_text: what `exclude_input_in_output = false` puts in front; empty for messages and input_ids."""
+    """prompt_text: what `exclude_input_in_output = false` puts in front; empty for messages and input_ids.
+
+    stream_interval: new tokens that a response after the first waits for; fewer responses, less work for everyone behind them.
+    """
 
     prompt_ids: tuple[int, ...]
     prompt_text: str
     sampling: SamplingParams
     num_samples: int
     stream: bool
+    stream_interval: int
     stop_words: tuple[str, ...]
     include_stop_words: bool
     skip_special_tokens: bool
@@ -81,10 +92,24 @@ class TextRequest:
     returns: frozenset[str]  # of finish_reason, num_input_tokens, num_output_tokens, logprobs, cumulative_logprob
 
 
-def read_text_request(request: Any, tokenizer: TextTokenizer, template: ChatTemplate | None) -> TextRequest:
-    """Raises InvalidInputError naming the tensor or key and its value."""
+def given_format(tokenizer: TextTokenizer, weights: Path) -> PromptFormat | None:
+    """What the server's user wants messages to become (TURBOTRITON_CHAT_TEMPLATE); None: what the workspace says.
+
+    Raises ConfigError, WorkspaceError.
+    """
+    text = env.chat_template()
+    if text is None:
+        return None
+    name = read_workspace_config(weights / "config.ini").llama.model_name
+    return choose_format(tokenizer, config=read_template_config(text), guessed_name=name if find_template(name) else None)
+
+
+def read_text_request(
+    request: Any, tokenizer: TextTokenizer, template: ChatTemplate | None, prompt_format: PromptFormat | None = None
+) -> TextRequest:
+    """`prompt_format`: used for messages in place of the template. Raises InvalidInputError naming the tensor or key and its value."""
     check_parameters(request)
-    prompt_ids, prompt_text = _read_prompt(request, tokenizer, template)
+    prompt_ids, prompt_text = _read_prompt(request, tokenizer, template, prompt_format)
     values = _read_json_sampling(request) | _read_flat_sampling(request)
     stream = bool(read_bool(request, "stream"))
     num_samples = values.get("n", 1)
@@ -92,6 +117,8 @@ def read_text_request(request: Any, tokenizer: TextTokenizer, template: ChatTemp
         raise InvalidInputError(
             f"n is {num_samples}; several samples are only answered unstreamed: set stream to false or n to 1"
         )
+    if "stream_interval" in values and not stream:
+        raise InvalidInputError("stream_interval is for stream = true; leave it out")
     returns = frozenset(
         name
         for name in ("finish_reason", "num_input_tokens", "num_output_tokens", "logprobs", "cumulative_logprob")
@@ -120,7 +147,8 @@ def read_text_request(request: Any, tokenizer: TextTokenizer, template: ChatTemp
         ),
         num_samples=num_samples,
         stream=stream,
-        stop_words=tuple(values.get("stop_words", ())),
+        stream_interval=values.get("stream_interval", 1),
+        stop_words=(*values.get("stop_words", ()), *_template_stop_words(request, prompt_format)),
         include_stop_words=values.get("include_stop_words", False),
         skip_special_tokens=values.get("skip_special_tokens", True),
         exclude_input=True if exclude is None else exclude,
@@ -130,7 +158,13 @@ def read_text_request(request: Any, tokenizer: TextTokenizer, template: ChatTemp
     )
 
 
-def _read_prompt(request: Any, tokenizer: TextTokenizer, template: ChatTemplate | None) -> tuple[list[int], str]:
+def _template_stop_words(request: Any, prompt_format: PromptFormat | None) -> tuple[str, ...]:
+    return prompt_format.stop_words if prompt_format is not None and read_string(request, "messages") is not None else ()
+
+
+def _read_prompt(
+    request: Any, tokenizer: TextTokenizer, template: ChatTemplate | None, prompt_format: PromptFormat | None
+) -> tuple[list[int], str]:
     text = read_string(request, "text_input")
     messages = read_string(request, "messages")
     ids = read_array(request, "input_ids")
@@ -145,6 +179,8 @@ def _read_prompt(request: Any, tokenizer: TextTokenizer, template: ChatTemplate 
             raise InvalidInputError("text_input is empty; send at least one character")
         return prompt_ids, text
     if messages is not None:
+        if prompt_format is not None:
+            return _formatted(prompt_format, _parse_json("messages", messages), _read_template_options(request)), ""
         if template is None:
             raise InvalidInputError("this model has no chat template; send text_input or input_ids instead of messages")
         content = _parse_json("messages", messages)
@@ -153,6 +189,19 @@ def _read_prompt(request: Any, tokenizer: TextTokenizer, template: ChatTemplate 
     if not ids.size:
         raise InvalidInputError("input_ids is empty; send at least one token id")
     return [int(token_id) for token_id in ids], ""
+
+
+def _formatted(prompt_format: PromptFormat, messages: Any, options: Mapping[str, Any]) -> list[int]:
+    if options and prompt_format.has_jinja:
+        return prompt_format.encode_messages(messages, options)
+    if options:
+        raise InvalidInputError(
+            f"chat_template_kwargs: {next(iter(options))!r} is for the model's own template; this server was started with another one"
+        )
+    check_messages(messages)
+    if prompt_format.capability == "infilling":
+        return prompt_format.encode_prompt(messages[-1]["content"])
+    return prompt_format.encode_messages(messages)
 
 
 def _read_template_options(request: Any) -> dict[str, Any]:

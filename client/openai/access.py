@@ -1,19 +1,21 @@
-"""Who may call, and what was called: API keys and Prometheus metrics, as plain ASGI middleware (streams pass untouched)."""
+"""Who may call, how much, and what was called: API keys, sizes, Prometheus metrics; plain ASGI middleware, streams pass untouched."""
 
 import hmac
 import time
 from collections.abc import Sequence
 
+from fastapi import HTTPException
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import ApiError, error_response
 
-__all__ = ["KeyCheck", "Meter", "Metrics"]
+__all__ = ["BodyLimit", "KeyCheck", "Meter", "Metrics"]
 
 #: Paths that need no key: probes and scrapers have none.
 OPEN_PATHS = ("/health", "/metrics")
+MAX_BODY_BYTES = 32 << 20  # half of what gRPC takes: two signs of JSON can be a token id of four bytes
 
 
 class KeyCheck:
@@ -32,6 +34,37 @@ class KeyCheck:
                 await refused(scope, receive, send)
                 return
         await self._app(scope, receive, send)
+
+
+class BodyLimit:
+    """413 for a body of more than MAX_BODY_BYTES, whether its size is announced or not."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        announced = Headers(scope=scope).get("content-length", "")
+        if announced.isdigit() and int(announced) > MAX_BODY_BYTES:
+            await error_response(_too_large())(scope, receive, send)
+            return
+        num_bytes = 0
+
+        async def counted() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > MAX_BODY_BYTES:
+                raise HTTPException(413, _too_large().message)
+            return message
+
+        await self._app(scope, counted, send)
+
+
+def _too_large() -> ApiError:
+    return ApiError(413, f"the body has more than {MAX_BODY_BYTES >> 20} MiB; send less at once")
 
 
 class Metrics:

@@ -21,9 +21,11 @@ from .fleet import Fleet
 from .schema import ChatRequest, CompletionRequest, SamplingFields
 from .tools import ToolCallParser, ToolFormat
 
-__all__ = ["Answer", "ChatAnswer", "CompletionAnswer", "sampling_options"]
+__all__ = ["Answer", "ChatAnswer", "CompletionAnswer", "plain_message", "sampling_options"]
 
 MAX_SEED = 2**64
+#: Fields of OpenAI's messages that would be lost on the way to the model.
+UNSHOWN = ("audio", "function_call", "refusal")
 MAX_STREAMS = 128  # prompts times n of one request
 #: What refuses one choice refuses the others; they get this long to end by themselves, because tritonserver 24.10 never forgets a
 #: stream that is cancelled between its error and its end, and then cannot stop.
@@ -95,10 +97,27 @@ class Answer:
         self.id = f"{self.kind}-{uuid.uuid4().hex}"
         self.created = int(time.time())
 
-    async def batches(self) -> AsyncGenerator[list[tuple[_Choice, Delta]]]:
-        """Every choice's deltas as they come, those together that are there. Raises ApiError; closing it cancels what runs."""
+    async def batches(self, *, stream: bool) -> AsyncGenerator[list[tuple[_Choice, Delta]]]:
+        """Every choice's deltas as they come, those together that are there; without `stream` each choice's one, which is all of it.
+
+        Raises ApiError; closing it cancels what runs.
+        """
+        if len(self._choices) > 1:
+            async with contextlib.aclosing(self._batches_of_many(stream=stream)) as batches:
+                async for batch in batches:
+                    yield batch
+            return
+        (choice,) = self._choices
+        try:
+            async with self._fleet.stream(self._request.model, choice.prompt, choice.options, stream=stream) as deltas:
+                async for delta in deltas:
+                    yield [(choice, delta)]
+        except TurbotritonError as error:
+            raise api_error(error) from None
+
+    async def _batches_of_many(self, *, stream: bool) -> AsyncGenerator[list[tuple[_Choice, Delta]]]:
         came: asyncio.Queue[tuple[_Choice, Delta | Exception | None]] = asyncio.Queue()
-        tasks = [asyncio.create_task(self._run(choice, came)) for choice in self._choices]
+        tasks = [asyncio.create_task(self._run(choice, came, stream=stream)) for choice in self._choices]
         num_open = len(tasks)
         try:
             while num_open:
@@ -124,9 +143,11 @@ class Answer:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _run(self, choice: _Choice, came: "asyncio.Queue[tuple[_Choice, Delta | Exception | None]]") -> None:
+    async def _run(
+        self, choice: _Choice, came: "asyncio.Queue[tuple[_Choice, Delta | Exception | None]]", *, stream: bool
+    ) -> None:
         try:
-            async with self._fleet.stream(self._request.model, choice.prompt, choice.options) as deltas:
+            async with self._fleet.stream(self._request.model, choice.prompt, choice.options, stream=stream) as deltas:
                 async for delta in deltas:
                     came.put_nowait((choice, delta))
             came.put_nowait((choice, None))
@@ -140,7 +161,7 @@ class Answer:
         return {"prompt_tokens": num_prompt, "completion_tokens": num_output, "total_tokens": num_prompt + num_output}
 
     async def whole(self) -> dict[str, Any]:
-        async with contextlib.aclosing(self.batches()) as batches:
+        async with contextlib.aclosing(self.batches(stream=False)) as batches:
             async for batch in batches:
                 for choice, delta in batch:
                     choice.take(delta)
@@ -153,7 +174,7 @@ class Answer:
         envelope = self._envelope(self._chunk_object)
         head = f'{json.dumps(envelope, ensure_ascii=False)[:-1]}, "choices": ['
         tail = '], "usage": null}' if self._wants_usage else "]}"
-        async with contextlib.aclosing(self.batches()) as batches:
+        async with contextlib.aclosing(self.batches(stream=True)) as batches:
             async for batch in batches:
                 made = []
                 for choice, delta in batch:
@@ -249,7 +270,7 @@ class ChatAnswer(Answer):
         if isinstance(request.messages, str):
             prompt = {"prompt": request.messages}
         else:
-            prompt = {"messages": [_plain_message(index, message) for index, message in enumerate(request.messages)]}
+            prompt = {"messages": [plain_message(index, message) for index, message in enumerate(request.messages)]}
         template_options: dict[str, Any] = dict(request.chat_template_kwargs or {})
         if tool_format is not None:
             template_options["tools"] = [tool.model_dump(exclude_unset=True) for tool in request.tools or ()]
@@ -337,9 +358,12 @@ def _plain_call(call: Any) -> Any:
         return call
 
 
-def _plain_message(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
-    """content as one text; parts that are no text are refused."""
+def plain_message(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
+    """content as one text. Raises ApiError for parts that are no text, and for what no chat template would show the model."""
     content = message.get("content")
+    for name in UNSHOWN:
+        if message.get(name) is not None:
+            raise ApiError(400, f"messages[{index}].{name} is not supported; leave it out", param="messages")
     if message.get("tool_calls"):
         message = {**message, "tool_calls": [_plain_call(call) for call in message["tool_calls"]]}
     if not isinstance(content, list):

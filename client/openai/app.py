@@ -1,6 +1,5 @@
 """The server's routes: body -> request -> answer -> JSON or an event stream."""
 
-import asyncio
 import contextlib
 import json
 import time
@@ -11,17 +10,18 @@ from typing import Any, TypeVar
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
 from turbotriton import __version__
 from turbotriton.contract.errors import TurbotritonError
 
-from .access import KeyCheck, Meter, Metrics
+from .access import BodyLimit, KeyCheck, Meter, Metrics
 from .answers import Answer, ChatAnswer, CompletionAnswer
 from .encode import encode
-from .errors import ApiError, api_error, error_response, on_http_error, on_invalid_request
+from .errors import ApiError, api_error, error_response, on_failure, on_http_error, on_invalid_request
+from .event_stream import EventStream, until_gone
 from .fleet import Fleet
 from .interactive import Interactive
 from .qos import QosGate, read_qos_config
@@ -47,6 +47,7 @@ class ServerOptions:
     tool_call_parser: str = "auto"
     qos_config_path: Any = None  # Path of LMDeploy's QoS file
     qos_max_running: int = 64
+    stream_interval: int = 0  # see Fleet
 
 
 class _Service:
@@ -54,11 +55,12 @@ class _Service:
 
     def __init__(self, options: ServerOptions) -> None:
         self.options = options
-        self.fleet = Fleet(options.urls)
+        self.fleet = Fleet(options.urls, options.stream_interval)
         self.interactive = Interactive(self.fleet)
         self.gate = None
         if options.qos_config_path is not None:
-            self.gate = QosGate(read_qos_config(options.qos_config_path), options.qos_max_running)
+            users = read_qos_config(options.qos_config_path)
+            self.gate = QosGate(users, options.qos_max_running)
         self._tool_formats: dict[str, ToolFormat | None] = {}
 
     async def tool_format(self, request: ChatRequest) -> ToolFormat | None:
@@ -99,6 +101,7 @@ def make_app(options: ServerOptions) -> FastAPI:
 
     app = FastAPI(title="turbotriton", version=__version__, lifespan=lifespan, docs_url="/", redoc_url=None)
     metrics = Metrics()
+    app.add_middleware(BodyLimit)
     app.add_middleware(Meter, metrics=metrics)
     app.add_middleware(KeyCheck, keys=options.api_keys)
     app.add_middleware(
@@ -112,6 +115,7 @@ def make_app(options: ServerOptions) -> FastAPI:
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(TurbotritonError, _on_our_error)
+    app.add_exception_handler(Exception, on_failure)
     _add_answers(app)
     _add_others(app, metrics)
     return app
@@ -143,8 +147,7 @@ def _add_answers(app: FastAPI) -> None:
         service: _Service = app.state.service
         replies = _in_turn(service, body.user_id, is_qos, service.interactive.replies(body))
         if body.stream:
-            lines = await _begun(f"{json.dumps(reply, ensure_ascii=False)}\n" async for reply in replies)
-            return StreamingResponse(lines, media_type="text/event-stream")
+            return await _streamed(request, _lines(replies), {})
         return await _unless_disconnected(request, _joined(replies))
 
     @app.post("/v1/chat/completions")
@@ -182,12 +185,13 @@ def _add_others(app: FastAPI, metrics: Metrics) -> None:
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         """Every model that the servers behind this one have ready."""
-        now = int(time.time())
-        names = await app.state.service.fleet.models()
-        return {
-            "object": "list",
-            "data": [{"id": name, "object": "model", "created": now, "owned_by": "turbotriton"} for name in names],
-        }
+        return {"object": "list", "data": [_model(name) for name in await app.state.service.fleet.models()]}
+
+    @app.get("/v1/models/{model:path}")
+    async def one_model(model: str) -> dict[str, Any]:
+        """One of them, or 404."""
+        await app.state.service.fleet.check_model(model)
+        return _model(model)
 
     @app.post("/v1/embeddings")
     async def embeddings() -> Response:
@@ -212,15 +216,16 @@ def _add_others(app: FastAPI, metrics: Metrics) -> None:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
+def _model(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": int(time.time()), "owned_by": "turbotriton"}
+
+
 async def _respond(
     service: _Service, request: Request, answer: Answer, stream: bool, user_id: str | None, is_qos: bool
 ) -> Response:
     if stream:
         chunks = _in_turn(service, user_id, is_qos, answer.chunks())
-        events = await _begun(_events(chunks))
-        return StreamingResponse(
-            events, media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        )
+        return await _streamed(request, _events(chunks), {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 
     async def whole() -> dict[str, Any]:
         async with service.turn(user_id, is_qos):
@@ -229,35 +234,54 @@ async def _respond(
     return await _unless_disconnected(request, whole())
 
 
-async def _in_turn(service: _Service, user_id: str | None, is_qos: bool, items: AsyncGenerator[T]) -> AsyncGenerator[T]:
-    async with service.turn(user_id, is_qos), contextlib.aclosing(items) as opened:
-        async for item in opened:
-            yield item
+def _in_turn(service: _Service, user_id: str | None, is_qos: bool, items: AsyncGenerator[T]) -> AsyncGenerator[T]:
+    if not is_qos:
+        return items
+
+    async def waited() -> AsyncGenerator[T]:
+        async with service.turn(user_id, is_qos), contextlib.aclosing(items) as opened:
+            async for item in opened:
+                yield item
+
+    return waited()
 
 
-async def _events(chunks: AsyncIterator[list[str]]) -> AsyncGenerator[str]:
-    """One write for what came together."""
-    async for texts in chunks:
-        yield "".join([f"data: {text}\n\n" for text in texts])
-    yield "data: [DONE]\n\n"
+async def _events(chunks: AsyncGenerator[list[str]]) -> AsyncGenerator[str]:
+    """One write for what came together; a failure after the first of them is an event."""
+    has_begun = False
+    try:
+        async with contextlib.aclosing(chunks) as opened:
+            async for texts in opened:
+                yield f"data: {texts[0]}\n\n" if len(texts) == 1 else "".join([f"data: {text}\n\n" for text in texts])
+                has_begun = True
+        yield "data: [DONE]\n\n"
+    except ApiError as error:
+        if not has_begun:
+            raise
+        yield f"data: {json.dumps(error.body(), ensure_ascii=False)}\n\n"
 
 
-async def _begun(lines: AsyncGenerator[str]) -> AsyncIterator[str]:
-    """The same lines, the first of them waited for now: what fails before it still gets a status of its own."""
-    first = await anext(lines, None)
+async def _lines(replies: AsyncGenerator[dict[str, Any]]) -> AsyncGenerator[str]:
+    """A line each; a failure after the first is one, too."""
+    has_begun = False
+    try:
+        async with contextlib.aclosing(replies) as opened:
+            async for reply in opened:
+                yield f"{json.dumps(reply, ensure_ascii=False)}\n"
+                has_begun = True
+    except ApiError as error:
+        if not has_begun:
+            raise
+        yield f"{json.dumps(error.body(), ensure_ascii=False)}\n"
 
-    async def rest() -> AsyncIterator[str]:
-        try:
-            if first is not None:
-                yield first
-            async for line in lines:
-                yield line
-        except ApiError as error:
-            yield f"data: {json.dumps(error.body(), ensure_ascii=False)}\n\n"
-        finally:
-            await lines.aclose()
 
-    return rest()
+async def _streamed(request: Request, lines: AsyncGenerator[str], headers: dict[str, str]) -> Response:
+    """A stream whose first line is waited for now: what fails before it still gets a status of its own."""
+    first = await until_gone(request.receive, anext(lines))
+    if first is None:
+        await lines.aclose()
+        return Response(status_code=DISCONNECTED)
+    return EventStream(first, lines, headers)
 
 
 async def _joined(replies: AsyncIterator[dict[str, Any]]) -> dict[str, Any]:
@@ -269,18 +293,5 @@ async def _joined(replies: AsyncIterator[dict[str, Any]]) -> dict[str, Any]:
 
 async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, dict[str, Any]]) -> Response:
     """The answer; a caller that leaves first has it cancelled, at the engine too."""
-
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    answering, leaving = asyncio.create_task(work), asyncio.create_task(gone())
-    try:
-        await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if not answering.done():
-            return Response(status_code=DISCONNECTED)
-        return JSONResponse(answering.result())
-    finally:
-        for task in (answering, leaving):
-            task.cancel()
-        await asyncio.gather(answering, leaving, return_exceptions=True)
+    answer = await until_gone(request.receive, work)
+    return Response(status_code=DISCONNECTED) if answer is None else JSONResponse(answer)

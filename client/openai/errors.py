@@ -15,9 +15,10 @@ from turbotriton.contract.errors import (
     UnavailableError,
 )
 
-__all__ = ["ApiError", "api_error", "error_response", "on_http_error", "on_invalid_request"]
+__all__ = ["ApiError", "api_error", "error_response", "on_failure", "on_http_error", "on_invalid_request"]
 
 RETRY_AFTER_S = 1
+MAX_SHOWN_PARTS = 6
 
 
 class ApiError(Exception):
@@ -64,13 +65,38 @@ async def on_http_error(request: Request, error: Exception) -> JSONResponse:
 async def on_invalid_request(request: Request, error: Exception) -> JSONResponse:
     """The body does not fit the schema: 400 that names the first wrong field."""
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"] if part != "body")
+    paths = [(_path(one, error.body), one) for one in error.errors()]
+    path, first = max(
+        paths, key=lambda one: len(one[0])
+    )  # of a field that may have several types: what came furthest in one of them
+    field = ".".join(path[:MAX_SHOWN_PARTS])
     if first["type"] == "extra_forbidden":
         message = f"unknown or unsupported field {field!r}; remove it"
     elif first["type"] == "json_invalid":
         message = f"the body is no JSON: {first.get('ctx', {}).get('error', first['msg'])}"
+    elif first["type"] == "value_error":  # of our own validators
+        message = f"{field}: {first['ctx']['error']}" if field else str(first["ctx"]["error"])
+    elif isinstance(error.body, bytes):
+        message = "the body is not read as JSON; send the header Content-Type: application/json"
     else:
         shown = repr(first.get("input"))
         message = f"{field or 'the body'}: {first['msg']} (found {shown if len(shown) <= 80 else shown[:77] + '...'})"
     return error_response(ApiError(400, message, param=field or None))
+
+
+def _path(error: Any, body: Any) -> list[str]:
+    """Keys and places in the body that lead to the fault; pydantic puts names of types between them."""
+    path: list[str] = []
+    for part in error["loc"]:
+        is_place = isinstance(body, list) and isinstance(part, int) and part < len(body)
+        if is_place or (isinstance(body, dict) and part in body):
+            body = body[part]
+        elif not (error["type"] == "missing" and part == error["loc"][-1]):
+            continue
+        path.append(str(part))
+    return path
+
+
+async def on_failure(request: Request, error: Exception) -> JSONResponse:
+    """A fault of our own; its traceback is in the log."""
+    return error_response(ApiError(500, "the server failed; its log tells why", code="internal_error"))

@@ -20,6 +20,7 @@ __all__ = ["Fleet"]
 
 REST_S = 2.0
 MODELS_FRESH_S = 10.0
+ANSWERS_A_TOKEN = 64
 
 
 class _Server:
@@ -49,10 +50,16 @@ class _Server:
 
 
 class Fleet:
-    """Make it inside a running event loop. urls: HOST:PORT of each tritonserver's gRPC."""
+    """Make it inside a running event loop. urls: HOST:PORT of each tritonserver's gRPC.
 
-    def __init__(self, urls: Sequence[str]) -> None:
+    stream_interval: tokens in a delta after the first. 0: one, and one more for each ANSWERS_A_TOKEN answers under way when the stream
+    begins: a response costs this process about as much as 50 to 100 us of one core whatever is in it, and hundreds of streams of single
+    tokens would wait for it and not for the engine.
+    """
+
+    def __init__(self, urls: Sequence[str], stream_interval: int = 0) -> None:
         self._servers = [_Server(url) for url in urls]
+        self._stream_interval = stream_interval
 
     async def models(self) -> list[str]:
         """Every text door of every live server. Raises UnavailableError when none answers."""
@@ -85,21 +92,25 @@ class Fleet:
 
     @contextlib.asynccontextmanager
     async def stream(
-        self, model: str, prompt: Mapping[str, Any], options: Mapping[str, Any]
+        self, model: str, prompt: Mapping[str, Any], options: Mapping[str, Any], *, stream: bool = True
     ) -> AsyncIterator[AsyncIterator[Delta]]:
         """The deltas of one answer; leaving the block early cancels it. prompt: one of prompt, messages and input_ids by name.
 
-        The first delta is there when the block begins, so that a refusal can still become a status. Raises TurbotritonError.
+        The first delta is there when the block begins, so that a refusal can still become a status; without `stream` it is the only
+        one. Raises TurbotritonError.
         """
         tried: list[_Server] = []
+        interval = self._stream_interval or 1 + sum(server.num_running for server in self._servers) // ANSWERS_A_TOKEN
+        if stream and interval > 1:
+            options = {**options, "sampling_parameters": {**options.get("sampling_parameters", {}), "stream_interval": interval}}
         while True:
             server = self._pick(model, tried)
             tried.append(server)
             server.num_running += 1
             try:
-                async with await server.client(model).stream(**prompt, **options) as stream:
+                async with await server.client(model).stream(**prompt, **options, in_deltas=stream) as deltas:
                     try:
-                        first = await anext(stream, None)
+                        await deltas.peek()
                     except UnavailableError as error:
                         if "no tritonserver answers" not in str(error):
                             raise
@@ -107,7 +118,7 @@ class Fleet:
                         if len(tried) < len(self._having(model)):
                             continue
                         raise
-                    yield _with_first(first, stream)
+                    yield deltas
                     return
             finally:
                 server.num_running -= 1
@@ -127,10 +138,3 @@ class Fleet:
     async def close(self) -> None:
         for server in self._servers:
             await server.close()
-
-
-async def _with_first(first: Delta | None, rest: AsyncIterator[Delta]) -> AsyncIterator[Delta]:
-    if first is not None:
-        yield first
-    async for delta in rest:
-        yield delta

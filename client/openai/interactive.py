@@ -12,8 +12,10 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 
+from turbotriton.client.text_door import Delta
 from turbotriton.contract.errors import TurbotritonError
 
+from .answers import plain_message
 from .errors import ApiError, api_error
 from .fleet import Fleet
 from .schema import InteractiveRequest
@@ -28,6 +30,26 @@ class _Session:
     messages: list[dict[str, Any]] = field(default_factory=list)
     num_tokens: int = 0  # of the conversation so far
     running: "asyncio.Task[None] | None" = None
+
+
+@dataclass(slots=True)
+class _Turn:
+    """One question and what there is of its answer. messages: of the conversation, the question last."""
+
+    messages: list[dict[str, Any]]
+    text: str = ""
+    num_input: int = 0
+    num_output: int = 0
+    history_tokens: int = 0
+
+    def take(self, delta: Delta) -> None:
+        self.text += delta.text
+        self.num_input = delta.num_input_tokens or self.num_input
+        self.num_output = delta.num_output_tokens or self.num_output
+
+    def note_in(self, session: _Session) -> None:
+        session.messages = [*self.messages, {"role": "assistant", "content": self.text}]
+        session.num_tokens = self.num_input + self.num_output
 
 
 class Interactive:
@@ -49,16 +71,43 @@ class Interactive:
             yield _reply("", 0, 0, 0, "stop")
             return
         session = self._open(session_id)
-        turn = [{"role": "user", "content": request.prompt}] if isinstance(request.prompt, str) else list(request.prompt)
-        session.running = asyncio.current_task()
+        came: asyncio.Queue[dict[str, Any] | Exception] = asyncio.Queue()
+        session.running = asyncio.create_task(self._run(request, session, came))
         try:
-            async with contextlib.aclosing(self._answer(request, session, turn)) as replies:
-                async for reply in replies:
-                    yield reply
+            while True:
+                reply = await came.get()
+                if isinstance(reply, Exception):
+                    raise reply
+                yield reply
+                if reply["finish_reason"] is not None:
+                    return
         finally:
+            session.running.cancel()
+            await asyncio.gather(session.running, return_exceptions=True)
             session.running = None
             if not request.interactive_mode:
                 self._sessions.pop(session_id, None)
+
+    async def _run(
+        self, request: InteractiveRequest, session: _Session, came: "asyncio.Queue[dict[str, Any] | Exception]"
+    ) -> None:
+        """A task of its own, which `cancel` ends; the caller still gets a last reply then, and the conversation keeps what came."""
+        prompt = request.prompt
+        turn = _Turn([*session.messages, *([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)])
+        try:
+            turn.messages = [plain_message(index, message) for index, message in enumerate(turn.messages)]
+            async with contextlib.aclosing(self._answer(request, session, turn)) as replies:
+                async for reply in replies:
+                    came.put_nowait(reply)
+        except asyncio.CancelledError:
+            if turn.num_output:
+                turn.note_in(session)
+            came.put_nowait(
+                _reply("", turn.num_output, max(0, turn.num_input - turn.history_tokens), turn.history_tokens, "stop")
+            )
+            raise
+        except Exception as error:  # noqa: BLE001  handed to the caller's task
+            came.put_nowait(error)
 
     def _open(self, session_id: int) -> _Session:
         session = self._sessions.setdefault(session_id, _Session())
@@ -77,21 +126,17 @@ class Interactive:
             session.running.cancel()
         return _reply("", 0, 0, session.num_tokens if session else 0, "stop")
 
-    async def _answer(
-        self, request: InteractiveRequest, session: _Session, turn: list[dict[str, Any]]
-    ) -> AsyncGenerator[dict[str, Any]]:
-        history_tokens, text, num_input, num_output = session.num_tokens, "", 0, 0
-        messages = [*session.messages, *turn]
+    async def _answer(self, request: InteractiveRequest, session: _Session, turn: _Turn) -> AsyncGenerator[dict[str, Any]]:
+        turn.history_tokens = history_tokens = session.num_tokens
         model = (await self._served())[0]
         try:
-            async with self._fleet.stream(model, {"messages": messages}, _options(request)) as deltas:
+            async with self._fleet.stream(model, {"messages": turn.messages}, _options(request)) as deltas:
                 async for delta in deltas:
-                    text += delta.text
-                    num_input, num_output = delta.num_input_tokens or num_input, delta.num_output_tokens or num_output
+                    turn.take(delta)
                     if delta.finish_reason is not None:
-                        session.messages = [*messages, {"role": "assistant", "content": text}]
-                        session.num_tokens = num_input + num_output
-                    yield _reply(delta.text, num_output, max(0, num_input - history_tokens), history_tokens, delta.finish_reason)
+                        turn.note_in(session)
+                    num_new = max(0, turn.num_input - history_tokens)
+                    yield _reply(delta.text, turn.num_output, num_new, history_tokens, delta.finish_reason)
         except TurbotritonError as error:
             raise api_error(error) from None
 

@@ -41,28 +41,31 @@ class _User:
 
 
 def read_qos_config(path: Path) -> dict[str, _User]:
-    """user id -> group and quota. Raises ConfigError naming what is wrong."""
+    """user id -> group and quota; empty where enable_user_qos is false. Raises ConfigError naming what is wrong."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        is_enabled = content.get("enable_user_qos", True)
         groups = list(content["user_groups"])
         users = {
             str(entry["id"]): _User(groups.index(group), float(entry["quota_pct"]))
             for group, entries in content["user_group_map"].items()
             for entry in entries
         }
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"--qos-config-path {path}: expected user_groups and user_group_map, found a fault: {error!r}"
         ) from None
+    if not isinstance(is_enabled, bool):
+        raise ConfigError(f"--qos-config-path {path}: enable_user_qos is {is_enabled!r}; it must be true or false")
     if any(user.quota <= 0 for user in users.values()):
         raise ConfigError(f"--qos-config-path {path}: every quota_pct must be above 0")
     if "default" not in users:
         raise ConfigError(f"--qos-config-path {path}: one group must list the id 'default', for users that are not named")
-    return users
+    return users if is_enabled else {}
 
 
 class QosGate:
-    """Lets requests through in their order. Belongs to one event loop."""
+    """Lets requests through in their order; without users all of them at once. Belongs to one event loop."""
 
     def __init__(self, users: dict[str, _User], max_running: int) -> None:
         self._users = users
@@ -73,6 +76,9 @@ class QosGate:
     @contextlib.asynccontextmanager
     async def turn(self, user_id: str | None) -> AsyncIterator[None]:
         """Waits for this user's turn; the block is the answer. Raises ApiError 429 when too many wait."""
+        if not self._users:
+            yield
+            return
         user = self._users[user_id if user_id in self._users else "default"]
         number = next(self._numbers)
         await self._wait(number, user)

@@ -3,6 +3,7 @@
 A field that is not listed is refused by name. Fields that are accepted and change no answer are marked so: `IGNORED`.
 """
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
@@ -15,21 +16,47 @@ __all__ = ["IGNORED", "ChatRequest", "CompletionRequest", "EncodeRequest", "Inte
 #: Fields that OpenAI's clients may send and that cannot change an answer here.
 IGNORED = ("session_id", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 
-MAX_CHOICES = 16
+MAX_CHOICES = 128
 Probability = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 
 class _Request(BaseModel):
+    """null is as good as leaving a field out: OpenAI's clients write their defaults so."""
+
     model_config = ConfigDict(extra="forbid", strict=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if value is not None}
+
+
+class _Body(_Request):
+    """A whole request."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, values: Any) -> Any:
+        r"""JSON may name half a character (\ud800), which is no text and which no server behind this one takes."""
+        try:
+            json.dumps(values, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(error.object[error.start]):04x}"
+            raise ValueError(f"the body contains the lone surrogate {half}; send whole characters") from None
+        except RecursionError:
+            raise ValueError("the body is nested too deeply") from None
+        return values
 
 
 class StreamOptions(_Request):
     include_usage: bool = False
 
 
-class SamplingFields(_Request):
+class SamplingFields(_Body):
     """What chat and completions share. None: the door's default."""
 
     model: str
@@ -190,7 +217,7 @@ class CompletionRequest(SamplingFields):
         return found
 
 
-class InteractiveRequest(_Request):
+class InteractiveRequest(_Body):
     """LMDeploy's /v1/chat/interactive."""
 
     prompt: str | list[dict[str, JsonValue]]
@@ -217,7 +244,7 @@ class InteractiveRequest(_Request):
         return value
 
 
-class EncodeRequest(_Request):
+class EncodeRequest(_Body):
     input: str | list[str]
     do_preprocess: bool = False
     add_bos: bool = True

@@ -26,7 +26,7 @@ import httpx
 from turbotriton.backend.pipeline.options import PytorchEngineConfig, TurbomindEngineConfig, engine_options
 from turbotriton.cli.leftovers import end_with_parent
 from turbotriton.cli.running_server import free_ports
-from turbotriton.cli.tritonserver import ENGINE_FLAGS, check_engine_options
+from turbotriton.cli.tritonserver import BACKENDS, check_engine_options
 from turbotriton.client.api_client import APIClient
 from turbotriton.contract import env
 from turbotriton.contract.chat_templates import ChatTemplateConfig
@@ -81,13 +81,16 @@ def serve(
 
     backend_config None: the engine's options stay as the workspace has them.
     model_name: what a checkpoint is served as; by default the last part of model_path. A workspace brings its own.
+    backend 'pytorch', or a PytorchEngineConfig: the reference ops on any device.
     server_port: 0 takes a free one.   ssl: with the files that SSL_KEYFILE and SSL_CERTFILE name.
     The first of api_keys is the one that the returned client sends.
 
     Raises InvalidInputError for a wrong value, ServerError when the server does not come up.
     """
+    _check(backend, backend_config, log_level, ssl=ssl)
     config = TurbomindEngineConfig() if backend_config is None else backend_config
-    _check(config, backend, chat_template_config, log_level, ssl=ssl)
+    if isinstance(config, PytorchEngineConfig):
+        backend = "pytorch"
     options = engine_options(config, model_name=model_name, revision=revision, download_dir=download_dir)
     port = _usable_port(server_name, server_port)
     keys = [api_keys] if isinstance(api_keys, str) else list(api_keys or ())
@@ -99,6 +102,8 @@ def serve(
         "--model-format": options.model_format,
         "--revision": options.revision,
         "--download-dir": options.download_dir,
+        "--backend": backend if backend == "pytorch" else None,
+        "--chat-template": None if chat_template_config is None else chat_template_config.to_json(),
     }
     arguments = ["serve", "api_server", os.fspath(model_path), *([] if backend_config is None else _engine_flags(config))]
     arguments += [f"{name}={os.fspath(value)}" for name, value in named.items() if value is not None]
@@ -117,22 +122,12 @@ def serve(
 
 
 def _check(
-    config: TurbomindEngineConfig | PytorchEngineConfig,
-    backend: str,
-    chat_template_config: ChatTemplateConfig | None,
-    log_level: str,
-    *,
-    ssl: bool,
+    backend: str, backend_config: TurbomindEngineConfig | PytorchEngineConfig | None, log_level: str, *, ssl: bool
 ) -> None:
-    if backend not in ("turbomind", "pytorch"):
-        raise ConfigError(f"backend is {backend!r}; it must be 'turbomind'")
-    if backend == "pytorch" or isinstance(config, PytorchEngineConfig):
-        raise ConfigError(
-            "backend is 'pytorch'; a server takes the kernels on a GPU and the reference ops on a CPU: use TurbomindEngineConfig, or "
-            "pipeline() for the reference ops on a GPU"
-        )
-    if chat_template_config is not None:
-        raise ConfigError("chat_template_config is given; a server renders the checkpoint's own template, pipeline() any other")
+    if backend not in BACKENDS:
+        raise ConfigError(f"backend is {backend!r}; it must be {' or '.join(BACKENDS)}")
+    if backend == "pytorch" and isinstance(backend_config, TurbomindEngineConfig):
+        raise ConfigError("backend is 'pytorch' and backend_config a TurbomindEngineConfig; give a PytorchEngineConfig")
     if log_level not in LOG_LEVELS:
         raise ConfigError(f"log_level is {log_level!r}; it must be one of {', '.join(LOG_LEVELS)}")
     if ssl and (env.ssl_keyfile() is None or env.ssl_certfile() is None):
@@ -140,14 +135,13 @@ def _check(
 
 
 def _engine_flags(config: TurbomindEngineConfig | PytorchEngineConfig) -> list[str]:
-    """Flags of `serve tritonserver`. Raises ConfigError for a field that it has no flag for, unless it is off."""
-    values = {name: value for name, value in engine_options(config).overrides.items() if not name.startswith("max_queued")}
-    values |= {name: str(getattr(config, name)) for name in ("rope_scaling_factor", "use_logn_attn")}
-    for name, value in list(values.items()):
-        if name not in ENGINE_FLAGS:
-            if value not in ("0", "0.0", "False"):
-                raise ConfigError(f"{name} is {value}; a server takes it from the workspace: leave it out, or use pipeline()")
-            del values[name]
+    """Flags of `serve api_server`. Raises ConfigError."""
+    options = engine_options(config)
+    values = {name: value for name, value in options.overrides.items() if not name.startswith("max_queued")}
+    if options.rope_scaling_factor:
+        values["rope_scaling_factor"] = str(options.rope_scaling_factor)
+    if options.use_logn_attn:
+        values["use_logn_attn"] = "1"
     check_engine_options(values)
     return [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
 

@@ -56,7 +56,12 @@ def servable(path: str, body: Any) -> Any:
 
 def test_every_endpoint_is_fuzzed(schema: Any) -> None:
     labels = {found.ok().label for found in schema.get_all_operations()}
-    assert labels == {f"POST {path}" for path in POSTS} | {"GET /v1/models", "GET /health", "GET /metrics"}
+    assert labels == {f"POST {path}" for path in POSTS} | {
+        "GET /v1/models",
+        "GET /v1/models/{model}",
+        "GET /health",
+        "GET /metrics",
+    }
 
 
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)

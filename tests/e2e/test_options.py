@@ -272,7 +272,7 @@ JSON_VALUES: dict[str, Any] = {
 
 
 def test_json_keys_mean_what_the_flat_tensors_mean(door: Door) -> None:
-    without_tensor = {"include_stop_str_in_output", "logit_bias", "guided"}  # the last: test_guided.py
+    without_tensor = {"include_stop_str_in_output", "logit_bias", "guided", "stream_interval"}  # the third: test_guided.py
     assert set(JSON_VALUES) | without_tensor == set(JSON_NAMES)
     base = {"max_tokens": 20, "seed": 4}
     for key, value in JSON_VALUES.items():
@@ -282,6 +282,13 @@ def test_json_keys_mean_what_the_flat_tensors_mean(door: Door) -> None:
     assert door.ids(temperature=0.0, max_tokens=3, sampling_parameters='{"logit_bias": {"40": 100}}') == [40, 40, 40]
     shown = door.text(**GREEDY, sampling_parameters='{"stop": ["e"], "include_stop_str_in_output": true}')
     assert shown == door.text(**GREEDY, stop_words=["e"]) + "e"
+    body = {"text_input": PROMPT, "stream": True, "sampling_parameters": '{"stream_interval": 10}', **GREEDY}
+    reply = httpx.post(f"{door.url}/generate_stream", json=body, timeout=60)
+    events = [json.loads(line[6:])["output_ids"] for line in reply.text.splitlines() if line.startswith("data: ")]
+    sizes = [len(ids) if isinstance(ids, list) else 1 for ids in events]
+    assert all(size >= 10 for size in sizes[1:-1])
+    assert sum(sizes) == GREEDY["max_tokens"]
+    door.refused("stream_interval is for stream", sampling_parameters='{"stream_interval": 10}')
 
 
 #: engine option -> (value, what is seen of it): a refusal text, or a check on the running engine.

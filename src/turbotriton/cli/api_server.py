@@ -9,7 +9,7 @@ from pathlib import Path
 from turbotriton.contract import env
 from turbotriton.contract.errors import InvalidInputError
 
-from .hub import add_served_model_options, served_model
+from .served_model import add_served_model_options, served_model
 
 __all__ = ["add_parser"]
 
@@ -23,8 +23,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "api_server",
         help="serve OpenAI's API",
         description="Serve OpenAI's API (and LMDeploy's additions). X is the gRPC address of a running tritonserver, several with "
-        "commas between, or a workspace, a model folder or a hub id: then tritonserver is started first and stopped at the end. "
-        "Engine flags of `serve tritonserver` (--session-len ...) are passed on to it.",
+        "commas between, or a workspace, a model folder or a hub id: then tritonserver is started first and stopped at the end.",
     )
     parser.add_argument(
         "target", metavar="X", help="HOST:PORT[,HOST:PORT...] of tritonserver's gRPC, a workspace, a model folder, or a hub id"
@@ -45,10 +44,18 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--qos-config-path", type=Path, help="JSON file of user groups and quotas, for the _qos endpoints")
     parser.add_argument("--qos-max-running", type=int, default=64, help="answers at once on the _qos endpoints")
     parser.add_argument(
-        "--log-level", choices=("debug", "info", "warning", "error", "critical"), default="info", help="of the server"
+        "--stream-interval", type=int, default=0,
+        help="tokens in an event of a stream after its first; 0: 1, and one more for each 64 answers under way",
+    )  # fmt: skip
+    parser.add_argument(
+        "--log-level",
+        type=str.lower,
+        choices=("debug", "info", "warning", "error", "critical"),
+        default="info",
+        help="of the server, in small letters or capitals",
     )
     add_served_model_options(parser)
-    parser.set_defaults(run=run, accepts_unknown=True)
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -61,8 +68,10 @@ def run(args: argparse.Namespace) -> int:
         raise InvalidInputError(f"--server-port is {args.server_port}; it must be from 1 to 65535")
     if args.qos_max_running < 1:
         raise InvalidInputError(f"--qos-max-running is {args.qos_max_running}; it must be 1 or more")
+    if not 0 <= args.stream_interval <= 1024:
+        raise InvalidInputError(f"--stream-interval is {args.stream_interval}; it must be from 0 to 1024")
     keyfile, certfile = _ssl_files(args)
-    with served_model(args, args.unknown) as own_server:
+    with served_model(args) as own_server:
         urls = [check_url(url) for url in args.target.split(",")] if own_server is None else [own_server.grpc]
         app = make_app(
             ServerOptions(
@@ -75,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
                 tool_call_parser=args.tool_call_parser,
                 qos_config_path=args.qos_config_path,
                 qos_max_running=args.qos_max_running,
+                stream_interval=args.stream_interval,
             )
         )
         scheme = "https" if certfile else "http"

@@ -1,7 +1,6 @@
 """`turbotriton chat MODEL_PATH`: a terminal chat with a model in this process."""
 
 import argparse
-import dataclasses
 import logging
 import sys
 import time
@@ -9,10 +8,11 @@ import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from turbotriton.contract.chat_templates import CAPABILITIES, ChatTemplateConfig, read_template_config
+from turbotriton.contract.chat_templates import ChatTemplateConfig
 from turbotriton.contract.errors import ConfigError, InvalidInputError
 
 from .hub import MODEL_FORMATS, MODEL_PATH_HELP, add_hub_options
+from .template_options import add_template_options, template_config
 
 if TYPE_CHECKING:
     from turbotriton.backend.pipeline.inference import Pipeline
@@ -34,7 +34,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument("words", metavar="MODEL_PATH", nargs="+", help=MODEL_PATH_HELP)
     _add_model_options(parser)
-    _add_template_options(parser)
+    template = add_template_options(parser)
+    template.add_argument("--model-name", help="a template's name, as 'turbotriton list' prints them")
     _add_answer_options(parser)
     add_hub_options(parser)
     parser.set_defaults(run=run)
@@ -57,16 +58,6 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--adapters", nargs="*", help="LoRA adapters; not part of this version")
     add("--trust-remote-code", action="store_true", help="no effect: a checkpoint's code is neither needed nor run")
     add("--log-level", choices=LOG_LEVELS, default="WARNING", help="what is logged to standard error")
-
-
-def _add_template_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group(
-        "chat template", "default: the checkpoint's own, else by the model's name or path"
-    ).add_argument
-    add("--model-name", help="a template's name, as 'turbotriton list' prints them")
-    add("--chat-template", help="a template as JSON: a file or the text itself")
-    add("--meta-instruction", help="system prompt")
-    add("--cap", choices=CAPABILITIES, help="what becomes of the text that is typed (default: the template's, chat)")
 
 
 def _add_answer_options(parser: argparse.ArgumentParser) -> None:
@@ -146,12 +137,10 @@ def _engine_config(args: argparse.Namespace, backend: str) -> "TurbomindEngineCo
 
 
 def _template_config(args: argparse.Namespace) -> ChatTemplateConfig | None:
-    config = read_template_config(args.chat_template) if args.chat_template is not None else ChatTemplateConfig()
-    if args.model_name is not None and config.model_name is not None:
+    config = template_config(args)
+    if args.model_name is not None and config is not None and config.model_name is not None:
         raise ConfigError(f"--model-name is {args.model_name!r} and --chat-template names {config.model_name!r}; give one")
-    if args.meta_instruction is not None:
-        config = dataclasses.replace(config, meta_instruction=args.meta_instruction)
-    return config if args.cap is None else dataclasses.replace(config, capability=args.cap)
+    return config
 
 
 def _gen_config(args: argparse.Namespace) -> "GenerationConfig":

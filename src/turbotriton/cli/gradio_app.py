@@ -4,7 +4,7 @@ import argparse
 
 from turbotriton.contract import env
 
-from .hub import add_served_model_options, served_model
+from .served_model import add_served_model_options, served_model
 
 __all__ = ["add_parser"]
 

@@ -9,7 +9,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from turbotriton.contract.errors import WorkspaceError
+from turbotriton.contract.errors import ConfigError, WorkspaceError
 from turbotriton.contract.ini import EngineConfig
 
 from .leftovers import (
@@ -23,8 +23,17 @@ from .leftovers import (
 )
 from .preflight import check_passed_on, check_ports
 from .server_runtime import ServerRuntime, find_server
+from .template_options import add_template_options, template_config
 
-__all__ = ["ENGINE_FLAGS", "add_parser", "check_engine_options", "server_command"]
+__all__ = [
+    "BACKENDS",
+    "ENGINE_FLAGS",
+    "add_engine_options",
+    "add_parser",
+    "check_engine_options",
+    "check_options",
+    "server_command",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -40,10 +49,16 @@ ENGINE_FLAGS: dict[str, tuple[type, str]] = {
     "quant_policy": (int, "bits of keys and values: 8, 4, or 0 for 16"),
     "enable_prefix_caching": (int, "1 or 0"),
     "cuda_graphs": (int, "1 or 0: decode steps on a GPU replay captured graphs"),
+    "rope_scaling_factor": (float, "0: the model's own"),
+    "use_logn_attn": (int, "1 or 0"),
+    "backend": (str, "turbomind: our kernels, without a GPU the reference ops; pytorch: the reference ops on any device"),
     "deterministic": (int, "1 or 0: outputs do not depend on what else runs, to the bit; slower"),
     "max_queued_requests": (int, "requests that may wait before new ones are refused"),
     "max_queued_tokens": (int, "prompt tokens that may wait"),
 }
+#: Of these, what is no field of EngineConfig: they change the model.
+MODEL_FLAGS = ("rope_scaling_factor", "use_logn_attn", "backend")
+BACKENDS = ("turbomind", "pytorch")
 UNLOAD_S = 10  # what tritonserver gets to unload its models, when the requests have had their time
 KILL_AFTER_S = 30.0  # after that
 GRACE_S = 5.0  # after the server: stubs leave within 3 s, the engine process within 2 s
@@ -71,15 +86,32 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         default=10,
         help="how long running requests may take at a stop; then they end with an error",
     )
-    engine = parser.add_argument_group("engine", "override config.ini (see docs/weights.md); unset: what config.ini says")
-    for name, (kind, text) in ENGINE_FLAGS.items():
-        engine.add_argument(f"--{name.replace('_', '-')}", type=kind, default=None, help=text)
+    add_engine_options(parser)
+    add_template_options(parser)
     parser.set_defaults(run=run, accepts_unknown=True)
 
 
-def run(args: argparse.Namespace) -> int:
+def add_engine_options(parser: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
+    engine = parser.add_argument_group("engine", "override config.ini (see docs/weights.md); unset: what config.ini says")
+    for name, (kind, text) in ENGINE_FLAGS.items():
+        engine.add_argument(f"--{name.replace('_', '-')}", type=kind, default=None, help=text)
+    return engine
+
+
+def check_options(args: argparse.Namespace) -> dict[str, str]:
+    """Names and values of TURBOTRITON_* variables for the engine and template options that were given. Raises ConfigError."""
     options = {name: str(value) for name in ENGINE_FLAGS if (value := getattr(args, name)) is not None}
     check_engine_options(options)
+    template = template_config(args)
+    if template is not None:
+        if template.makes_row:
+            template.row()
+        options["chat_template"] = template.to_json()
+    return options
+
+
+def run(args: argparse.Namespace) -> int:
+    options = check_options(args)
     runtime = find_server()
     command = server_command(runtime, args)
     check_passed_on(runtime, args.unknown)
@@ -98,7 +130,13 @@ def _ports(args: argparse.Namespace) -> dict[str, int]:
 
 def check_engine_options(options: dict[str, str]) -> None:
     """Refuses a bad value now and not in the engine's log. session_len: the real one is in config.ini, any valid one serves here."""
-    values: dict[str, object] = {name: ENGINE_FLAGS[name][0](value) for name, value in options.items()}
+    values: dict[str, object] = {name: ENGINE_FLAGS[name][0](value) for name, value in options.items() if name not in MODEL_FLAGS}
+    if not float(options.get("rope_scaling_factor", 0)) >= 0:
+        raise ConfigError(f"rope_scaling_factor is {options['rope_scaling_factor']}; it must be 0 (the model's own) or positive")
+    if options.get("use_logn_attn", "0") not in ("0", "1"):
+        raise ConfigError(f"use_logn_attn is {options['use_logn_attn']}; it must be 0 or 1")
+    if options.get("backend", BACKENDS[0]) not in BACKENDS:
+        raise ConfigError(f"backend is {options['backend']!r}; it must be {' or '.join(BACKENDS)}")
     EngineConfig(**({"session_len": 2048} | values))  # type: ignore[arg-type]
 
 

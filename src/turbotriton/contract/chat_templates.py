@@ -275,6 +275,12 @@ class ChatTemplateConfig:
         if words is not None and (isinstance(words, str) or not all(isinstance(word, str) and word for word in words)):
             raise ConfigError(f"chat template: stop_words is {words!r}; it must be a list of non-empty strings")
 
+    def to_json(self) -> str:
+        """For `read_template_config`."""
+        return json.dumps(
+            {name: value for name, value in dataclasses.asdict(self).items() if value is not None}, ensure_ascii=False
+        )
+
     @property
     def makes_row(self) -> bool:
         """Whether it names or makes a format, and does not only change the model's own."""

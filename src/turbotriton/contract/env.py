@@ -5,6 +5,7 @@ from pathlib import Path
 
 __all__ = [
     "cache_dir",
+    "chat_template",
     "engine_option",
     "environment",
     "openai_api_key",
@@ -22,6 +23,11 @@ ENGINE_OPTION_PREFIX = "TURBOTRITON_"
 def engine_option(name: str) -> str | None:
     """`TURBOTRITON_<NAME>` overrides the config.ini key `name` (session_len, device, ...); None when unset or empty."""
     return os.environ.get(ENGINE_OPTION_PREFIX + name.upper()) or None
+
+
+def chat_template() -> str | None:
+    """TURBOTRITON_CHAT_TEMPLATE: a ChatTemplateConfig as JSON that the text door uses in place of the workspace's template."""
+    return os.environ.get("TURBOTRITON_CHAT_TEMPLATE") or None
 
 
 def site_dirs() -> list[str]:

@@ -284,6 +284,17 @@ class WorkspaceConfig:
             float_type=_float_type(lm.weight_type, tt.float_type),
         )
 
+    def with_model_options(self, override: Callable[[str], str | None]) -> "WorkspaceConfig":
+        """With what a user may change of the model itself: rope_scaling_factor (0: nothing) and use_logn_attn. Raises ConfigError."""
+        names = ("rope_scaling_factor", "use_logn_attn")
+        given = {name: _parse(name, LlamaSection, text) for name in names if (text := override(name))}
+        ours = self.turbotriton
+        if not given.get("rope_scaling_factor"):
+            given.pop("rope_scaling_factor", None)
+        elif ours.rope_scaling_type == "none":
+            ours = dataclasses.replace(ours, rope_scaling_type="")  # then the factor says which, as in LMDeploy's files
+        return WorkspaceConfig(dataclasses.replace(self.llama, **given), ours)  # type: ignore[arg-type]
+
     def engine_config(self, override: Callable[[str], str | None] = lambda name: None) -> EngineConfig:
         """`override(name)` gives the text that replaces a key (contract.env.engine_option in the engine process), or None.
 

@@ -82,15 +82,28 @@ class PromptFormat:
             return self.encode_text(prompt)
         return self.encode_messages([{"role": "user", "content": prompt}])
 
-    def encode_messages(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """A conversation. Without a chat template its contents follow each other as they are."""
+    @property
+    def has_jinja(self) -> bool:
+        """Whether the template takes more than messages."""
+        return self.has_chat and not self._adds_special_tokens
+
+    def encode_messages(
+        self, messages: Sequence[Mapping[str, Any]], template_options: Mapping[str, Any] | None = None
+    ) -> list[int]:
+        """A conversation. Without a chat template its contents follow each other as they are. template_options: see `has_jinja`."""
         check_messages(messages)
         if not self.has_chat:
             return self.encode_text("".join(message["content"] for message in messages))
         assert self._template is not None
         if self._system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self._system}, *messages]
-        ids = encode_messages(self._tokenizer, self._template, messages, add_special_tokens=self._adds_special_tokens)
+        ids = encode_messages(
+            self._tokenizer,
+            self._template,
+            messages,
+            add_special_tokens=self._adds_special_tokens,
+            template_options=template_options,
+        )
         bos = self._tokenizer.bos_token_id
         return (
             ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids

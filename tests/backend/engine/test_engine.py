@@ -9,6 +9,7 @@ from transformers import AutoConfig
 
 from turbotriton.backend.engine.engine import Engine
 from turbotriton.backend.runner.model_runner import ModelRunner
+from turbotriton.contract.errors import ConfigError
 from turbotriton.contract.ini import read_workspace_config
 from turbotriton.contract.wire import GenerateRequest, SamplingParams, TokenDelta
 
@@ -74,3 +75,23 @@ def test_overlapped_steps_give_the_same_tokens(weights: Path) -> None:
         for ours, theirs in zip(deltas, expected, strict=True):
             assert [entry is None for entry in ours.logprobs] == [entry is None for entry in theirs.logprobs]
     assert all(len(entry.top) == 2 for delta in ahead[4] for entry in delta.logprobs)
+
+
+def test_what_changes_the_model_itself_is_taken_from_the_environment_too(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from turbotriton.backend.engine.engine import load_engine
+    from turbotriton.backend.runner import model_runner
+
+    made = []
+
+    def record(model: object, config: object, folder: Path, *, reference_ops: bool) -> ModelRunner:
+        made.append((model, reference_ops))
+        return ModelRunner(model, config, folder, reference_ops=reference_ops)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(model_runner, "ModelRunner", record)
+    changed = {"rope_scaling_factor": "2.5", "use_logn_attn": "1", "backend": "pytorch"}
+    for options in ({}, changed, {"rope_scaling_factor": "0.0"}):
+        load_engine(weights, (OPTIONS | options).get).close()
+    found = [(model.rope.factor, model.rope.scaling_type, model.use_logn_attn, reference) for model, reference in made]
+    assert found == [(1.0, "none", False, False), (2.5, "linear", True, True), (1.0, "none", False, False)]
+    with pytest.raises(ConfigError, match="rope_scaling_factor is 'x'"):
+        load_engine(weights, {"rope_scaling_factor": "x"}.get)

@@ -255,6 +255,8 @@ def test_refusals_name_the_limit() -> None:
         bench.add(1, range(30), 1)
     with pytest.raises(InvalidInputError, match="outside the vocabulary"):
         bench.add(1, [1000], 1)
+    with pytest.raises(InvalidInputError, match="logit_bias names token id 1000"):
+        bench.add(1, [1], 1, logit_bias=((3, 1.0), (1000, 1.0)))
     bench.add(1, range(15), 1)
     with pytest.raises(UnavailableError, match="max_queued_tokens is 20"):
         bench.add(2, range(10), 1)

@@ -1,6 +1,7 @@
 """What all doors share: readiness, an unfilled repository, errors as tritonserver's; and the text and tokenizer doors on a fake engine."""
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,25 @@ def test_an_unstreamed_answer_is_one_response(bench: Bench) -> None:
     assert response.outputs["text_output"].tolist() == [b"one two"]
     assert response.outputs["output_ids"].tolist() == ids
     assert response.outputs["finish_reason"].tolist() == [b"length"]
+
+
+def test_a_stream_with_an_interval_sends_its_first_token_then_so_many_at_once(bench: Bench) -> None:
+    sender = bench.send(stream=np.array([True]), sampling_parameters=strings('{"stream_interval": 3}'))
+    ids = TOKENIZER.encode("one two three four five six seven eight nine ten eleven twelve")[:9]
+    for token_id in ids:
+        bench.engine.answer([token_id], finish=None)
+        wait_until_taken(bench)
+    bench.engine.answer([])
+    responses = sender.wait().responses
+    assert [response.outputs["output_ids"].tolist() for response in responses] == [ids[:1], ids[1:4], ids[4:7], ids[7:]]
+    assert b"".join(response.outputs["text_output"][0] for response in responses) == TOKENIZER.decode(ids).encode()
+
+
+def wait_until_taken(bench: Bench) -> None:
+    (mailbox,) = bench.door._responder._open.values()
+    end = time.monotonic() + 5
+    while mailbox.is_queued and time.monotonic() < end:
+        time.sleep(0.001)
 
 
 def test_a_stop_word_ends_the_answer_and_the_request(bench: Bench) -> None:

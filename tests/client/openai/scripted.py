@@ -20,7 +20,7 @@ Pieces = Sequence[str]
 
 
 class ScriptedFleet:
-    """Answers every request with `pieces`, or with the error. `asked`: (model, prompt, options) of each."""
+    """Answers every request with `pieces`, or with the error. `asked`: (model, prompt, options) of each; `streams`: whether in deltas."""
 
     def __init__(
         self, pieces: Pieces = ("Hel", "lo"), error: TurbotritonError | None = None, template: str = TOOLS_TEMPLATE
@@ -28,6 +28,7 @@ class ScriptedFleet:
         self.pieces, self.error, self.template = pieces, error, template
         self.asked: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
         self.num_open = 0
+        self.streams: list[bool] = []
 
     async def models(self) -> list[str]:
         return ["demo"]
@@ -37,9 +38,10 @@ class ScriptedFleet:
 
     @contextlib.asynccontextmanager
     async def stream(
-        self, model: str, prompt: Mapping[str, Any], options: Mapping[str, Any]
+        self, model: str, prompt: Mapping[str, Any], options: Mapping[str, Any], *, stream: bool = True
     ) -> AsyncIterator[AsyncIterator[Delta]]:
         self.asked.append((model, dict(prompt), dict(options)))
+        self.streams.append(stream)
         if self.error is not None:
             raise self.error
         self.num_open += 1
@@ -74,12 +76,14 @@ def with_app(fleet: ScriptedFleet, use: Callable[[httpx.AsyncClient], Any], **op
 
     async def run() -> Any:
         original = app_module.Fleet
-        app_module.Fleet = lambda urls: fleet  # type: ignore[assignment,misc]
+        app_module.Fleet = lambda urls, stream_interval: fleet  # type: ignore[assignment,misc]
         try:
             app = make_app(ServerOptions(urls=["scripted"], **options))
             async with (
                 app.router.lifespan_context(app),
-                httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://scripted") as client,
+                httpx.AsyncClient(
+                    transport=httpx.ASGITransport(app, raise_app_exceptions=False), base_url="http://scripted"
+                ) as client,
             ):
                 return await use(client)
         finally:

@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -24,10 +25,12 @@ class SlowFleet(ScriptedFleet):
     """Waits `delay_s` before each piece."""
 
     delay_s = 0.0
+    num_given = 0
 
     async def _deltas(self, options: Mapping[str, Any]) -> AsyncIterator[Delta]:
         async for delta in super()._deltas(options):
             await asyncio.sleep(self.delay_s)
+            self.num_given += 1
             yield delta
 
 
@@ -38,9 +41,16 @@ def fleet() -> SlowFleet:
 
 @pytest.fixture
 def url(fleet: SlowFleet, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setattr(app_module, "Fleet", lambda urls: fleet)
+    with served(fleet, monkeypatch, api_keys=["right"]) as url:
+        yield url
+
+
+@contextmanager
+def served(fleet: ScriptedFleet, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Iterator[str]:
+    """The app's URL."""
+    monkeypatch.setattr(app_module, "Fleet", lambda urls, stream_interval: fleet)
     (port,) = free_ports(1)
-    app = make_app(ServerOptions(urls=["scripted"], api_keys=["right"]))
+    app = make_app(ServerOptions(urls=["scripted"], **options))
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

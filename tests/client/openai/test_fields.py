@@ -1,12 +1,14 @@
 """Every field of every request: it changes what is asked for or answered, or is listed as without effect, or is refused by name."""
 
 import json
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from tests.client.openai.scripted import ScriptedFleet, post
+from tests.client.openai.scripted import ScriptedFleet, post, with_app
 
+from turbotriton.client.openai import access
 from turbotriton.client.openai.schema import IGNORED, ChatRequest, CompletionRequest, EncodeRequest, InteractiveRequest
 from turbotriton.contract.errors import (
     DeadlineExceededError,
@@ -173,6 +175,10 @@ def assert_error(reply: Any, status: int, words: str, kind: str = "invalid_reque
         ("completions", TEXT | {"stop_token_ids": [-1]}, 400, "stop_token_ids"),
         ("chat/interactive", TALK | {"request_output_len": -1}, 400, "request_output_len"),
         *(("chat/completions", CHAT | {name: "x"}, 400, f"'{name}'") for name in ("audio", "modalities", "functions", "reasoning_effort")),
+        ("completions", TEXT | {"n": 129}, 400, "n: "),
+        ("completions", TEXT | {"n": 64, "prompt": ["a", "b", "c"]}, 400, "192 answers"),
+        *(("chat/completions", CHAT | {"messages": [{"role": "user", "content": "x", name: {"id": "y"}}]}, 400, f"messages[0].{name}")
+          for name in ("audio", "function_call", "refusal")),
         ("completions", TEXT | {"prompt": []}, 400, "empty"),
         ("completions", TEXT | {"prompt": ["a", ""]}, 400, "empty"),
         ("completions", {"model": "demo"}, 400, "prompt"),
@@ -237,3 +243,107 @@ def test_keys(authorization: bytes | None, status: int) -> None:
     if status == 401:
         assert reply.json()["error"]["code"] == "invalid_api_key"
         assert reply.json()["error"]["type"] == "authentication_error"
+
+
+NULLABLE = {
+    name: value for name, value in USED[ChatRequest][2].items() if name != "messages" and not isinstance(value, tuple)
+} | {"user": "x", "store": False, "functions": [], "audio": {}}
+
+
+def test_null_is_as_good_as_leaving_a_field_out() -> None:
+    assert effect("chat/completions", CHAT | dict.fromkeys(NULLABLE)) == effect("chat/completions", CHAT)
+    nulls = {"echo": None, "logprobs": None, "n": None, "max_tokens": None, "suffix": None}
+    assert effect("completions", TEXT | nulls) == effect("completions", TEXT)
+    assert effect("chat/interactive", TALK | {"stop": None, "top_p": None}) == effect("chat/interactive", TALK)
+    assert_error(post("completions", TEXT | {"prompt": None}), 400, "prompt: Field required")
+
+
+HALF = '"\\ud800"'
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("chat/completions", '{"model": "demo", "messages": [{"role": "user", "content": %s}]}'),
+        ("chat/completions", '{"model": "demo", "messages": [{"role": "user", "content": "x"}], %s: 1}'),
+        ("chat/completions", '{"model": %s, "messages": [{"role": "user", "content": "x"}]}'),
+        ("completions", '{"model": "demo", "prompt": %s}'),
+        ("completions", '{"model": "demo", "prompt": "x", "guided_regex": %s}'),
+        ("chat/interactive", '{"prompt": %s}'),
+        ("encode", '{"input": %s}'),
+    ],
+)
+def test_half_a_character_is_refused(path: str, body: str) -> None:
+    assert_error(post(path, (body % HALF).encode()), 400, r"lone surrogate \ud800")
+
+
+def test_nesting_without_end_is_refused() -> None:
+    for depth in (300, 3_000, 100_000):
+        body = b'{"model": "demo", "messages": [], "metadata": {"a": ' + b"[" * depth + b"]" * depth + b"}}"
+        assert_error(post("chat/completions", body), 400, "")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("chat/completions", CHAT | {"messages": ["x"]}, "messages.0"),
+        ("chat/completions", CHAT | {"messages": 5}, "messages"),
+        ("chat/completions", CHAT | {"tools": [{"type": "function", "function": {}}]}, "tools.0.function.name"),
+        ("completions", TEXT | {"prompt": [1, "a"]}, "prompt.1"),
+        ("completions", TEXT | {"prompt": [2**31]}, "prompt.0"),
+        ("completions", TEXT | {"guided_json": 5}, "guided_json"),
+        ("completions", {"model": "demo"}, "prompt"),
+        ("completions", TEXT | {"echo": True, "logprobs": 1}, None),
+    ],
+)
+def test_param_is_the_place_in_the_body(path: str, body: Any, param: str | None) -> None:
+    error = post(path, body).json()["error"]
+    assert error["param"] == param
+    assert "Value error" not in error["message"]
+
+
+@pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded", "text/plain"])
+def test_body_that_is_not_called_json_is_told_how(kind: str) -> None:
+    assert_error(post("completions", TEXT, headers={"content-type": kind}), 400, "Content-Type: application/json")
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_body_that_is_too_large_is_413(announced: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(access, "MAX_BODY_BYTES", 1 << 20)
+
+    async def pieces() -> AsyncIterator[bytes]:
+        yield b'{"model": "demo", "prompt": "'
+        for _ in range(17):
+            yield b"x" * (1 << 16)
+        yield b'"}'
+
+    async def use(client: Any) -> Any:
+        content = b"".join([piece async for piece in pieces()]) if announced else pieces()
+        return await client.post("/v1/completions", content=content, headers={"content-type": "application/json"})
+
+    assert_error(with_app(ScriptedFleet(), use), 413, "1 MiB")
+
+
+def test_fault_of_our_own_is_500_with_an_error_object() -> None:
+    class Broken(ScriptedFleet):
+        async def models(self) -> list[str]:
+            raise ZeroDivisionError
+
+    assert_error(post("completions", TEXT, Broken()), 500, "its log tells why", "server_error")
+
+
+def test_one_model_can_be_asked_for() -> None:
+    async def use(client: Any) -> Any:
+        return await client.get("/v1/models/demo"), await client.get("/v1/models/some/other")
+
+    found, missing = with_app(ScriptedFleet(), use)
+    assert (found.json()["id"], found.json()["object"]) == ("demo", "model")
+    assert_error(missing, 404, "`some/other` does not exist", "not_found_error")
+
+
+@pytest.mark.parametrize("body", [CHAT, CHAT | {"n": 2}, CHAT | {"tools": TOOLS}])
+def test_whole_answer_is_asked_for_as_a_whole(body: dict[str, Any]) -> None:
+    for stream in (False, True):
+        fleet = ScriptedFleet()
+        assert post("chat/completions", body | {"stream": stream}, fleet).status_code == 200
+        assert fleet.streams == [stream] * body.get("n", 1)

@@ -213,3 +213,18 @@ def test_endpoints_pass_the_gate_whole_and_streamed(config: Path) -> None:
 
     assert with_app(fleet, use, qos_config_path=config, qos_max_running=1) == [200] * 8
     assert post("completions_qos", {"model": "demo", "prompt": "x"}).status_code == 404
+
+
+def test_file_that_is_switched_off_lets_everyone_through(config: Path, tmp_path: Path) -> None:
+    content = json.loads(config.read_text()) | {"enable_user_qos": False}
+    (tmp_path / "off.json").write_text(json.dumps(content))
+
+    async def run() -> None:
+        gate = QosGate(read_qos_config(tmp_path / "off.json"), 1)
+        async with gate.turn("boss"), gate.turn("small"), gate.turn(None):
+            pass
+
+    asyncio.run(asyncio.wait_for(run(), 5))
+    (tmp_path / "wrong.json").write_text(json.dumps(content | {"enable_user_qos": "no"}))
+    with pytest.raises(ConfigError, match="enable_user_qos is 'no'"):
+        read_qos_config(tmp_path / "wrong.json")
