@@ -71,8 +71,10 @@ def warm_up_plans(
 
     yield group([joined(0, 2, GREEDY)], [ScheduledRow(0, 0, 1, False)])  # a chunk that the budget cut to one token
     for num_tokens in TOKEN_COUNTS[1:]:
-        if num_tokens < longest:
-            yield group(some := [joined(0, num_tokens, GREEDY)], whole(some))
+        num_chunks = -(-num_tokens // max(longest - 1, 1))  # prompts may be shorter than what several of them bring to a step
+        if num_chunks <= max_batch_size:
+            lengths = [num_tokens // num_chunks + (slot < num_tokens % num_chunks) for slot in range(num_chunks)]
+            yield group(some := [joined(slot, length, GREEDY) for slot, length in enumerate(lengths)], whole(some))
     for num_rows in (*(size for size in TOKEN_COUNTS[1:] if size < max_batch_size), max_batch_size):
         yield group(some := [joined(slot, 2, GREEDY) for slot in range(num_rows)], whole(some))
     for way in _draws():
