@@ -166,8 +166,10 @@ class ModelRunner:
         inputs = torch.tensor([[0], [-1]], device=torch.device(self.device)).repeat(1, num_rows)
         decode_forward(self._decoder, self._slots, self._kv, inputs)
 
-    def warm_up(self, engine: EngineConfig, share: int = 0, num_shares: int = 1) -> None:
-        """Compiles what no graph has compiled, or a share of it. While nobody holds a block."""
+    def warm_up(
+        self, engine: EngineConfig, share: int = 0, num_shares: int = 1, note_done: Callable[[], None] = lambda: None
+    ) -> None:
+        """Compiles what no graph has compiled, or a share of it, while nobody holds a block. `note_done` hears of each group of steps."""
         begun, model = time.monotonic(), self._decoder.config
         if share == 0:
             device, dtype = torch.device(self.device), DTYPES[self.compute_dtype]
@@ -177,6 +179,7 @@ class ModelRunner:
         for plans in itertools.islice(groups, share, None, num_shares):
             for plan in plans:
                 self.execute(plan)
+            note_done()
         logger.info("steps that compile the rest of the kernels: %.1f s", time.monotonic() - begun)
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -27,9 +27,10 @@ from turbotriton.contract.ini import EngineConfig, ModelConfig, read_workspace_c
 
 from .decode_graphs import batch_buckets
 from .model_runner import ModelRunner, resolve_compute_dtype, resolve_device
+from .warm_up import warm_up_plans
 from .weights import DTYPES, empty_weights
 
-__all__ = ["Precompilation", "compile_share", "mark_path", "num_processes_for", "start_process"]
+__all__ = ["Precompilation", "compile_share", "mark_path", "num_processes_for", "num_steps", "start_process"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,21 @@ CONTEXT_BYTES = 2**30  # of a process on the GPU, without its tensors
 MAX_SECONDS = 300.0
 
 
-def compile_share(model: ModelConfig, engine: EngineConfig, weights_dir: Path, share: int = 0, num_shares: int = 1) -> None:
+def num_steps(engine: EngineConfig) -> int:
+    """How often all shares together call `note_done`."""
+    sizes, num_blocks = batch_buckets(engine.max_batch_size), -(-engine.session_len // engine.cache_block_seq_len)
+    groups = sum(1 for _ in warm_up_plans(sizes, engine.session_len, engine.cache_block_seq_len, num_blocks))
+    return groups + (len(sizes) if engine.cuda_graphs else 0)
+
+
+def compile_share(
+    model: ModelConfig,
+    engine: EngineConfig,
+    weights_dir: Path,
+    share: int = 0,
+    num_shares: int = 1,
+    note_done: Callable[[], None] = lambda: None,
+) -> None:
     """Runs every num_shares-th of the steps that loading a runner consists of, from the share-th on."""
     model = dataclasses.replace(model, num_layers=min(2, model.num_layers))  # the first has no residual, others are alike
     num_blocks = -(-engine.session_len // engine.cache_block_seq_len)
@@ -51,7 +66,8 @@ def compile_share(model: ModelConfig, engine: EngineConfig, weights_dir: Path, s
     if engine.cuda_graphs:
         for num_rows in batch_buckets(engine.max_batch_size)[share::num_shares]:
             runner.run_uncaptured(num_rows)
-    runner.warm_up(engine, share, num_shares)
+            note_done()
+    runner.warm_up(engine, share, num_shares, note_done)
     runner.close()
 
 
@@ -126,10 +142,10 @@ def num_processes_for(model: ModelConfig, engine: EngineConfig) -> int:
 def start_process(
     weights_dir: Path, share: int, num_shares: int, options: Mapping[str, str] | None = None
 ) -> "subprocess.Popen[bytes]":
-    """options: config.ini keys to override, beside those of the environment."""
+    """options: config.ini keys to override, beside those of the environment. Its stdout is a pipe with a byte for each step done."""
     command = [sys.executable, "-m", __spec__.name, "--weights", str(weights_dir), "--share", f"{share}/{num_shares}"]
     environment = env.environment() | {env.ENGINE_OPTION_PREFIX + name.upper(): value for name, value in (options or {}).items()}
-    return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
+    return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
 
 
 def main() -> int:
@@ -144,7 +160,7 @@ def main() -> int:
         model, engine = workspace.model_config(), workspace.engine_config(env.engine_option)
         if resolve_device(engine.device).type != "cuda":
             raise ServerError("there is no CUDA GPU here to compile kernels for")
-        compile_share(model, engine, args.weights, share, num_shares)
+        compile_share(model, engine, args.weights, share, num_shares, lambda: print(".", end="", flush=True))
     except TurbotritonError as error:
         print(f"turbotriton: error: {error}", file=sys.stderr)
         return error.exit_code

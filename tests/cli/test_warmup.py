@@ -38,7 +38,7 @@ def mark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def start(code: str, started: list[tuple[int, int, dict[str, str]]]):  # type: ignore[no-untyped-def]
     def start_process(weights, share, num_shares, options):  # type: ignore[no-untyped-def]
         started.append((share, num_shares, options))
-        return subprocess.Popen([sys.executable, "-c", code, str(share)])
+        return subprocess.Popen([sys.executable, "-c", code, str(share)], stdout=subprocess.PIPE)
 
     return start_process
 
@@ -47,9 +47,10 @@ def test_every_share_is_started_with_the_options_and_done_once(
     workspace: Path, mark: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     started: list[tuple[int, int, dict[str, str]]] = []
-    monkeypatch.setattr(precompile, "start_process", start("", started))
+    monkeypatch.setattr(precompile, "start_process", start("print('...', end='')", started))
     assert main(["warmup", str(workspace), "--max-batch-size", "8"]) == 0
     assert started == [(share, 3, {"max_batch_size": "8"}) for share in range(3)]
+    assert " 9/" in capsys.readouterr().err  # three steps of each
     assert mark.exists()
     assert main(["warmup", str(workspace), "--max-batch-size", "8"]) == 0
     assert len(started) == 3

@@ -15,7 +15,7 @@ from tests.bench.make_checkpoint import make_checkpoint
 from turbotriton.backend.engine.engine import Engine
 from turbotriton.backend.runner import model_runner, precompile
 from turbotriton.backend.runner.model_runner import ModelRunner
-from turbotriton.backend.runner.precompile import Precompilation, compile_share
+from turbotriton.backend.runner.precompile import Precompilation, compile_share, num_steps
 from turbotriton.contract.ini import read_workspace_config
 from turbotriton.contract.wire import GenerateRequest, SamplingParams
 
@@ -43,6 +43,7 @@ def serve_all_kinds(engine: Engine) -> None:
     draw, ids = random.Random(3), itertools.count()
 
     def add(prompt_len: int, **way: object) -> None:
+        prompt_len = min(prompt_len, engine.info(0).session_len - 12)
         prompt = tuple(draw.choices(range(3, 300), k=prompt_len)) if prompt_len % 3 else (7,) * prompt_len
         sampling = SamplingParams(**{"max_new_tokens": 6, "temperature": 0.0, **way})  # type: ignore[arg-type]
         engine.add("test", GenerateRequest(next(ids), prompt, sampling))
@@ -58,6 +59,9 @@ def serve_all_kinds(engine: Engine) -> None:
         for _ in range(num_rows):
             add(20, **way)
         drain()
+    for _ in range(12):
+        add(300)  # several prompts make one large step
+    drain()
     for index in range(60):
         how = {"ignore_eos": bool(index % 2), "temperature": float(draw.choice((0, 1))), "max_new_tokens": draw.randint(1, 30)}
         add(draw.choice((1, 2, 7, 30, 90, 400)), **how)
@@ -84,6 +88,7 @@ def load_as_on_a_gpu(model, config, folder):  # type: ignore[no-untyped-def]
     return runner
 
 
+COMPUTE_DTYPES = {"int4": "fp16", "int8": "bf16", "fp8": "bf16"}
 CASES = [
     pytest.param("bf16", {}, id="bf16"),
     pytest.param("bf16", {"max_batch_size": "3"}, id="few_slots"),
@@ -92,6 +97,10 @@ CASES = [
     pytest.param("bf16", {"quant_policy": "8"}, id="kv_8_bit"),
     pytest.param("bf16", {"quant_policy": "4"}, id="kv_4_bit"),
     pytest.param("int4", {}, id="weights_4_bit"),
+    pytest.param("int4", {"session_len": "100"}, id="short_sessions"),
+    pytest.param("int8", {}, id="weights_8_bit"),
+    pytest.param("fp8", {"quant_policy": "8"}, id="weights_fp8"),
+    pytest.param("bf16", {"deterministic": "1"}, id="deterministic"),
     pytest.param("bf16", {"cuda_graphs": "0"}, id="no_graphs"),
 ]
 
@@ -101,7 +110,7 @@ def test_requests_need_no_kernel_variant_that_loading_did_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, options: dict[str, str]
 ) -> None:
     """By the keys that triton caches compiled kernels under; nothing is compiled or run here."""
-    compute_dtype = {"int4": "fp16"}.get(dtype, dtype)
+    compute_dtype = COMPUTE_DTYPES.get(dtype, dtype)
     with noted_launches(monkeypatch) as keys:
         engine = make_engine(tmp_path, dtype, {"device": "cpu", "compute_dtype": compute_dtype, **options}, load_as_on_a_gpu)
         loaded = set(keys)
@@ -117,7 +126,7 @@ def test_requests_need_no_kernel_variant_that_loading_did_not(
 def test_compiling_ahead_in_shares_leaves_loading_nothing_to_compile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, options: dict[str, str]
 ) -> None:
-    compute_dtype = {"int4": "fp16"}.get(dtype, dtype)
+    compute_dtype = COMPUTE_DTYPES.get(dtype, dtype)
     make_checkpoint("tiny", tmp_path, dtype, 512)
     workspace = read_workspace_config(tmp_path / "config.ini")
     model = workspace.model_config()
@@ -128,12 +137,13 @@ def test_compiling_ahead_in_shares_leaves_loading_nothing_to_compile(
         keys.clear()
         for file in tmp_path.glob("*.weight"):
             file.unlink()  # they are not read
-        shares = []
+        shares, steps = [], []
         for share in range(3):
-            compile_share(model, config, tmp_path, share, 3)
+            compile_share(model, config, tmp_path, share, 3, lambda: steps.append(share))  # noqa: B023  called at once
             shares.append(len(keys))
     assert not loaded - keys, "\n".join(map(str, sorted(loaded - keys, key=str)))
     assert shares[0] < len(keys)  # no share does it all
+    assert len(steps) == num_steps(config)
 
 
 @pytest.mark.gpu
