@@ -30,7 +30,8 @@ import triton.language as tl
 from turbotriton.backend.ops.operands import QuantizedPages, StaticInt8Pages
 
 from .launch import has_pdl, launch_options, num_sms, wait_for_previous
-from .paged_decode_attention import REDUCE_TILE, _key_range, _reduce_kernel, _split_tokens
+from .paged_decode_attention import REDUCE_ELEMENTS, REDUCE_TILE, _add_splits, _key_range, _split_tokens
+from .split_sum import workspace
 from .tuning import next_power_of_2, quantized_decode_attention_config
 
 __all__ = ["quantized_decode_attention"]
@@ -171,6 +172,7 @@ def _quantized_split_kernel(
     out_ptr,
     partial_ptr,
     log_weight_ptr,
+    counters_ptr,
     num_splits,
     scale_log2,
     stride_q_row,
@@ -196,8 +198,11 @@ def _quantized_split_kernel(
     ONE_SPLIT: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
     BLOCK_G: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    PADDED_GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -206,10 +211,12 @@ def _quantized_split_kernel(
     kv_head = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
     first, start, end = _key_range(context_lens_ptr, sequence, SLIDING_WINDOW, BLOCK_N)
+    num_used = 1
     if not ONE_SPLIT:
         split_tokens = _split_tokens(end - start, num_splits, MIN_SPLIT, BLOCK_N)
+        num_used = tl.cdiv(end - start, split_tokens)
         start += split * split_tokens
-        if start >= end:
+        if (start >= end) & (split > 0):
             return
         end = tl.minimum(start + split_tokens, end)
 
@@ -354,16 +361,25 @@ def _quantized_split_kernel(
     acc_lo = (acc_lo + (of_zeros - plus)[None, :]) * share[None, :]
     acc_hi = ((acc_hi - plus[None, :]) * HIGH + of_zeros[None, :]) * share[None, :]
     mask = mask_g[None, :] & (v_dims < HALF)[:, None]
-    if ONE_SPLIT:
+    if num_used <= 1:
         out_ptrs = out_ptr + ((sequence * NUM_HEADS + heads) * HEAD_DIM)[None, :] + v_dims[:, None]
         tl.store(out_ptrs, acc_lo.to(q_dtype), mask=mask)
         tl.store(out_ptrs + HALF, acc_hi.to(q_dtype), mask=mask)
-    else:
+    elif not ONE_SPLIT:
         partial_rows = (sequence * NUM_HEADS + heads) * num_splits + split
         partial_ptrs = partial_ptr + (partial_rows * HEAD_DIM)[None, :] + v_dims[:, None]
         tl.store(partial_ptrs, acc_lo, mask=mask)
         tl.store(partial_ptrs + HALF, acc_hi, mask=mask)
         tl.store(log_weight_ptr + partial_rows, maximum + tl.log2(total), mask=mask_g)
+        counter_ptr = counters_ptr + sequence * tl.num_programs(1) + kv_head
+        tl.debug_barrier()
+        if tl.atomic_add(counter_ptr, 1, sem="acq_rel") == num_used - 1:
+            tl.store(counter_ptr, 0)
+            first_head = sequence * NUM_HEADS + kv_head * GROUP_SIZE
+            _add_splits(
+                partial_ptr, log_weight_ptr, out_ptr, first_head, num_splits, num_used,
+                GROUP_SIZE, HEAD_DIM, PADDED_GROUP, BLOCK_S, BLOCK_D,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -421,8 +437,11 @@ def quantized_decode_attention(
     bits, params, param_strides = _parameters(k_pages, v_pages)
     num_splits = config.num_splits
     one_split = num_splits == 1
-    partial = log_weight = None
+    padded_group, block_d = next_power_of_2(num_heads // num_kv_heads), max(16, next_power_of_2(head_dim))
+    partial = log_weight = counters = None
     if not one_split:
+        counters = workspace(q.device)[1]
+        assert batch * num_kv_heads <= counters.numel(), f"{batch} x {num_kv_heads} heads are too many to split"
         partial = torch.empty((batch, num_heads, num_splits, head_dim), dtype=torch.float32, device=q.device)
         log_weight = torch.empty((batch, num_heads, num_splits), dtype=torch.float32, device=q.device)
     _quantized_split_kernel[(batch, num_kv_heads, num_splits)](
@@ -435,6 +454,7 @@ def quantized_decode_attention(
         out,
         partial,
         log_weight,
+        counters,
         num_splits,
         scale * math.log2(math.e),
         q.stride(0),
@@ -453,30 +473,16 @@ def quantized_decode_attention(
         ONE_SPLIT=one_split,
         MIN_SPLIT=config.min_split_tokens,
         BLOCK_G=config.block_g,
+        BLOCK_S=max(1, min(REDUCE_TILE, REDUCE_ELEMENTS * config.num_warps // (padded_group * block_d))),
+        PADDED_GROUP=padded_group,
         BLOCK_N=config.block_n,
         BLOCK_HALF=config.block_half,
+        BLOCK_D=block_d,
         ASM=q.is_cuda and q.dtype is not torch.float32,
         num_warps=config.num_warps,
         **({"maxnreg": config.max_registers} if config.max_registers else {}),
         **launch_options(has_pdl(q.device)),
     )
-    if not one_split:
-        _reduce_kernel[(batch, num_heads)](
-            partial,
-            log_weight,
-            context_lens,
-            out,
-            num_splits,
-            NUM_HEADS=num_heads,
-            HEAD_DIM=head_dim,
-            SLIDING_WINDOW=sliding_window,
-            MIN_SPLIT=config.min_split_tokens,
-            BLOCK_S=REDUCE_TILE,
-            BLOCK_N=config.block_n,
-            BLOCK_D=max(16, next_power_of_2(head_dim)),
-            num_warps=4,
-            **launch_options(has_pdl(q.device)),
-        )
     return out
 
 
