@@ -126,14 +126,28 @@ def _widened(words, BITS: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
+def _block_of(table_ptr, tile, last, BLOCK_SIZE: tl.constexpr):
+    """Id of the block in which the tile begins; past the last key: of the last block. int64: the pool may pass 2^31."""
+    return tl.load(table_ptr + tl.minimum(tile, last) // BLOCK_SIZE).to(tl.int64)
+
+
+@triton.jit
+def _tile_start(block, tile, stride_block, stride_token, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Offset, int64, of what `_rows` gives; block: of the tile, which counts where a tile lies in one."""
+    start = block * stride_block + tile % BLOCK_SIZE * stride_token if BLOCK_SIZE % BLOCK_N == 0 else block * 0
+    return start
+
+
+@triton.jit
 def _rows(table_ptr, tile, keys, last, stride_block, stride_token, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Offsets of the keys `tile` + keys, int64. Past `last` they are others of its block, or `last` itself."""
-    if BLOCK_SIZE % BLOCK_N == 0:  # the tile lies in one block
-        block = tl.load(table_ptr + tile // BLOCK_SIZE).to(tl.int64)
-        return block * stride_block + tile % BLOCK_SIZE * stride_token + keys * stride_token
-    keys = tl.minimum(tile + keys, last)
-    blocks = tl.load(table_ptr + keys // BLOCK_SIZE).to(tl.int64)
-    return blocks * stride_block + keys % BLOCK_SIZE * stride_token
+    """Offsets of the keys `tile` + keys from `_tile_start`: int32 where they lie in a block. Past `last` others of it, or `last` itself."""
+    if BLOCK_SIZE % BLOCK_N == 0:
+        rows = keys * stride_token
+    else:
+        keys = tl.minimum(tile + keys, last)
+        blocks = tl.load(table_ptr + keys // BLOCK_SIZE).to(tl.int64)
+        rows = blocks * stride_block + keys % BLOCK_SIZE * stride_token
+    return rows
 
 
 @triton.jit
@@ -272,25 +286,29 @@ def _quantized_split_kernel(
     acc_lo = tl.zeros((BLOCK_HALF, BLOCK_G), tl.float32)
     acc_hi = tl.zeros((BLOCK_HALF, BLOCK_G), tl.float32)
     last = tl.maximum(end - 1, 0)
-    first_tile = tl.minimum(start, last // BLOCK_N * BLOCK_N)
-    first_rows = _rows(table_ptr, first_tile, k_keys, last, stride_data_block, stride_data_token, BLOCK_SIZE, BLOCK_N)
-    k_words = _load_words(k_head_ptr, first_rows, k_places, HALF, IS_PADDED)
+    block = _block_of(table_ptr, start, last, BLOCK_SIZE)
+    next_block = _block_of(table_ptr, start + BLOCK_N, last, BLOCK_SIZE)  # ids are read two tiles ahead
+    first_rows = _rows(table_ptr, start, k_keys, last, stride_data_block, stride_data_token, BLOCK_SIZE, BLOCK_N)
+    k_tile_ptr = k_head_ptr + _tile_start(block, start, stride_data_block, stride_data_token, BLOCK_SIZE, BLOCK_N)
+    k_words = _load_words(k_tile_ptr, first_rows, k_places, HALF, IS_PADDED)
     k_words_hi = k_words
     if BITS == 8:
-        k_words_hi = _load_words(k_head_ptr + HALF // 4, first_rows, k_places, HALF, IS_PADDED)
+        k_words_hi = _load_words(k_tile_ptr + HALF // 4, first_rows, k_places, HALF, IS_PADDED)
     # Every tile holds at least one key that is seen, so `maximum` is finite after the first.
     for tile in tl.range(start, end, BLOCK_N, num_stages=1):
+        block_after = _block_of(table_ptr, tile + 2 * BLOCK_N, last, BLOCK_SIZE)
         even_rows = _rows(table_ptr, tile, v_keys, last, stride_data_block, stride_data_token, BLOCK_SIZE, BLOCK_N)
         odd_rows = _rows(table_ptr, tile, v_keys + 1, last, stride_data_block, stride_data_token, BLOCK_SIZE, BLOCK_N)
+        v_tile_ptr = v_head_ptr + _tile_start(block, tile, stride_data_block, stride_data_token, BLOCK_SIZE, BLOCK_N)
         v_words = tl.join(
-            _load_words(v_head_ptr, even_rows, v_places, HALF, IS_PADDED),
-            _load_words(v_head_ptr, odd_rows, v_places, HALF, IS_PADDED),
+            _load_words(v_tile_ptr, even_rows, v_places, HALF, IS_PADDED),
+            _load_words(v_tile_ptr, odd_rows, v_places, HALF, IS_PADDED),
         )
         v_words_hi = v_words
         if BITS == 8:
             v_words_hi = tl.join(
-                _load_words(v_head_ptr + HALF // 4, even_rows, v_places, HALF, IS_PADDED),
-                _load_words(v_head_ptr + HALF // 4, odd_rows, v_places, HALF, IS_PADDED),
+                _load_words(v_tile_ptr + HALF // 4, even_rows, v_places, HALF, IS_PADDED),
+                _load_words(v_tile_ptr + HALF // 4, odd_rows, v_places, HALF, IS_PADDED),
             )
         if STATIC:
             k_scale_lo = tl.load(k_params_ptr + kv_head + offs_n * 0)
@@ -300,10 +318,12 @@ def _quantized_split_kernel(
         else:
             k_rows = _rows(table_ptr, tile, offs_n, last, stride_k_params_block, stride_k_params_token, BLOCK_SIZE, BLOCK_N)
             v_rows = _rows(table_ptr, tile, offs_n, last, stride_v_params_block, stride_v_params_token, BLOCK_SIZE, BLOCK_N)
-            k_scale_lo, k_zero_lo = _params(k_params_head_ptr, k_rows, 0, q_dtype)
-            v_scale, v_zero = _params(v_params_head_ptr, v_rows, 0, q_dtype)
+            k_at = k_params_head_ptr + _tile_start(block, tile, stride_k_params_block, stride_k_params_token, BLOCK_SIZE, BLOCK_N)
+            v_at = v_params_head_ptr + _tile_start(block, tile, stride_v_params_block, stride_v_params_token, BLOCK_SIZE, BLOCK_N)
+            k_scale_lo, k_zero_lo = _params(k_at, k_rows, 0, q_dtype)
+            v_scale, v_zero = _params(v_at, v_rows, 0, q_dtype)
             if HALVES:
-                k_scale_hi, k_zero_hi = _params(k_params_head_ptr, k_rows, 1, q_dtype)
+                k_scale_hi, k_zero_hi = _params(k_at, k_rows, 1, q_dtype)
         k_lo, k_hi = _widened(k_words, BITS, dtype, ASM)  # [32 N8, NW, 2, 2]
         if BITS == 8:
             k_hi, _ = _widened(k_words_hi, BITS, dtype, ASM)
@@ -322,12 +342,15 @@ def _quantized_split_kernel(
             scores = products * k_scale_lo[:, None] + (sum_lo + sum_hi)[None, :] * k_zero_lo[:, None]
         next_tile = tl.minimum(tile + BLOCK_N, last // BLOCK_N * BLOCK_N)
         next_rows = _rows(table_ptr, next_tile, k_keys, last, stride_data_block, stride_data_token, BLOCK_SIZE, BLOCK_N)
-        k_words = _load_words(k_head_ptr, next_rows, k_places, HALF, IS_PADDED)
+        next_start = _tile_start(next_block, next_tile, stride_data_block, stride_data_token, BLOCK_SIZE, BLOCK_N)
+        k_words = _load_words(k_head_ptr + next_start, next_rows, k_places, HALF, IS_PADDED)
         k_words_hi = k_words
         if BITS == 8:
-            k_words_hi = _load_words(k_head_ptr + HALF // 4, next_rows, k_places, HALF, IS_PADDED)
+            k_words_hi = _load_words(k_head_ptr + next_start + HALF // 4, next_rows, k_places, HALF, IS_PADDED)
 
         seen = (tile + offs_n >= first) & (tile + offs_n < end)
+        block = next_block
+        next_block = block_after
         v_scale = tl.where(seen, tl.maximum(v_scale, 1e-20), 1.0)  # what lies in a block past the context may be NaN
         v_zero = tl.where(seen, v_zero, 0.0)
         scores = scores * head_scale[None, :] + _log2(v_scale, ASM)[:, None]
