@@ -92,13 +92,26 @@ class _Observer:
         self._run.inputs[site].add(x)
         self._run.outputs[site].add(y)
         if self._with_grams:
-            wide, before = x.float(), self._num_tokens.get(site, 0)
-            total = before + x.shape[0]
-            gram = wide.t() @ wide / total
-            old = self._run.grams.get(site)
-            self._run.grams[site] = gram if old is None else old * (before / total) + gram
-            self._num_tokens[site] = total
+            self._num_tokens[site] = self._num_tokens.get(site, 0) + x.shape[0]
+            gram = _gram(x)
+            if site in self._run.grams:
+                self._run.grams[site] += gram
+            else:
+                self._run.grams[site] = gram
         return y
+
+    def finish(self) -> None:
+        """Sums to means."""
+        for site, gram in self._run.grams.items():
+            gram /= self._num_tokens[site]
+
+
+def _gram(x: torch.Tensor) -> torch.Tensor:
+    """x^T x in fp32. Products of 16 bit numbers are exact in fp32, so a GPU's matrix units may make them."""
+    if x.is_cuda and x.element_size() == 2:
+        return torch.mm(x.t(), x, out_dtype=torch.float32)
+    wide = x.float()
+    return wide.t() @ wide
 
 
 class Calibration:
@@ -137,7 +150,7 @@ class Calibration:
         with tqdm(total=total, desc="calibrating", unit="window", disable=None if self._show_progress else True) as progress:
             for i in range(model.config.num_layers):
                 run = LayerRun(i, model.read_layer(i, device, dtype))
-                ops, weights = _observed(run, model.config.norm_eps, device, with_grams=self._with_grams)
+                observer, ops, weights = _observed(run, model.config.norm_eps, device, with_grams=self._with_grams)
                 shape = (num_blocks, model.config.num_kv_heads, BLOCK_SIZE, model.config.head_dim)
                 for at, states in enumerate(hidden):
                     k_cache, v_cache = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
@@ -147,7 +160,8 @@ class Calibration:
                     for stats, cache in ((run.keys, k_cache), (run.values, v_cache)):
                         stats.add(cache.transpose(1, 2).flatten(0, 1)[: len(states)].flatten(1))
                     progress.update()
-                del weights, ops
+                observer.finish()
+                del observer, weights, ops
                 yield run
         weight = model.source.read(f"{model.arch.names.norm}.weight").to(dtype)
         for states in hidden:
@@ -159,11 +173,12 @@ class Calibration:
             self.final_norm.add(normed)
 
 
-def _observed(run: LayerRun, eps: float, device: torch.device, *, with_grams: bool) -> tuple[OpTable, LayerWeights]:
+def _observed(run: LayerRun, eps: float, device: torch.device, *, with_grams: bool) -> tuple[_Observer, OpTable, LayerWeights]:
     """The device's ops with a watched `linear`, and the layer's weights as they take them."""
     weights = LayerWeights(*layer_operands(run.layer, eps))
     sites = {id(weights.qkv.qkv): "qkv", id(weights.output): "o", id(weights.gate_up): "gate_up", id(weights.down): "down"}
-    watched = _Observer(run, sites, with_grams=with_grams).linear
+    observer = _Observer(run, sites, with_grams=with_grams)
+    watched = observer.linear
     norm_linear = functools.partial(units.norm_linear, linear=watched)
     ops = dataclasses.replace(
         ops_for(device),
@@ -172,4 +187,4 @@ def _observed(run: LayerRun, eps: float, device: torch.device, *, with_grams: bo
         norm_gate_up_silu=functools.partial(units.norm_gate_up_silu, norm_linear=norm_linear),
         down_projection=functools.partial(units.down_projection, linear=watched),
     )
-    return ops, weights
+    return observer, ops, weights

@@ -16,7 +16,7 @@ from turbotriton.contract.wire import SamplingParams
 __all__ = ["TOKEN_COUNTS", "warm_up_plans"]
 
 #: Rows of a matrix product; the last is more than any kernel of ours takes.
-TOKEN_COUNTS = (1, 2, 3, 4, 8, 16, 32, 64, 128, 256, 512)
+TOKEN_COUNTS = (1, 2, 3, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 #: Of a decode: one that is never split, and one that is wherever splitting pays. Longer ones only take longer.
 CONTEXTS = (2, 1024)
 GREEDY = SamplingParams(temperature=0.0)

@@ -97,6 +97,7 @@ def test_the_openai_server_is_measured_beside_grpc(stream_interval: int) -> None
         "sweep_tiles",
         "bench_ops",
         "bench_quantized",
+        "bench_auto_awq",
     ],
 )
 def test_help_names_the_command_line(name: str) -> None:
@@ -115,3 +116,9 @@ def test_a_random_workspace_of_every_weight_type_is_served(dtype: str, tmp_path:
     )
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout.splitlines()[-1])["b1"]["tok_s"] > 0
+
+
+def test_auto_awq_is_timed_layer_by_layer() -> None:
+    run = program("bench_auto_awq", "--shape", "tiny", "--layers", "2", "--samples", "3", "--seqlen", "64", "--device", "cpu")
+    assert run.returncode == 0, run.stderr
+    assert len(json.loads(run.stdout.splitlines()[-1])["seconds"]) == 2

@@ -203,49 +203,6 @@ def _split_kernel(
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_splits"])
-def _reduce_kernel(
-    partial_ptr,
-    log_weight_ptr,
-    context_lens_ptr,
-    out_ptr,
-    num_splits,
-    NUM_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    SLIDING_WINDOW: tl.constexpr,
-    MIN_SPLIT: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    wait_for_previous(PDL)
-    sequence = tl.program_id(0).to(tl.int64)
-    row = sequence * NUM_HEADS + tl.program_id(1)
-    _, start, end = _key_range(context_lens_ptr, sequence, SLIDING_WINDOW, BLOCK_N)
-    num_used = tl.cdiv(end - start, _split_tokens(end - start, num_splits, MIN_SPLIT, BLOCK_N))
-    offs_d = tl.arange(0, BLOCK_D)
-    mask_d = offs_d < HEAD_DIM
-
-    maximum = float("-inf")
-    total = 0.0
-    acc = tl.zeros((BLOCK_D,), tl.float32)
-    for tile in range(0, num_used, BLOCK_S):
-        offs_s = tile + tl.arange(0, BLOCK_S)
-        mask_s = offs_s < num_used
-        log_weights = tl.load(log_weight_ptr + row * num_splits + offs_s, mask=mask_s, other=float("-inf"))
-        partial_ptrs = partial_ptr + (row * num_splits + offs_s)[:, None] * HEAD_DIM + offs_d[None, :]
-        partial = tl.load(partial_ptrs, mask=mask_s[:, None] & mask_d[None, :], other=0.0)
-        new_maximum = tl.maximum(maximum, tl.max(log_weights, axis=0))
-        rescale = tl.exp2(maximum - new_maximum)
-        weights = tl.exp2(log_weights - new_maximum)
-        total = total * rescale + tl.sum(weights, axis=0)
-        acc = acc * rescale + tl.sum(weights[:, None] * partial, axis=0)
-        maximum = new_maximum
-    acc = acc / tl.where(total > 0, total, 1.0)
-    tl.store(out_ptr + row * HEAD_DIM + offs_d, acc.to(out_ptr.dtype.element_ty), mask=mask_d)
-
-
 def paged_decode_attention(
     q: torch.Tensor,
     k_cache: torch.Tensor,

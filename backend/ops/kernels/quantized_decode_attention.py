@@ -30,7 +30,8 @@ import triton.language as tl
 from turbotriton.backend.ops.operands import QuantizedPages, StaticInt8Pages
 
 from .launch import has_pdl, launch_options, num_sms, wait_for_previous
-from .paged_decode_attention import REDUCE_TILE, _key_range, _reduce_kernel, _split_tokens
+from .paged_decode_attention import REDUCE_ELEMENTS, REDUCE_TILE, _add_splits, _key_range, _split_tokens
+from .split_sum import workspace
 from .tuning import next_power_of_2, quantized_decode_attention_config
 
 __all__ = ["quantized_decode_attention"]
@@ -125,14 +126,28 @@ def _widened(words, BITS: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
+def _block_of(table_ptr, tile, last, BLOCK_SIZE: tl.constexpr):
+    """Id of the block in which the tile begins; past the last key: of the last block. int64: the pool may pass 2^31."""
+    return tl.load(table_ptr + tl.minimum(tile, last) // BLOCK_SIZE).to(tl.int64)
+
+
+@triton.jit
+def _tile_start(block, tile, stride_block, stride_token, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Offset, int64, of what `_rows` gives; block: of the tile, which counts where a tile lies in one."""
+    start = block * stride_block + tile % BLOCK_SIZE * stride_token if BLOCK_SIZE % BLOCK_N == 0 else block * 0
+    return start
+
+
+@triton.jit
 def _rows(table_ptr, tile, keys, last, stride_block, stride_token, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Offsets of the keys `tile` + keys, int64. Past `last` they are others of its block, or `last` itself."""
-    if BLOCK_SIZE % BLOCK_N == 0:  # the tile lies in one block
-        block = tl.load(table_ptr + tile // BLOCK_SIZE).to(tl.int64)
-        return block * stride_block + tile % BLOCK_SIZE * stride_token + keys * stride_token
-    keys = tl.minimum(tile + keys, last)
-    blocks = tl.load(table_ptr + keys // BLOCK_SIZE).to(tl.int64)
-    return blocks * stride_block + keys % BLOCK_SIZE * stride_token
+    """Offsets of the keys `tile` + keys from `_tile_start`: int32 where they lie in a block. Past `last` others of it, or `last` itself."""
+    if BLOCK_SIZE % BLOCK_N == 0:
+        rows = keys * stride_token
+    else:
+        keys = tl.minimum(tile + keys, last)
+        blocks = tl.load(table_ptr + keys // BLOCK_SIZE).to(tl.int64)
+        rows = blocks * stride_block + keys % BLOCK_SIZE * stride_token
+    return rows
 
 
 @triton.jit
@@ -171,6 +186,7 @@ def _quantized_split_kernel(
     out_ptr,
     partial_ptr,
     log_weight_ptr,
+    counters_ptr,
     num_splits,
     scale_log2,
     stride_q_row,
@@ -196,8 +212,11 @@ def _quantized_split_kernel(
     ONE_SPLIT: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
     BLOCK_G: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    PADDED_GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -206,10 +225,12 @@ def _quantized_split_kernel(
     kv_head = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
     first, start, end = _key_range(context_lens_ptr, sequence, SLIDING_WINDOW, BLOCK_N)
+    num_used = 1
     if not ONE_SPLIT:
         split_tokens = _split_tokens(end - start, num_splits, MIN_SPLIT, BLOCK_N)
+        num_used = tl.cdiv(end - start, split_tokens)
         start += split * split_tokens
-        if start >= end:
+        if (start >= end) & (split > 0):
             return
         end = tl.minimum(start + split_tokens, end)
 
@@ -265,25 +286,29 @@ def _quantized_split_kernel(
     acc_lo = tl.zeros((BLOCK_HALF, BLOCK_G), tl.float32)
     acc_hi = tl.zeros((BLOCK_HALF, BLOCK_G), tl.float32)
     last = tl.maximum(end - 1, 0)
-    first_tile = tl.minimum(start, last // BLOCK_N * BLOCK_N)
-    first_rows = _rows(table_ptr, first_tile, k_keys, last, stride_data_block, stride_data_token, BLOCK_SIZE, BLOCK_N)
-    k_words = _load_words(k_head_ptr, first_rows, k_places, HALF, IS_PADDED)
+    block = _block_of(table_ptr, start, last, BLOCK_SIZE)
+    next_block = _block_of(table_ptr, start + BLOCK_N, last, BLOCK_SIZE)  # ids are read two tiles ahead
+    first_rows = _rows(table_ptr, start, k_keys, last, stride_data_block, stride_data_token, BLOCK_SIZE, BLOCK_N)
+    k_tile_ptr = k_head_ptr + _tile_start(block, start, stride_data_block, stride_data_token, BLOCK_SIZE, BLOCK_N)
+    k_words = _load_words(k_tile_ptr, first_rows, k_places, HALF, IS_PADDED)
     k_words_hi = k_words
     if BITS == 8:
-        k_words_hi = _load_words(k_head_ptr + HALF // 4, first_rows, k_places, HALF, IS_PADDED)
+        k_words_hi = _load_words(k_tile_ptr + HALF // 4, first_rows, k_places, HALF, IS_PADDED)
     # Every tile holds at least one key that is seen, so `maximum` is finite after the first.
     for tile in tl.range(start, end, BLOCK_N, num_stages=1):
+        block_after = _block_of(table_ptr, tile + 2 * BLOCK_N, last, BLOCK_SIZE)
         even_rows = _rows(table_ptr, tile, v_keys, last, stride_data_block, stride_data_token, BLOCK_SIZE, BLOCK_N)
         odd_rows = _rows(table_ptr, tile, v_keys + 1, last, stride_data_block, stride_data_token, BLOCK_SIZE, BLOCK_N)
+        v_tile_ptr = v_head_ptr + _tile_start(block, tile, stride_data_block, stride_data_token, BLOCK_SIZE, BLOCK_N)
         v_words = tl.join(
-            _load_words(v_head_ptr, even_rows, v_places, HALF, IS_PADDED),
-            _load_words(v_head_ptr, odd_rows, v_places, HALF, IS_PADDED),
+            _load_words(v_tile_ptr, even_rows, v_places, HALF, IS_PADDED),
+            _load_words(v_tile_ptr, odd_rows, v_places, HALF, IS_PADDED),
         )
         v_words_hi = v_words
         if BITS == 8:
             v_words_hi = tl.join(
-                _load_words(v_head_ptr + HALF // 4, even_rows, v_places, HALF, IS_PADDED),
-                _load_words(v_head_ptr + HALF // 4, odd_rows, v_places, HALF, IS_PADDED),
+                _load_words(v_tile_ptr + HALF // 4, even_rows, v_places, HALF, IS_PADDED),
+                _load_words(v_tile_ptr + HALF // 4, odd_rows, v_places, HALF, IS_PADDED),
             )
         if STATIC:
             k_scale_lo = tl.load(k_params_ptr + kv_head + offs_n * 0)
@@ -293,10 +318,12 @@ def _quantized_split_kernel(
         else:
             k_rows = _rows(table_ptr, tile, offs_n, last, stride_k_params_block, stride_k_params_token, BLOCK_SIZE, BLOCK_N)
             v_rows = _rows(table_ptr, tile, offs_n, last, stride_v_params_block, stride_v_params_token, BLOCK_SIZE, BLOCK_N)
-            k_scale_lo, k_zero_lo = _params(k_params_head_ptr, k_rows, 0, q_dtype)
-            v_scale, v_zero = _params(v_params_head_ptr, v_rows, 0, q_dtype)
+            k_at = k_params_head_ptr + _tile_start(block, tile, stride_k_params_block, stride_k_params_token, BLOCK_SIZE, BLOCK_N)
+            v_at = v_params_head_ptr + _tile_start(block, tile, stride_v_params_block, stride_v_params_token, BLOCK_SIZE, BLOCK_N)
+            k_scale_lo, k_zero_lo = _params(k_at, k_rows, 0, q_dtype)
+            v_scale, v_zero = _params(v_at, v_rows, 0, q_dtype)
             if HALVES:
-                k_scale_hi, k_zero_hi = _params(k_params_head_ptr, k_rows, 1, q_dtype)
+                k_scale_hi, k_zero_hi = _params(k_at, k_rows, 1, q_dtype)
         k_lo, k_hi = _widened(k_words, BITS, dtype, ASM)  # [32 N8, NW, 2, 2]
         if BITS == 8:
             k_hi, _ = _widened(k_words_hi, BITS, dtype, ASM)
@@ -315,12 +342,15 @@ def _quantized_split_kernel(
             scores = products * k_scale_lo[:, None] + (sum_lo + sum_hi)[None, :] * k_zero_lo[:, None]
         next_tile = tl.minimum(tile + BLOCK_N, last // BLOCK_N * BLOCK_N)
         next_rows = _rows(table_ptr, next_tile, k_keys, last, stride_data_block, stride_data_token, BLOCK_SIZE, BLOCK_N)
-        k_words = _load_words(k_head_ptr, next_rows, k_places, HALF, IS_PADDED)
+        next_start = _tile_start(next_block, next_tile, stride_data_block, stride_data_token, BLOCK_SIZE, BLOCK_N)
+        k_words = _load_words(k_head_ptr + next_start, next_rows, k_places, HALF, IS_PADDED)
         k_words_hi = k_words
         if BITS == 8:
-            k_words_hi = _load_words(k_head_ptr + HALF // 4, next_rows, k_places, HALF, IS_PADDED)
+            k_words_hi = _load_words(k_head_ptr + next_start + HALF // 4, next_rows, k_places, HALF, IS_PADDED)
 
         seen = (tile + offs_n >= first) & (tile + offs_n < end)
+        block = next_block
+        next_block = block_after
         v_scale = tl.where(seen, tl.maximum(v_scale, 1e-20), 1.0)  # what lies in a block past the context may be NaN
         v_zero = tl.where(seen, v_zero, 0.0)
         scores = scores * head_scale[None, :] + _log2(v_scale, ASM)[:, None]
@@ -354,16 +384,25 @@ def _quantized_split_kernel(
     acc_lo = (acc_lo + (of_zeros - plus)[None, :]) * share[None, :]
     acc_hi = ((acc_hi - plus[None, :]) * HIGH + of_zeros[None, :]) * share[None, :]
     mask = mask_g[None, :] & (v_dims < HALF)[:, None]
-    if ONE_SPLIT:
+    if num_used <= 1:
         out_ptrs = out_ptr + ((sequence * NUM_HEADS + heads) * HEAD_DIM)[None, :] + v_dims[:, None]
         tl.store(out_ptrs, acc_lo.to(q_dtype), mask=mask)
         tl.store(out_ptrs + HALF, acc_hi.to(q_dtype), mask=mask)
-    else:
+    elif not ONE_SPLIT:
         partial_rows = (sequence * NUM_HEADS + heads) * num_splits + split
         partial_ptrs = partial_ptr + (partial_rows * HEAD_DIM)[None, :] + v_dims[:, None]
         tl.store(partial_ptrs, acc_lo, mask=mask)
         tl.store(partial_ptrs + HALF, acc_hi, mask=mask)
         tl.store(log_weight_ptr + partial_rows, maximum + tl.log2(total), mask=mask_g)
+        counter_ptr = counters_ptr + sequence * tl.num_programs(1) + kv_head
+        tl.debug_barrier()
+        if tl.atomic_add(counter_ptr, 1, sem="acq_rel") == num_used - 1:
+            tl.store(counter_ptr, 0)
+            first_head = sequence * NUM_HEADS + kv_head * GROUP_SIZE
+            _add_splits(
+                partial_ptr, log_weight_ptr, out_ptr, first_head, num_splits, num_used,
+                GROUP_SIZE, HEAD_DIM, PADDED_GROUP, BLOCK_S, BLOCK_D,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -421,8 +460,11 @@ def quantized_decode_attention(
     bits, params, param_strides = _parameters(k_pages, v_pages)
     num_splits = config.num_splits
     one_split = num_splits == 1
-    partial = log_weight = None
+    padded_group, block_d = next_power_of_2(num_heads // num_kv_heads), max(16, next_power_of_2(head_dim))
+    partial = log_weight = counters = None
     if not one_split:
+        counters = workspace(q.device)[1]
+        assert batch * num_kv_heads <= counters.numel(), f"{batch} x {num_kv_heads} heads are too many to split"
         partial = torch.empty((batch, num_heads, num_splits, head_dim), dtype=torch.float32, device=q.device)
         log_weight = torch.empty((batch, num_heads, num_splits), dtype=torch.float32, device=q.device)
     _quantized_split_kernel[(batch, num_kv_heads, num_splits)](
@@ -435,6 +477,7 @@ def quantized_decode_attention(
         out,
         partial,
         log_weight,
+        counters,
         num_splits,
         scale * math.log2(math.e),
         q.stride(0),
@@ -453,30 +496,16 @@ def quantized_decode_attention(
         ONE_SPLIT=one_split,
         MIN_SPLIT=config.min_split_tokens,
         BLOCK_G=config.block_g,
+        BLOCK_S=max(1, min(REDUCE_TILE, REDUCE_ELEMENTS * config.num_warps // (padded_group * block_d))),
+        PADDED_GROUP=padded_group,
         BLOCK_N=config.block_n,
         BLOCK_HALF=config.block_half,
+        BLOCK_D=block_d,
         ASM=q.is_cuda and q.dtype is not torch.float32,
         num_warps=config.num_warps,
         **({"maxnreg": config.max_registers} if config.max_registers else {}),
         **launch_options(has_pdl(q.device)),
     )
-    if not one_split:
-        _reduce_kernel[(batch, num_heads)](
-            partial,
-            log_weight,
-            context_lens,
-            out,
-            num_splits,
-            NUM_HEADS=num_heads,
-            HEAD_DIM=head_dim,
-            SLIDING_WINDOW=sliding_window,
-            MIN_SPLIT=config.min_split_tokens,
-            BLOCK_S=REDUCE_TILE,
-            BLOCK_N=config.block_n,
-            BLOCK_D=max(16, next_power_of_2(head_dim)),
-            num_warps=4,
-            **launch_options(has_pdl(q.device)),
-        )
     return out
 
 

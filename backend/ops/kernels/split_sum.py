@@ -27,7 +27,7 @@ def workspace(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 def sum_of_splits(acc, parts_ptr, counters_ptr, tile, split, NUM_SPLITS: tl.constexpr):
     """(acc summed over the splits of `tile`, whether this program is the last of them: the others have a sum of no use).
 
-    acc: [R, C] fp32, the same shape in all programs of the launch
+    acc: [R, C], fp32, or int32 with parts_ptr to match; the same shape in all programs of the launch
     """
     R: tl.constexpr = acc.shape[0]
     C: tl.constexpr = acc.shape[1]
@@ -37,7 +37,7 @@ def sum_of_splits(acc, parts_ptr, counters_ptr, tile, split, NUM_SPLITS: tl.cons
     tl.debug_barrier()
     is_last = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel") == NUM_SPLITS - 1
     if is_last:
-        acc = tl.zeros((R, C), tl.float32)
+        acc = tl.zeros((R, C), acc.dtype)
         for other in range(NUM_SPLITS):
             acc += tl.load(first_ptr + other * R * C, cache_modifier=".cg")
         tl.store(counters_ptr + tile, 0)

@@ -92,16 +92,15 @@ def _w8a8_linear_kernel(
                 x = tl.load(x_rows_ptr + step * BLOCK_K, mask=inputs[None, :] < K, other=0.0)
                 w = tl.load(w_ptrs, mask=inputs[:, None] < K, other=0.0)
             acc = tl.dot(x, w, acc=acc, out_dtype=sum_type)
-    total = acc.to(tl.float32)
     is_last = True
-    if NUM_SPLITS > 1:
-        total, is_last = sum_of_splits(total, parts_ptr, counters_ptr, program, split, NUM_SPLITS)
+    if NUM_SPLITS > 1:  # of integers: exact, however many share them
+        acc, is_last = sum_of_splits(acc, parts_ptr, counters_ptr, program, split, NUM_SPLITS)
     if is_last:
         mask_m = offs_m < num_rows
         mask_n = offs_n < N
         x_scale = tl.load(x_scale_ptr + offs_m, mask=mask_m, other=0.0)
         scale = tl.load(scale_ptr + offs_n, mask=mask_n, other=0.0)
-        y = total * x_scale[:, None] * scale[None, :]
+        y = acc.to(tl.float32) * x_scale[:, None] * scale[None, :]
         if HAS_BIAS:
             y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
         y_rows_ptr = y_ptr + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
@@ -149,6 +148,8 @@ def _linear(x: QuantizedRows, weight: W8A8Weight | Fp8Weight) -> torch.Tensor:
         x_values = TensorDescriptor.from_tensor(x_values, [config.block_m, config.block_k])
         w_values = TensorDescriptor.from_tensor(weight.weight.t(), [config.block_n, config.block_k])
     parts, counters = workspace(device) if config.num_splits > 1 else (None, None)
+    if parts is not None and isinstance(weight, W8A8Weight):
+        parts = parts.view(torch.int32)
     _w8a8_linear_kernel[(ceil_div(n, config.block_n) * ceil_div(x.num_rows, config.block_m), config.num_splits)](
         x_values,
         x.scale,

@@ -216,3 +216,22 @@ def test_prefill_is_attention_over_the_stored_values(
     eps = target.eps
     bounds = {"max_error": 4e-5, "rms_error": 4e-6} if target.dtype == torch.float32 else {"max_error": 6 * eps, "rms_error": eps}
     assert_close(found, torch.cat(wanted), **bounds)
+
+
+@pytest.mark.parametrize("kind", ["8", "4"])
+def test_scores_and_scales_of_any_size_stay_in_range(target, kind, assert_close, guarded_outputs):
+    """Scores that climb by hundreds from tile to tile, values whose scales differ by eight orders, one without a range."""
+    case = Case(4, 2, 64, 16, (200, 70))
+    q, k_pages, v_pages, tables, lens = stored(target, kind, case)
+    assert isinstance(v_pages, QuantizedPages)
+    sizes = 10 ** (torch.rand(v_pages.params.shape[:3], generator=target.generator) * 8 - 5)
+    v_pages.params[..., 0] = (v_pages.params[..., 0].float() * sizes.to(target.device)).to(target.dtype)
+    v_pages.params[:, :, 0, 0] = 0  # the first key of every block
+    tensors = q * 40, k_pages, v_pages, tables, lens
+    for scale in (0.02, 1.0):
+        out = quantized_decode_attention(*tensors, scale, 0)
+        # scores of hundreds: their own rounding, in units of 2^-11 of the largest, moves the weights
+        loose = 40 * scale * 2**-11 * 8 if target.dtype is not torch.float32 else 1e-3 * scale
+        assert_close(
+            out, oracle(*tensors, scale, 0), max_error=8 * target.eps + loose + 4e-5, rms_error=2 * target.eps + loose / 4 + 4e-6
+        )

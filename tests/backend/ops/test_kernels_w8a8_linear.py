@@ -86,6 +86,22 @@ def test_tiles_in_groups_splits_and_descriptors_cover_all(target, dtype, config,
     assert_is_product(target, shape, weight_of(target, shape, dtype, by_outputs=True), assert_close)
 
 
+def test_int8_sums_do_not_depend_on_the_splits(target, monkeypatch):
+    """Sums beyond 2^24, where fp32 would round parts."""
+    if target.device == "cpu":
+        monkeypatch.setattr(module, "workspace", lambda device: (torch.zeros(1 << 20), torch.zeros(4096, dtype=torch.int32)))
+    shape = Shape(5, 4096, 40)
+    weight = weight_of(target, shape, torch.int8, by_outputs=True)
+    weight = W8A8Weight(weight.weight.abs().contiguous(), weight.scale)
+    rows, found = quantize_rows(target.randn(shape.num_rows, shape.k).abs() + 3, torch.int8), []
+    for splits in (1, 2, 5):
+        config = W8A8LinearConfig(16, 32, 64, splits, 8, False, num_warps=4, num_stages=3)
+        monkeypatch.setattr(module, "w8a8_linear_config", lambda *args, config=config, **kwargs: config)
+        found.append(w8a8_linear(rows, weight))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_rows", [65, 80, 127, 256, 1000])
 def test_many_rows_of_fp8_are_the_product_for_cublas_too(num_rows, assert_close):
