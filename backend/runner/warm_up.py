@@ -70,9 +70,8 @@ def warm_up_plans(
         return [ScheduledRow(request.slot, 0, len(request.token_ids), True) for request in requests]
 
     yield group([joined(0, 2, GREEDY)], [ScheduledRow(0, 0, 1, False)])  # a chunk that the budget cut to one token
-    for num_tokens in TOKEN_COUNTS[1:]:
-        if num_tokens < longest:
-            yield group(some := [joined(0, num_tokens, GREEDY)], whole(some))
+    for num_tokens in sorted({min(num_tokens, longest - 1) for num_tokens in TOKEN_COUNTS[1:]} - {0}):
+        yield group(some := [joined(0, num_tokens, GREEDY)], whole(some))
     for num_rows in (*(size for size in TOKEN_COUNTS[1:] if size < max_batch_size), max_batch_size):
         yield group(some := [joined(slot, 2, GREEDY) for slot in range(num_rows)], whole(some))
     for way in _draws():

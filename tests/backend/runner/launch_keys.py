@@ -55,6 +55,7 @@ def noted_launches(monkeypatch: Any) -> Iterator[set[tuple[Any, ...]]]:
     """The runner of a "cpu" device takes the CUDA column; `clear()` what is yielded to start anew."""
     from triton.runtime.jit import JITFunction
 
+    from turbotriton.backend.ops.deterministic_column import DETERMINISTIC
     from turbotriton.backend.ops.triton_column import TRITON
 
     keys: set[tuple[Any, ...]] = set()
@@ -70,7 +71,7 @@ def noted_launches(monkeypatch: Any) -> Iterator[set[tuple[Any, ...]]]:
         patch.setattr(JITFunction, "run", note)
         patch.setattr(torch, "empty", torch.zeros)  # nothing is computed: ids must still be ids
         patch.setattr(torch, "empty_like", torch.zeros_like)
-        patch.setattr(model_runner, "ops_for", lambda device: TRITON)
+        patch.setattr(model_runner, "ops_for", lambda device, *, deterministic: DETERMINISTIC if deterministic else TRITON)
         patch.setattr(model_runner, "DecodeGraphs", EagerGraphs)
         patch.setattr(weights, "_dense", lambda weight, bias=None: weights.DenseWeight(weight.t().contiguous().t(), bias))
         for info in pkgutil.iter_modules(kernels.__path__):
