@@ -7,21 +7,19 @@ batching, preemption and the device change nothing.
 `position` is the index in its sequence of the token being drawn.
 """
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from turbotriton.backend.ops.operands import SamplingBatch
-from turbotriton.backend.ops.table import Sample
 from turbotriton.contract.wire import SamplingParams
 
 from .transfer import to_device
 
-__all__ = ["SamplerState", "uniform_numbers", "warm_up_sampling"]
+__all__ = ["SamplerState", "uniform_numbers"]
 
 U64 = npt.NDArray[np.uint64]
 Words = npt.NDArray[np.int64] | npt.NDArray[np.float64]
@@ -244,22 +242,3 @@ def _slot_sampling(
     return _SlotSampling(
         params, list(token_ids), num_prompt_tokens, known(banned), known(early), bad_sequences, stop_sequences, bias
     )
-
-
-def warm_up_sampling(
-    sample: Sample, vocab_size: int, eos_token_ids: tuple[int, ...], device: torch.device, dtype: torch.dtype
-) -> None:
-    """Draws once in every way that compiles kernels of its own, on zeros: filters, and what shapes logits before them."""
-    logits = torch.zeros((2, vocab_size), dtype=dtype, device=device)
-    filters = (SamplingParams(top_p=0.9), SamplingParams(top_k=2))
-    ways: list[tuple[SamplingParams, ...]] = [
-        (SamplingParams(temperature=0.0),),
-        (SamplingParams(temperature=0.0, bad_sequences=((0,),)),),
-    ]
-    for penalty, bias in itertools.product((1.0, 1.1), ((), ((0, 1.0),))):
-        ways.append(tuple(replace(params, repetition_penalty=penalty, logit_bias=bias) for params in filters))
-    for way in ways:
-        state = SamplerState(2, vocab_size, eos_token_ids, device)
-        for slot, params in enumerate(way):
-            state.join(slot, params, (0,), 1, 0, 0)
-        sample(logits[: len(way)], state.batch(np.arange(len(way)), np.ones(len(way), np.int64)))

@@ -21,7 +21,7 @@ from .reference.sample import sample
 from .reference.stage_decode import stage_decode
 from .reference.units import down_projection, embed, lm_head, norm_gate_up_silu, norm_qkv_rotary_store, output_projection
 
-__all__ = ["DETERMINISTIC_REFERENCE", "REFERENCE", "OpTable", "Sample", "ops_for", "reference_ops"]
+__all__ = ["DETERMINISTIC_REFERENCE", "REFERENCE", "OpTable", "ops_for", "reference_ops"]
 
 logger = logging.getLogger(__name__)
 

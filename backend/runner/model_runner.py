@@ -23,7 +23,7 @@ import torch
 
 from turbotriton.backend.model.decoder import Decoder, ModelWeights
 from turbotriton.backend.model.logprobs import raw_logprobs
-from turbotriton.backend.model.sampler import SamplerState, warm_up_sampling
+from turbotriton.backend.model.sampler import SamplerState
 from turbotriton.backend.model.token_masks import masked_logits
 from turbotriton.backend.model.transfer import to_host
 from turbotriton.backend.ops.table import DETERMINISTIC_REFERENCE, REFERENCE, ops_for
@@ -170,10 +170,7 @@ class ModelRunner:
         self, engine: EngineConfig, share: int = 0, num_shares: int = 1, note_done: Callable[[], None] = lambda: None
     ) -> None:
         """Compiles what no graph has compiled, or a share of it, while nobody holds a block. `note_done` hears of each group of steps."""
-        begun, model = time.monotonic(), self._decoder.config
-        if share == 0:
-            device, dtype = torch.device(self.device), DTYPES[self.compute_dtype]
-            warm_up_sampling(self._decoder.ops.sample, model.vocab_size, model.eos_token_ids, device, dtype)
+        begun = time.monotonic()
         sizes = batch_buckets(engine.max_batch_size)
         groups = warm_up_plans(sizes, engine.session_len, self.block_size, self.num_blocks)
         for plans in itertools.islice(groups, share, None, num_shares):

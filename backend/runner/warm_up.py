@@ -20,31 +20,16 @@ TOKEN_COUNTS = (1, 2, 3, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 #: Of a decode: one that is never split, and one that is wherever splitting pays. Longer ones only take longer.
 CONTEXTS = (2, 1024)
 GREEDY = SamplingParams(temperature=0.0)
-# What may make a draw run other kernels. Banned ids lie behind one another in memory: an odd number of them moves what follows.
-_PENALTIES = {"repetition_penalty": 1.1, "presence_penalty": 0.1, "frequency_penalty": 0.1}
-_FILTERS: tuple[dict[str, Any], ...] = (
-    {},
-    {"top_k": 4},
-    {"top_p": 0.9},
-    {"min_p": 0.05},
-    {"top_k": 4, "top_p": 0.9, "min_p": 0.05},
-)
-_ENTRIES: tuple[dict[str, Any], ...] = (
-    {},
-    {"logit_bias": ((3, 1.0),)},
-    {"bad_sequences": ((3,),)},
-    {"bad_sequences": ((3,), (4,))},
-)
 
 
 def _draws() -> Iterator[SamplingParams]:
-    for penalties, entries in itertools.product(({}, _PENALTIES), _ENTRIES):
-        shape: dict[str, Any] = {**penalties, **entries}
-        yield SamplingParams(temperature=0.0, **shape)
-        yield SamplingParams(temperature=0.7, **shape)
-        yield SamplingParams(temperature=1.0, top_k=4, **shape)
-    for filters in _FILTERS:
-        yield SamplingParams(temperature=0.7, num_logprobs=2, **filters)
+    """Every way to draw that runs kernels of its own: what shapes logits, each with the widest filter and without a draw."""
+    penalties: tuple[dict[str, Any], ...] = ({}, {"repetition_penalty": 1.1})
+    entries: tuple[dict[str, Any], ...] = ({}, {"logit_bias": ((3, 1.0),)}, {"bad_sequences": ((3,),)})
+    for penalty, entry in itertools.product(penalties, entries):
+        yield SamplingParams(temperature=0.0, **penalty, **entry)
+        yield SamplingParams(temperature=0.7, top_p=0.9, **penalty, **entry)
+    yield SamplingParams(temperature=0.0, num_logprobs=2)
 
 
 def warm_up_plans(

@@ -12,11 +12,13 @@
     itl       64 x (256 in, 512 out), and a prompt of 4096 that comes when all of them decode, eight times: p50 of a decode's wait for its
               next token, p99 and longest while a prompt is under way, and the prompt's first token (not run unless named)
 
-Greedy, ignore_eos, prompts as random token ids, prefix cache off. A request that gets fewer tokens than it asked for makes a number
-void. Before anything is timed, greedy tokens of a small model are compared with those of the reference ops (--no-check leaves it out).
+Greedy unless --sampling says otherwise, ignore_eos, prompts as random token ids, prefix cache off. A request that gets fewer tokens
+than it asked for makes a number void. Before anything is timed, greedy tokens of a small model are compared with those of the reference
+ops (--no-check leaves it out).
 """
 
 import argparse
+import dataclasses
 import gc
 import itertools
 import json
@@ -79,14 +81,17 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def run(engine: Engine, lengths: Sequence[tuple[int, int]], vocab: int, seed: int) -> Run:
+GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
+
+
+def run(engine: Engine, lengths: Sequence[tuple[int, int]], vocab: int, seed: int, sampling: SamplingParams = GREEDY) -> Run:
     """lengths: (prompt tokens, new tokens) of each request, all submitted at once. Raises RuntimeError when one gets too few."""
     draw = random.Random(seed)
     requests = [
         GenerateRequest(
             index,
             tuple(draw.choices(range(3, vocab), k=prompt)),
-            SamplingParams(max_new_tokens=new, temperature=0.0, ignore_eos=True),
+            dataclasses.replace(sampling, max_new_tokens=new),
         )
         for index, (prompt, new) in enumerate(lengths)
     ]
@@ -161,13 +166,20 @@ def num_long_requests(engine: Engine, folder: Path, options: dict[str, str]) -> 
 
 
 def measure(
-    engine: Engine, work: str, lengths: list[tuple[int, int]], vocab: int, scale: float, seed: int, trace: Path | None = None
+    engine: Engine,
+    work: str,
+    lengths: list[tuple[int, int]],
+    vocab: int,
+    scale: float,
+    seed: int,
+    sampling: SamplingParams,
+    trace: Path | None = None,
 ) -> dict[str, float]:
     if work == "itl":
         return measure_itl(engine, vocab, scale, seed)
     if scale != 1.0:
         lengths = scaled(lengths[: max(1, int(len(lengths) * scale * 4))], scale)
-    found = run(engine, lengths, vocab, seed)
+    found = run(engine, lengths, vocab, seed, sampling)
     if trace is not None:
         rows = zip([found.begun, *found.times], found.times, found.tokens, strict=False)
         trace.write_text("ms,tokens\n" + "".join(f"{1000 * (end - begin):.3f},{count}\n" for begin, end, count in rows))
@@ -272,11 +284,13 @@ def main() -> int:
         "--repeats", type=int, default=2, help="of each work after a warm-up; the median counts (default: %(default)s)"
     )
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="engine option, as in config.ini")
+    parser.add_argument("--sampling", default="{}", help='JSON of sampling parameters, such as {"temperature": 1, "top_p": 0.9}')
     parser.add_argument("--scale", type=float, default=1.0, help="shrink the works, to try this program (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=7, help="of the prompts (default: %(default)s)")
     parser.add_argument("--trace", type=Path, help="folder for a CSV of each work's steps: milliseconds, tokens that came back")
     parser.add_argument("--no-check", action="store_true", help="leave out the comparison with the reference ops")
     args = parser.parse_args()
+    sampling = dataclasses.replace(GREEDY, **json.loads(args.sampling))
     if not args.no_check:
         check_against_reference()
     options = {"max_batch_size": "256", "session_len": "8192", "enable_prefix_caching": "0"}
@@ -290,15 +304,16 @@ def main() -> int:
     marks = MARKS.get(model.model_name, {})
     run(engine, scaled([(300, 8), (9, 8), (64, 4)] * 8, min(args.scale * 4, 1.0)), model.vocab_size, 0)
     results: dict[str, object] = {"model": model.model_name, "options": options, "load_s": round(load_s, 2), "scale": args.scale}
+    results["sampling"] = json.loads(args.sampling)
     print(f"{model.model_name}: loaded in {load_s:.1f} s; {engine.info(0).num_blocks} KV blocks", flush=True)
     print(f"{'work':8s} {'tok/s':>9s} {'min':>9s} {'max':>9s} {'of goal':>8s} {'of limit':>9s}")
     for work in args.work.split(","):
         try:
             lengths = lengths_of(work, num_long_requests(engine, args.model, options) if work == "d8k" else 0)
-            run(engine, scaled(lengths, min(args.scale, 0.25)), model.vocab_size, args.seed)  # warm-up
+            run(engine, scaled(lengths, min(args.scale, 0.25)), model.vocab_size, args.seed, sampling)  # warm-up
             trace = None if args.trace is None else args.trace / f"{work}.csv"
             found = [
-                measure(engine, work, lengths, model.vocab_size, args.scale, args.seed + repeat, trace)
+                measure(engine, work, lengths, model.vocab_size, args.scale, args.seed + repeat, sampling, trace)
                 for repeat in range(args.repeats)
             ]
         except RuntimeError as error:

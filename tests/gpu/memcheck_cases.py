@@ -17,13 +17,16 @@ from turbotriton.backend.ops.kernels import (
     narrow_linear,
     paged_decode_attention,
     paged_prefill_attention,
+    quantize_rows,
     quantized_decode_attention,
+    quantized_prefill_attention,
     rms_norm,
     rotary_store_kv,
     rotary_store_quantized_kv,
     sample,
     silu_and_mul,
     skinny_linear,
+    skinny_qkv,
     stage_decode,
     w4a16_linear,
     w8a8_linear,
@@ -81,20 +84,29 @@ def quantised_linears(m: Maker) -> None:
         call = w4a16_linear.w4a16_gate_up if gated else w4a16_linear.w4a16_linear
         call(m.zeros(num_rows, k), weight)
         w4a16_linear.dequantize_w4a16(weight)
-    for num_rows, k, n in ((3, 72, 40), (33, 200, 130)):
+    for num_rows, k, n in ((3, 72, 40), (33, 208, 130), (3, 2064, 33)):
         int8 = W8A8Weight(m.zeros(n, k, dtype=torch.int8).t(), m.zeros(n, dtype=torch.float32), m.zeros(n))
-        w8a8_linear.w8a8_linear(m.zeros(num_rows, k), int8)
-        if m.device == "cpu" or torch.cuda.get_device_capability() >= (8, 9):
-            fp8 = Fp8Weight(m.zeros(n, k, dtype=torch.float8_e4m3fn).t(), m.zeros(n, dtype=torch.float32))
-            w8a8_linear.w8a8_linear(m.zeros(num_rows, k), fp8)
+        fp8 = Fp8Weight(m.zeros(n, k, dtype=torch.float8_e4m3fn).t(), m.zeros(n, dtype=torch.float32))
+        x, gate_up, gain = m.zeros(num_rows, k), m.zeros(num_rows, 2 * k), m.zeros(k)
+        for weight in (int8, fp8) if m.device == "cpu" or torch.cuda.get_device_capability() >= (8, 9) else (int8,):
+            dtype = weight.weight.dtype
+            quantize_rows.rms_norm_rows(x, gain, 1e-5, x, dtype)
+            quantize_rows.silu_and_mul_rows(gate_up, dtype)
+            w8a8_linear.w8a8_linear(quantize_rows.quantize_rows(x, dtype), weight)
+        w8a8_linear.w8a8_linear(quantize_rows.quantize_rows(x, torch.int8), int8, exact=True)
 
 
 def quantised_pages(m: Maker, kind: str, num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int):
-    data = m.zeros(num_blocks, num_kv_heads, block_size, head_dim // 2 if kind == "4" else head_dim, dtype=torch.uint8)
+    """Keys and values; 4 bit keys as the engine keeps them, in two parts and less an offset."""
+    width = head_dim // 2 if kind == "4" else head_dim
+    k_data, v_data = (m.zeros(num_blocks, num_kv_heads, block_size, width, dtype=torch.uint8) for _ in "kv")
     if kind == "static":
         scale = m.zeros(num_kv_heads, dtype=torch.float32)
-        return StaticInt8Pages(data, scale, scale.clone())
-    return QuantizedPages(data, m.zeros(num_blocks, num_kv_heads, block_size, 2), int(kind))
+        return StaticInt8Pages(k_data, scale, scale.clone()), StaticInt8Pages(v_data, scale, scale.clone())
+    offset = m.zeros(num_kv_heads, head_dim, dtype=torch.float32) if kind == "4" else None
+    num_parts = 2 if kind == "4" else 1
+    k = QuantizedPages(k_data, m.zeros(num_blocks, num_kv_heads, block_size, 2 * num_parts), int(kind), offset)
+    return k, QuantizedPages(v_data, m.zeros(num_blocks, num_kv_heads, block_size, 2), int(kind))
 
 
 def stores(m: Maker) -> None:
@@ -104,9 +116,14 @@ def stores(m: Maker) -> None:
         slots = m.ints([-1, *range(11 - num_tokens, 10)], torch.int64)
         rest = (qkv, angle, angle, angle[:, 0].contiguous())
         k_cache, v_cache = (m.zeros(2, num_kv_heads, 5, head_dim) for _ in "kv")
+        if rotary_dim == head_dim:
+            weight = m.weight(72, qkv.shape[1])
+            skinny_qkv.norm_qkv_rotary_store(
+                m.zeros(num_tokens, 72), None, m.zeros(72), 1e-5, weight, None, *rest[1:], k_cache, v_cache, slots
+            )
         rotary_store_kv.rotary_store_kv(*rest, k_cache, v_cache, slots, num_heads, num_kv_heads)
         for kind in ("8", "4", "static"):
-            k, v = (quantised_pages(m, kind, 2, num_kv_heads, 5, head_dim) for _ in "kv")
+            k, v = quantised_pages(m, kind, 2, num_kv_heads, 5, head_dim)
             rotary_store_quantized_kv.rotary_store_quantized_kv(*rest, k, v, slots, num_heads, num_kv_heads)
 
 
@@ -118,12 +135,15 @@ def attentions(m: Maker) -> None:
         k_cache, v_cache = (m.zeros(96, num_kv_heads, block_size, head_dim) for _ in "kv")
         q = m.zeros(4, num_heads, head_dim)
         paged_decode_attention.paged_decode_attention(q, k_cache, v_cache, tables, lens, 0.1, window)
-        for kind in ("8", "4", "static"):
-            k, v = (quantised_pages(m, kind, 96, num_kv_heads, block_size, head_dim) for _ in "kv")
-            quantized_decode_attention.quantized_decode_attention(q, k, v, tables, lens, 0.1, window)
         bounds = m.ints([0, block_size * 5, block_size * 5, block_size * 5 + 1, block_size * 5 + 41])
-        q = m.zeros(block_size * 5 + 41, num_heads, head_dim)
-        paged_prefill_attention.paged_prefill_attention(q, k_cache, v_cache, tables, lens, bounds, 0.1, window)
+        prefills = tuple(zip(bounds.diff().tolist(), lens.tolist(), strict=True))
+        queries = m.zeros(block_size * 5 + 41, num_heads, head_dim)
+        rest = (tables, lens, bounds, 0.1, window)
+        paged_prefill_attention.paged_prefill_attention(queries, k_cache, v_cache, *rest)
+        for kind in ("8", "4", "static"):
+            k, v = quantised_pages(m, kind, 96, num_kv_heads, block_size, head_dim)
+            quantized_decode_attention.quantized_decode_attention(q, k, v, tables, lens, 0.1, window)
+            quantized_prefill_attention.quantized_prefill_attention(queries, k, v, *rest, prefills)
 
 
 def staging(m: Maker) -> None:

@@ -15,6 +15,8 @@ With tensor descriptors the copy engine fetches the tiles (sm_90 on), and thread
 e4m3 with many rows is cuBLAS's, through torch, where it can be: bf16 results and sizes that are multiples of 16.
 """
 
+import dataclasses
+
 import torch
 import triton
 import triton.language as tl
@@ -107,10 +109,11 @@ def _w8a8_linear_kernel(
         tl.store(y_rows_ptr, y.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
 
-def w8a8_linear(x: QuantizedRows, weight: W8A8Weight | Fp8Weight) -> torch.Tensor:
+def w8a8_linear(x: QuantizedRows, weight: W8A8Weight | Fp8Weight, *, exact: bool = False) -> torch.Tensor:
     """Launch on the current device and stream; nothing is read back.
 
     weight: of the values' dtype; any strides, best contiguous along in_features
+    exact: of int8, no sum is shared by programs, which add up in fp32: it is then exact whatever the number of rows
 
     Returns [num_rows, out_features], contiguous, in the dtype that x was made from. num_rows may be 0.
     """
@@ -129,7 +132,7 @@ def w8a8_linear(x: QuantizedRows, weight: W8A8Weight | Fp8Weight) -> torch.Tenso
             out_dtype=x.dtype,
             use_fast_accum=FP8_FAST_ACCUMULATION,
         )[: x.num_rows]
-    return _linear(x, weight)
+    return _linear(x, weight, exact=exact)
 
 
 def _is_for_cublas(x: QuantizedRows, weight: Fp8Weight) -> bool:
@@ -137,12 +140,14 @@ def _is_for_cublas(x: QuantizedRows, weight: Fp8Weight) -> bool:
     return has_pdl(x.values.device) and x.dtype is torch.bfloat16 and k % 16 == n % 16 == 0 and weight.weight.stride(0) == 1
 
 
-def _linear(x: QuantizedRows, weight: W8A8Weight | Fp8Weight) -> torch.Tensor:
+def _linear(x: QuantizedRows, weight: W8A8Weight | Fp8Weight, *, exact: bool) -> torch.Tensor:
     k, n = weight.weight.shape
     device = x.values.device
     y = torch.empty((x.num_rows, n), dtype=x.dtype, device=device)
     has_descriptors = has_pdl(device) and k % 16 == 0 and weight.weight.stride(0) == 1
     config = w8a8_linear_config(x.num_rows, n, k, num_sms(device), has_descriptors=has_descriptors)
+    if exact:
+        config = dataclasses.replace(config, num_splits=1)
     x_values, w_values = x.values, weight.weight
     if config.descriptors:
         x_values = TensorDescriptor.from_tensor(x_values, [config.block_m, config.block_k])

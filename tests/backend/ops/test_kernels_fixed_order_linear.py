@@ -6,8 +6,11 @@ import triton
 from tests.backend.ops.test_kernels_compile_ahead import BF16, FP16, FP32, SHARED_LIMIT_BYTES, Recorder, resource_usage, source_of
 from triton.backends.compiler import GPUTarget
 
+from turbotriton.backend.ops.deterministic_column import fixed_order_product
 from turbotriton.backend.ops.kernels import fixed_order_linear as module
 from turbotriton.backend.ops.kernels.fixed_order_linear import linear
+from turbotriton.backend.ops.operands import Fp8Weight, W4A16Tiles, W4A16Weight, W8A8Weight
+from turbotriton.backend.ops.packing import fragment_params, pack_fragments, pack_rows
 
 #: Sums of `in_features` products in fp32, then one rounding of the result.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -38,6 +41,33 @@ def test_a_row_is_the_same_alone_and_among_others(target, monkeypatch, in_featur
             for row, expected in alone.items():
                 if rows.start <= row < rows.stop:
                     assert torch.equal(together[row - rows.start : row - rows.start + 1], expected)
+
+
+def weight_of(kind, target, in_features, out_features):
+    generator = target.generator
+    bias, scale = target.randn(out_features), (torch.rand(out_features, generator=generator) / 1000).to(target.device)
+    if kind in ("int8", "fp8"):
+        values = torch.randint(-127, 128, (out_features, in_features), generator=generator)
+        if kind == "int8":
+            return W8A8Weight(values.to(target.device, torch.int8).t(), scale, bias)
+        return Fp8Weight(values.to(target.device, torch.float8_e4m3fn).t(), scale, bias)
+    nibbles = torch.randint(0, 16, (in_features, out_features), generator=generator, dtype=torch.uint8)
+    zeros = torch.randint(0, 16, (in_features // 64, out_features), generator=generator, dtype=torch.uint8)
+    scales = (torch.rand(zeros.shape, generator=generator) * 0.02).half()
+    if kind == "int4":
+        return W4A16Weight(*(part.to(target.device) for part in (pack_rows(nibbles), scales, zeros)), bias)
+    words, params = pack_fragments(nibbles), fragment_params(scales, zeros, target.dtype)
+    return W4A16Tiles(words.to(target.device), params.to(target.device), bias, target.dtype)
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8", "int4", "int4 tiles"])
+def test_a_row_is_the_same_with_quantised_weights(target, kind):
+    if kind == "int4 tiles" and target.dtype is torch.float32:
+        kind = "int4"  # what a model in fp32 is given
+    x, weight = target.randn(40, 2112), weight_of(kind, target, 2112, 64)
+    whole = fixed_order_product(x, weight)
+    for rows in (slice(0, 1), slice(7, 8), slice(3, 20)):
+        assert torch.equal(fixed_order_product(x[rows].clone(), weight), whole[rows])
 
 
 @pytest.mark.gpu

@@ -11,6 +11,8 @@ from turbotriton.backend.ops.operands import SamplingBatch
 from turbotriton.backend.ops.reference.sample import integer_weights
 from turbotriton.backend.ops.reference.sample import sample as reference
 
+VOCAB = 5003  # two tiles, the last of them short; each size is compiled anew, so there are few
+
 # (top_k, top_p, min_p); 0: off
 FILTERS = (
     (0, 1, 0),
@@ -69,7 +71,7 @@ def entries(target, num_rows, vocab_size, prefix, most):
     }
 
 
-@pytest.mark.parametrize(("vocab_size", "scale"), [(5, 1.0), (301, 0.0), (301, 30.0), (4097, 8.0), (9000, 1.0), (9000, 0.01)])
+@pytest.mark.parametrize(("vocab_size", "scale"), [(5, 1.0), (301, 0.0), (301, 30.0), (VOCAB, 8.0), (VOCAB, 1.0), (VOCAB, 0.01)])
 def test_every_filter_draws_the_references_token(target, vocab_size, scale):
     logits = target.randn(len(FILTERS), vocab_size, scale=scale)
     before = logits.clone()
@@ -80,7 +82,7 @@ def test_every_filter_draws_the_references_token(target, vocab_size, scale):
 
 @pytest.mark.parametrize("kinds", ["penalties", "bans", "all", "greedy with all"])
 def test_shaped_logits_draw_the_references_token(target, kinds):
-    n, vocab_size = len(FILTERS), 4500
+    n, vocab_size = len(FILTERS), VOCAB
     fields = {}
     if kinds != "bans":
         fields |= penalties(target, n, vocab_size)
@@ -99,13 +101,13 @@ def test_shaped_logits_draw_the_references_token(target, kinds):
 def test_brackets_with_more_weights_than_a_copy_holds_are_searched_in_place(target, monkeypatch):
     chosen = module.sample_config
     monkeypatch.setattr(module, "sample_config", lambda *shape: dataclasses.replace(chosen(*shape), max_copied=7))
-    logits = target.randn(len(FILTERS), 6000, scale=2.0)
-    given = batch(target, 6000)
+    logits = target.randn(len(FILTERS), VOCAB, scale=2.0)
+    given = batch(target, VOCAB)
     assert torch.equal(sample(logits, given), reference(logits, given))
 
 
 def test_rows_do_not_depend_on_each_other(target):
-    logits, given = target.randn(len(FILTERS), 4500, scale=2.0), batch(target, 4500)
+    logits, given = target.randn(len(FILTERS), VOCAB, scale=2.0), batch(target, VOCAB)
     together = sample(logits, given).tolist()
     for row in (2, 3, 5):
         alone = {f: getattr(given, f)[row : row + 1] for f in ("temperature", "top_k", "top_p", "min_p", "uniform")}
@@ -113,27 +115,27 @@ def test_rows_do_not_depend_on_each_other(target):
 
 
 def test_ties_at_the_border_are_kept(target):
-    logits = target.randn(2, 4500).clamp(max=0.25)
+    logits = target.randn(2, VOCAB).clamp(max=0.25)
     logits[:, 77] = 5.0
     found = set()
-    for uniform in torch.linspace(0, 0.999, 8).tolist():
-        given = batch(target, 4500, filters=((2, 1, 0), (40, 0.5, 0)), temperature=1.0)
+    for uniform in torch.linspace(0, 0.999, 5).tolist():
+        given = batch(target, VOCAB, filters=((2, 1, 0), (40, 0.5, 0)), temperature=1.0)
         given = dataclasses.replace(given, uniform=numbers([uniform] * 2, target.device))
         drawn = sample(logits, given)
         assert torch.equal(drawn, reference(logits, given))
         found.add(drawn.tolist()[0])
-    assert len(found) == 8, "the second largest logit is that of hundreds of tokens"
+    assert len(found) == 5, "the second largest logit is that of hundreds of tokens"
 
 
 def test_strange_rows_give_an_id_of_the_vocabulary(target):
     filters = ((0, 1, 0), (5, 1, 0), (0, 0.9, 0), (5, 0.9, 0), (0, 1, 0.5), (0, 0.9, 0))
-    logits = target.randn(len(filters), 5000)
+    logits = target.randn(len(filters), VOCAB)
     logits[0], logits[1] = float("nan"), float("-inf")
     logits[2, 10::2] = float("nan")
     logits[3, 4321] = float("inf")
     logits[4, 5:] = float("-inf")
     logits[5, 1:] = float("-inf")  # one token is possible
-    given = batch(target, 5000, filters=filters)
+    given = batch(target, VOCAB, filters=filters)
     found = sample(logits, given)
     assert torch.equal(found, reference(logits, given))
     assert found.tolist()[:2] == [0, 0]
@@ -143,14 +145,14 @@ def test_strange_rows_give_an_id_of_the_vocabulary(target):
 
 
 def test_rows_may_be_strided_and_absent(target):
-    wide = target.randn(2 * len(FILTERS), 600)
-    given = batch(target, 300)
-    assert torch.equal(sample(wide[::2, 100:400], given), reference(wide[::2, 100:400], given))
+    wide = target.randn(2 * len(FILTERS), 602)
+    given = batch(target, 301)
+    assert torch.equal(sample(wide[::2, 100:401], given), reference(wide[::2, 100:401], given))
     assert sample(wide[:0], given).shape == (0,)
 
 
 def test_counters_are_zero_for_the_next_launch(target):
-    logits, given = target.randn(len(FILTERS), 9000), batch(target, 9000)
+    logits, given = target.randn(len(FILTERS), VOCAB), batch(target, VOCAB)
     first = sample(logits, given)
     assert not module.workspace(logits.device)[1].any()
     assert torch.equal(sample(logits, given), first)
@@ -180,10 +182,11 @@ def test_real_sizes_draw_the_cpus_token(num_rows, scale):
     logits = target.randn(num_rows, vocab_size, scale=scale)
     fields = penalties(target, num_rows, vocab_size) if num_rows <= 64 else {}
     given = batch(target, vocab_size, filters=filters, **fields)
-    on_cpu = {
-        field.name: value.cpu() if isinstance(value := getattr(given, field.name), torch.Tensor) else value
-        for field in dataclasses.fields(given)
-    }
     found = sample(logits, given)
     assert torch.equal(found, reference(logits, given))
-    assert torch.equal(found.cpu(), reference(logits.cpu(), SamplingBatch(**on_cpu)))
+    if num_rows <= 64:
+        on_cpu = {
+            field.name: value.cpu() if isinstance(value := getattr(given, field.name), torch.Tensor) else value
+            for field in dataclasses.fields(given)
+        }
+        assert torch.equal(found.cpu(), reference(logits.cpu(), SamplingBatch(**on_cpu)))

@@ -110,23 +110,3 @@ def test_no_step_waits_for_the_device(folder):
     assert [len(result.token_ids) for result in results] == [5, 5, 6, 5, 6, 6]
     assert all([len(entry.top) if entry else -1 for entry in result.logprobs[:4]] == [-1, 3, 0, -1] for result in results)
     runner.close()
-
-
-@pytest.mark.gpu
-def test_no_kernel_of_a_draw_is_compiled_after_the_start(folder):
-    """Whatever way a request draws, in whatever company: alignments and counts of the packed numbers choose no other kernel."""
-    import triton
-
-    runner = make_runner(folder, "cuda")
-    compiled = []
-    triton.knobs.runtime.jit_post_compile_hook = lambda **found: compiled.append((found["fn"].module, found["fn"].name))
-    try:
-        for size in (1, 2, 5, 6):
-            for shift in range(len(EVERY_WAY)):
-                params = (EVERY_WAY[shift:] + EVERY_WAY)[:size]
-                prompts = [PROMPTS[0][: 3 + slot] for slot in range(size)]
-                generate(runner, MODEL, prompts, params, num_new=6, chunk=4, num_slots=6)
-    finally:
-        triton.knobs.runtime.jit_post_compile_hook = None
-        runner.close()
-    assert [name for name in compiled if "sample" in name[0]] == []

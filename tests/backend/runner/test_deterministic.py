@@ -9,9 +9,10 @@ from tests.backend.workspace import hf_workspace_config, write_workspace
 from tests.checkpoints import make_tensors
 from transformers import LlamaConfig
 
+from turbotriton.backend.engine.engine import Engine
 from turbotriton.backend.runner.model_runner import ModelRunner
 from turbotriton.contract.errors import ConfigError
-from turbotriton.contract.wire import SamplingParams
+from turbotriton.contract.wire import GenerateRequest, SamplingParams
 
 torch.set_num_threads(1)
 
@@ -129,6 +130,43 @@ def test_graphs_and_single_launches_give_the_same(workspace):
 def test_quantised_keys_are_refused_on_a_gpu(workspace):
     with pytest.raises(ConfigError, match="deterministic is 1 and quant_policy 8"):
         run(workspace("cuda"), "cuda", only=(0,), quant_policy="8")
+
+
+def answers(workspace, device, submitted, **options):
+    """(tokens, log-probabilities) of each submitted request of the whole engine, and how many prompt tokens were cached."""
+    config, folder = workspace
+    values = {**OPTIONS, "device": device, "cache_max_entry_count": "14", "num_tokens_per_iter": "40", **options}
+    model, engine_config = config.model_config(), config.engine_config(values.get)
+    engine = Engine(model, engine_config, ModelRunner(model, engine_config, folder))
+    prompts, params, seeds = requests(20)
+    found = {i: ([], []) for i in submitted}
+    for i in submitted:
+        sampling = dataclasses.replace(params[i], max_new_tokens=NUM_NEW, seed=seeds[i], ignore_eos=True)
+        engine.add("test", GenerateRequest(i, tuple(prompts[8] + prompts[i]), sampling))
+        while engine.stats().num_waiting > 3:
+            take(engine, found)
+    while engine.has_work:
+        take(engine, found)
+    num_cached = engine.stats().cached_tokens_total
+    engine.close()
+    return found, num_cached
+
+
+def take(engine, found):
+    for delta in engine.step().get("test", []):
+        found[delta.request_id][0].extend(delta.token_ids)
+        found[delta.request_id][1].extend(delta.logprobs)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_an_engine_gives_the_same_with_and_without_the_prefix_cache(workspace, device):
+    """Prompts that begin alike, in an engine with too few blocks: what another request has computed is what it would have."""
+    made = workspace(device)
+    alone = {i: answers(made, device, [i], enable_prefix_caching="0")[0][i] for i in (0, 1, 5, 9)}
+    for caching in "10":
+        together, num_cached = answers(made, device, range(12), enable_prefix_caching=caching)
+        assert (num_cached > 0) == (caching == "1")
+        assert {i: together[i] for i in alone} == alone
 
 
 def test_the_option_is_off_by_default(workspace):

@@ -32,7 +32,10 @@ WAYS = (
     {"logit_bias": ((3, 2.0),)},
     {"logit_bias": ((3, 2.0),), "temperature": 0.8, "frequency_penalty": 0.5},
     {"bad_sequences": ((5,),), "temperature": 1.0, "top_k": 3},
+    {"bad_sequences": ((5,),), "temperature": 1.0, "top_p": 0.8},
     {"presence_penalty": 0.5, "logit_bias": ((3, 2.0), (4, 1.0))},
+    {"repetition_penalty": 1.2, "logit_bias": ((3, 2.0),), "temperature": 0.9, "top_k": 7, "top_p": 0.9},
+    {"repetition_penalty": 1.2, "temperature": 0.9, "top_p": 0.9},
     {"num_logprobs": 3},
     {"min_new_tokens": 3, "stop_token_ids": (4,)},
 )
@@ -102,6 +105,7 @@ CASES = [
     pytest.param("fp8", {"quant_policy": "8"}, id="weights_fp8"),
     pytest.param("bf16", {"deterministic": "1"}, id="deterministic"),
     pytest.param("bf16", {"cuda_graphs": "0"}, id="no_graphs"),
+    pytest.param("bf16", {"deterministic": "1"}, id="deterministic"),
 ]
 
 
