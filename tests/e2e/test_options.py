@@ -18,6 +18,7 @@ from turbotriton.client import Client
 from turbotriton.contract.errors import UnavailableError
 from turbotriton.contract.ini import EngineConfig
 
+from .metrics import metric
 from .server import TritonServer
 
 pytestmark = pytest.mark.e2e
@@ -361,8 +362,10 @@ ELSEWHERE = {
 
 def test_every_engine_option_is_honoured(demo_workspace: Path) -> None:
     assert {field.name for field in dataclasses.fields(EngineConfig)} == set(SERVED) | set(ELSEWHERE)
-    options = {name: value for name, (value, _) in SERVED.items()}
+    options = {name: value for name, (value, _) in SERVED.items()} | {"metric_aliases": "0"}
     with TritonServer(demo_workspace / "model_repository", options=options) as server:
+        assert metric(server, "turbotriton_engine_up") in (0, 1)
+        assert not re.search(r"^(vllm:|nv_trt_llm_)", httpx.get(server.metrics_url).text, re.MULTILINE)
         for _name, (_value, check) in SERVED.items():
             check(server)
 
