@@ -60,6 +60,7 @@ def throttled(pid: int, share: float = 0.1) -> Iterator[threading.Event]:
             time.sleep(0.1 * share)
             os.kill(pid, signal.SIGSTOP)
             done.wait(0.1 * (1 - share))
+        os.kill(pid, signal.SIGCONT)
 
     thread = threading.Thread(target=alternate, daemon=True)
     thread.start()
@@ -68,7 +69,6 @@ def throttled(pid: int, share: float = 0.1) -> Iterator[threading.Event]:
     finally:
         done.set()
         thread.join()
-        os.kill(pid, signal.SIGCONT)
 
 
 @contextmanager
