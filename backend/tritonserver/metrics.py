@@ -58,11 +58,26 @@ VALUES = (
     _value("gauge", "num_waiting", "Requests waiting", "requests_waiting", "vllm:num_requests_waiting", _requests("waiting")),
     _value("gauge", "num_running", "Requests running", "requests_running", "vllm:num_requests_running", _requests("scheduled")),
     _value("gauge", "num_waiting_tokens", "Prompt tokens waiting", "waiting_tokens"),
-    _value("gauge", "kv_usage", "Share of KV blocks in use", "kv_cache_usage", "vllm:kv_cache_usage_perc", _kv("fraction")),
+    _value(
+        "gauge",
+        "kv_usage",
+        "Share of KV blocks in use",
+        "kv_cache_usage",
+        "vllm:kv_cache_usage_perc",
+        "vllm:gpu_cache_usage_perc",  # its former name, which routers still look for
+        _kv("fraction"),
+    ),
     _value("gauge", "num_used_blocks", "KV blocks that running requests hold", "kv_blocks_used", _kv("used")),
     _value("gauge", "num_total_blocks", "KV blocks", "kv_blocks_total", _kv("max")),
     _value("gauge", "block_size", "Tokens a KV block", "kv_block_size", _kv("tokens_per")),
-    _value("counter", "prompt_tokens_total", "Prompt tokens", "prompt_tokens_total", "vllm:prompt_tokens_total"),
+    _value(
+        "counter",
+        "prompt_tokens_total",
+        "Prompt tokens",
+        "prompt_tokens_total",
+        "vllm:prompt_tokens_total",
+        "vllm:prefix_cache_queries_total",
+    ),
     _value(
         "counter",
         "cached_tokens_total",

@@ -80,6 +80,23 @@ def test_help_shows_types_and_defaults(command: str, capsys: pytest.CaptureFixtu
                 assert f"(default: {action.default})" in text, action.option_strings
 
 
+def test_an_interrupt_while_the_command_line_is_read_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> argparse.ArgumentParser:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("turbotriton.cli.main.build_parser", interrupted)
+    assert main(["list"]) == 130
+
+
+def test_an_interrupt_during_the_demos_conversion_is_told_as_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupted(options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("TURBOTRITON_CACHE", str(tmp_path))
+    monkeypatch.setattr("turbotriton.converter.convert.convert_checkpoint", interrupted)
+    assert main(["demo"]) == 130
+
+
 @pytest.mark.parametrize("form", [["chat"], ["chat", "torch"], ["chat", "turbomind"]], ids=" ".join)
 def test_each_form_of_chat_answers(form: list[str], tmp_path_factory: pytest.TempPathFactory) -> None:
     environment = {"TURBOTRITON_CACHE": str(tmp_path_factory.getbasetemp() / "chat-forms")}

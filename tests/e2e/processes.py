@@ -50,8 +50,8 @@ def _command(entry: Path) -> str:
 
 
 @contextmanager
-def throttled(pid: int, share: float = 0.1) -> Iterator[None]:
-    """The process runs `share` of the time only, in slices of 100 ms."""
+def throttled(pid: int, share: float = 0.1) -> Iterator[threading.Event]:
+    """The process runs `share` of the time only, in slices of 100 ms, until the block ends or the event is set."""
     done = threading.Event()
 
     def alternate() -> None:
@@ -60,15 +60,15 @@ def throttled(pid: int, share: float = 0.1) -> Iterator[None]:
             time.sleep(0.1 * share)
             os.kill(pid, signal.SIGSTOP)
             done.wait(0.1 * (1 - share))
+        os.kill(pid, signal.SIGCONT)
 
     thread = threading.Thread(target=alternate, daemon=True)
     thread.start()
     try:
-        yield
+        yield done
     finally:
         done.set()
         thread.join()
-        os.kill(pid, signal.SIGCONT)
 
 
 @contextmanager

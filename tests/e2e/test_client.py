@@ -14,7 +14,7 @@ from .server import TritonServer
 pytestmark = pytest.mark.e2e
 
 QUESTION = [{"role": "user", "content": "Count from 1 to 5."}]
-ENDLESS = {"messages": QUESTION, "max_tokens": 400, "ignore_eos": True}
+ENDLESS = {"messages": QUESTION, "max_tokens": 1900, "ignore_eos": True}
 
 
 def test_streamed_deltas_join_to_the_generated_answer(demo_server: TritonServer) -> None:

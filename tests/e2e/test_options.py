@@ -18,6 +18,8 @@ from turbotriton.client import Client
 from turbotriton.contract.errors import UnavailableError
 from turbotriton.contract.ini import EngineConfig
 
+from .metrics import metric
+from .processes import engine_pid, throttled
 from .server import TritonServer
 
 pytestmark = pytest.mark.e2e
@@ -313,7 +315,7 @@ def _no_prefix_hits(server: TritonServer) -> None:
 def _queue_is_bounded_and_ordered(server: TritonServer) -> None:
     """max_batch_size 1 and max_queued_requests 3: one runs, three wait, the next is refused; the lowest priority goes first."""
     watcher = EngineClient.connect(next((server.folder / "run").glob("*.sock")))
-    with Client(server.grpc_url) as client:
+    with Client(server.grpc_url) as client, throttled(engine_pid(server)) as slowed:
         running = client.stream(PROMPT, max_tokens=250, ignore_eos=True)
         next(running)
         ended: list[int] = []
@@ -331,6 +333,7 @@ def _queue_is_bounded_and_ordered(server: TritonServer) -> None:
             time.sleep(0.02)
         with pytest.raises(UnavailableError, match="the queue is full"):
             client.generate(PROMPT, max_tokens=2)
+        slowed.set()
         running.cancel()
         for thread in threads:
             thread.join(30)
@@ -361,10 +364,12 @@ ELSEWHERE = {
 
 def test_every_engine_option_is_honoured(demo_workspace: Path) -> None:
     assert {field.name for field in dataclasses.fields(EngineConfig)} == set(SERVED) | set(ELSEWHERE)
-    options = {name: value for name, (value, _) in SERVED.items()}
+    options = {name: value for name, (value, _) in SERVED.items()} | {"metric_aliases": "0"}
     with TritonServer(demo_workspace / "model_repository", options=options) as server:
         for _name, (_value, check) in SERVED.items():
             check(server)
+        assert metric(server, "turbotriton_engine_up") == 1
+        assert not re.search(r"^(vllm:|nv_trt_llm_)", httpx.get(server.metrics_url).text, re.MULTILINE)
 
 
 @pytest.mark.parametrize(("name", "value"), [("quant_policy", 5), ("max_batch_size", 0)])

@@ -47,6 +47,8 @@ def _convert() -> Path:
     print(f"converting the bundled model into {workspace}", flush=True)
     workspace.parent.mkdir(parents=True, exist_ok=True)
     code = main(["convert", "demo", str(checkpoint_path()), "--dst-path", str(workspace), "--overwrite"])
+    if code == 130:
+        raise KeyboardInterrupt
     if code:
         raise ServerError("the bundled model could not be converted; see above")
     return workspace

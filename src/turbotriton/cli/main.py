@@ -35,15 +35,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 1 failed while running, 2 wrong input or usage, 130 interrupted, 143 terminated."""
-    args, unknown = build_parser().parse_known_args(argv)
-    if unknown and not getattr(args, "accepts_unknown", False):
-        build_parser().error(f"unrecognized arguments: {' '.join(unknown)}")
-    args.unknown = unknown
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    logging.getLogger("turbotriton").setLevel(
-        logging.INFO
-    )  # others' INFO is a line a request, or a cache's statistics at the end
     try:
+        args = _parse(argv)
+        logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+        logging.getLogger("turbotriton").setLevel(logging.INFO)  # others' INFO is a line a request, or statistics at the end
         with _terminated_as_by_exit():
             return int(args.run(args) or 0)
     except TurbotritonError as error:
@@ -54,6 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # who read our output has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 1
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    args, unknown = build_parser().parse_known_args(argv)
+    if unknown and not getattr(args, "accepts_unknown", False):
+        build_parser().error(f"unrecognized arguments: {' '.join(unknown)}")
+    args.unknown = unknown
+    return args
 
 
 @contextmanager

@@ -192,7 +192,7 @@ def _wait(process: "subprocess.Popen[bytes]", requests_s: float) -> int:
         remove_shared_memory()
         for number, handler in old.items():
             signal.signal(number, handler)
-    return 0 if asked and code in (0, -signal.SIGTERM, -signal.SIGKILL) else abs(code)
+    return 0 if asked and code in (0, -signal.SIGINT, -signal.SIGTERM, -signal.SIGKILL) else abs(code)
 
 
 def _code_within(process: "subprocess.Popen[bytes]", timeout_s: float) -> int | None:
