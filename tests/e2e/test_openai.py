@@ -179,12 +179,12 @@ def test_caller_that_leaves_frees_the_engine(base_url: str, demo_server: TritonS
 
 
 def test_refused_choices_leave_nothing_behind(base_url: str, demo_server: TritonServer) -> None:
-    """Each of the 16 streams is read to its end after its error: the server that this module stops could not end otherwise."""
+    """Each of the 128 streams is read to its end after its error: the server that this module stops could not end otherwise."""
 
     async def run() -> None:
         async with httpx.AsyncClient(timeout=60) as http:
-            body = {"model": "demo", "prompt": [99999999], "n": 16}
-            for _ in range(15):
+            body = {"model": "demo", "prompt": [99999999], "n": 128}
+            for _ in range(3):
                 replies = await asyncio.gather(*(http.post(f"{base_url}/v1/completions", json=body) for _ in range(4)))
                 assert {reply.status_code for reply in replies} == {400}
 
