@@ -266,6 +266,7 @@ def test_interactive_stream_is_json_lines_that_end_with_the_reason(base_url: str
 
 def test_models_health_and_metrics(client: openai.OpenAI, base_url: str) -> None:
     assert [model.id for model in client.models.list()] == ["demo"]
+    assert client.models.retrieve("demo").id == "demo"
     assert httpx.get(f"{base_url}/health").status_code == 200
     assert 'turbotriton_openai_requests_total{path="/v1/models",status="200"}' in httpx.get(f"{base_url}/metrics").text
 
