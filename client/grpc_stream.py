@@ -44,7 +44,8 @@ class Stream(Iterator[Delta]):
         self._call = call
         self._url = url
         self._note_lost = note_lost
-        self._is_finished = False
+        self._is_finished = False  # its last delta or its error has come
+        self._is_ended = False  # and the end of the RPC
         self._is_cancelled = False
 
     def __next__(self) -> Delta:
@@ -63,17 +64,22 @@ class Stream(Iterator[Delta]):
             raise error_from_rpc(error, self._url) from None
         except TurbotritonError:  # the response carries it
             self._is_finished = True
-            drain(self._call)
+            self.cancel()
             raise
         except BaseException:
             self.cancel()
             raise
+        self._is_ended = True
         if not self._is_finished and not self._is_cancelled:
             raise ServerError(f"{self._url} ended the stream before the answer was complete; its log may tell why")
         raise StopIteration
 
     def cancel(self) -> None:
-        """Closes the stream; the engine frees the request's blocks. Idempotent; nothing happens after the last delta."""
+        """Closes the stream; the engine frees the request's blocks. Idempotent; after the last delta it is read to its end instead."""
+        if self._is_finished and not self._is_ended:
+            self._is_ended = True
+            drain(self._call)
+            return
         if not self._is_finished:
             self._is_cancelled = True
         self._call.cancel()
@@ -85,7 +91,7 @@ class Stream(Iterator[Delta]):
         self.cancel()
 
     def __del__(self) -> None:
-        self._call.cancel()
+        self.cancel()
 
 
 class Client:
@@ -192,7 +198,7 @@ class AsyncStream:
         self._url = url
         self._is_finished = False
         self._is_cancelled = False
-        self._draining: asyncio.Task[None] | None = None
+        self._draining: asyncio.Task[None] | None = None  # from the last delta or the error to the end of the RPC
         self._peeked: Delta | None = None
 
     def __aiter__(self) -> AsyncIterator[Delta]:
@@ -208,6 +214,9 @@ class AsyncStream:
         if self._peeked is not None:
             peeked, self._peeked = self._peeked, None
             return peeked
+        if self._is_finished:
+            await self._drain()
+            raise StopAsyncIteration
         try:
             while (response := await self._call.read()) is not grpc.aio.EOF:
                 delta = read_delta(response)
@@ -225,8 +234,7 @@ class AsyncStream:
             raise
         except TurbotritonError:  # the response carries it
             self._is_finished = True
-            self._draining = asyncio.create_task(drain_async(self._call))
-            await asyncio.shield(self._draining)  # goes on when whoever waits here is cancelled
+            await self._drain()
             raise
         except BaseException:
             self.cancel()
@@ -235,19 +243,27 @@ class AsyncStream:
             raise ServerError(f"{self._url} ended the stream before the answer was complete; its log may tell why")
         raise StopAsyncIteration
 
+    async def _drain(self) -> None:
+        """Goes on when whoever waits here is cancelled."""
+        if self._draining is None:
+            self._draining = asyncio.create_task(drain_async(self._call))
+        await asyncio.shield(self._draining)
+
     def cancel(self) -> None:
-        """Closes the stream; the engine frees the request's blocks. Idempotent; a stream that failed is read to its end instead."""
-        if self._draining is not None and not self._draining.done():
-            return
+        """Closes the stream; the engine frees the request's blocks. Idempotent; after the last delta it is read to its end instead."""
         if not self._is_finished:
             self._is_cancelled = True
-        self._call.cancel()
+            self._call.cancel()
+        elif self._draining is None:
+            self._draining = asyncio.create_task(drain_async(self._call))
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self.cancel()
+        if self._is_finished:
+            await self._drain()
 
 
 class AsyncClient:

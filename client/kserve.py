@@ -6,9 +6,11 @@ The header `triton_grpc_error` is never sent (it crashes tritonserver 24.10), th
 without a status; our doors begin theirs with it ("UNAVAILABLE: queue full ...") and `error_from_text` reads that.
 """
 
+import asyncio
 import contextlib
 import itertools
 import re
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -43,7 +45,8 @@ __all__ = [
 
 Tensor = npt.NDArray[Any]  # object arrays of bytes for BYTES
 
-MAX_DRAINED = 64  # responses after an error: the server sends none
+MAX_DRAINED = 64  # responses after an error or a last delta: the server sends none
+MAX_DRAIN_S = 5.0
 MAX_MESSAGE_BYTES = 64 * 2**20  # what tritonserver's own HTTP door takes
 
 _KSERVE_TYPES = {
@@ -190,19 +193,24 @@ def _split_bytes(raw: bytes) -> Sequence[bytes]:
 
 
 def drain(call: Any) -> None:
-    """Reads a failed stream to its end, which the server sends next: tritonserver 24.10 keeps the request in flight for ever,
-    and cannot stop, when a client cancels between an error and the end."""
+    """Reads a stream from its last delta or its error to its end, which the server sends next: tritonserver 24.10 keeps the request in
+    flight for ever, and cannot stop, when a client cancels between the two. One that does not end within MAX_DRAIN_S is cancelled."""
+    limit = threading.Timer(MAX_DRAIN_S, call.cancel)
+    limit.daemon = True
+    limit.start()
     with contextlib.suppress(grpc.RpcError):
         for _ in itertools.islice(call, MAX_DRAINED):
             pass
+    limit.cancel()
 
 
 async def drain_async(call: Any) -> None:
     """`drain` for grpc.aio."""
-    with contextlib.suppress(grpc.RpcError):
-        for _ in range(MAX_DRAINED):
-            if await call.read() is grpc.aio.EOF:
-                return
+    with contextlib.suppress(grpc.RpcError, TimeoutError):
+        async with asyncio.timeout(MAX_DRAIN_S):
+            for _ in range(MAX_DRAINED):
+                if await call.read() is grpc.aio.EOF:
+                    return
 
 
 def error_from_text(text: str) -> TurbotritonError:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from turbotriton.contract.errors import WorkspaceError
 from turbotriton.contract.layout import MANIFEST_NAME
@@ -53,7 +54,7 @@ def verify_weights(folder: Path) -> int:
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise WorkspaceError(f"{path}: is no manifest; convert the model again") from None
-    for name, (size, sha256) in listed.items():
+    for name, (size, sha256) in tqdm(listed.items(), desc="verifying", unit="file", disable=None):
         file = folder / name
         if not file.is_file():
             raise WorkspaceError(f"{file}: is missing; expected {size} bytes; convert the model again")

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from turbotriton.backend.model.decoder import ModelWeights
 from turbotriton.backend.model.layers import LayerWeights
@@ -101,7 +102,8 @@ def _load(config: ModelConfig, reader: "_Reader", device: torch.device, dtype: t
     loader = _Loader(config, reader, device, dtype, for_kernels)
     embeddings = loader.floats("tok_embeddings.weight")
     head = embeddings if config.tie_word_embeddings else loader.floats("output.weight")
-    layers = tuple(loader.layer(f"layers.{i}") for i in range(config.num_layers))
+    numbers = tqdm(range(config.num_layers), desc="loading", unit="layer", disable=None)
+    layers = tuple(loader.layer(f"layers.{i}") for i in numbers)
     return ModelWeights(embeddings, layers, loader.norm("norm.weight"), DenseWeight(head[: config.vocab_size].t()))
 
 

@@ -41,6 +41,7 @@ class _Turn:
     num_input: int = 0
     num_output: int = 0
     history_tokens: int = 0
+    is_over: bool = False  # the last reply is given
 
     def take(self, delta: Delta) -> None:
         self.text += delta.text
@@ -71,16 +72,13 @@ class Interactive:
             yield _reply("", 0, 0, 0, "stop")
             return
         session = self._open(session_id)
-        came: asyncio.Queue[dict[str, Any] | Exception] = asyncio.Queue()
+        came: asyncio.Queue[dict[str, Any] | Exception | None] = asyncio.Queue()
         session.running = asyncio.create_task(self._run(request, session, came))
         try:
-            while True:
-                reply = await came.get()
+            while (reply := await came.get()) is not None:
                 if isinstance(reply, Exception):
                     raise reply
                 yield reply
-                if reply["finish_reason"] is not None:
-                    return
         finally:
             session.running.cancel()
             await asyncio.gather(session.running, return_exceptions=True)
@@ -89,7 +87,7 @@ class Interactive:
                 self._sessions.pop(session_id, None)
 
     async def _run(
-        self, request: InteractiveRequest, session: _Session, came: "asyncio.Queue[dict[str, Any] | Exception]"
+        self, request: InteractiveRequest, session: _Session, came: "asyncio.Queue[dict[str, Any] | Exception | None]"
     ) -> None:
         """A task of its own, which `cancel` ends; the caller still gets a last reply then, and the conversation keeps what came."""
         prompt = request.prompt
@@ -99,12 +97,17 @@ class Interactive:
             async with contextlib.aclosing(self._answer(request, session, turn)) as replies:
                 async for reply in replies:
                     came.put_nowait(reply)
-        except asyncio.CancelledError:
-            if turn.num_output:
-                turn.note_in(session)
+                    turn.is_over = reply["finish_reason"] is not None
             came.put_nowait(
-                _reply("", turn.num_output, max(0, turn.num_input - turn.history_tokens), turn.history_tokens, "stop")
-            )
+                None
+            )  # not before the stream's end: one that is cancelled after its last response stays open in the server
+        except asyncio.CancelledError:
+            if not turn.is_over:
+                if turn.num_output:
+                    turn.note_in(session)
+                num_new = max(0, turn.num_input - turn.history_tokens)
+                came.put_nowait(_reply("", turn.num_output, num_new, turn.history_tokens, "stop"))
+            came.put_nowait(None)
             raise
         except Exception as error:  # noqa: BLE001  handed to the caller's task
             came.put_nowait(error)

@@ -1,6 +1,7 @@
 """`turbotriton chat` as a process: on a terminal, through a pipe, and what it refuses."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +28,14 @@ def test_each_line_of_a_pipe_is_a_question(environment: dict[str, str]) -> None:
     assert "a" in second
     assert done.stderr.count("tokens/s") == 2
     assert "on cpu" in done.stderr or "on cuda" in done.stderr
+
+
+def test_a_folder_of_awq_weights_is_a_model_path(environment: dict[str, str], tmp_path: Path) -> None:
+    few = ["--device", "cpu", "--calib-samples", "4", "--calib-seqlen", "64"]
+    assert main(["lite", "auto_awq", DEMO, "--work-dir", str(tmp_path / "awq"), *few]) == 0
+    done = turbotriton("chat", str(tmp_path / "awq"), *QUICK, "--once", "What is 2 + 3?", environment=environment)
+    assert done.returncode == 0, done.stderr
+    assert "5" in done.stdout
 
 
 def test_a_terminal_streams_stops_and_forgets(environment: dict[str, str]) -> None:

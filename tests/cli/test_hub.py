@@ -10,6 +10,7 @@ from huggingface_hub import constants as hub_constants
 from tests.cli.hub_stub import HubStub, files_of
 from tests.cli.process import turbotriton
 
+from turbotriton import GenerationConfig, PytorchEngineConfig, pipeline
 from turbotriton.cli import running_server
 from turbotriton.cli.main import main
 from turbotriton.contract.errors import CheckpointError, ServerError
@@ -52,6 +53,27 @@ def test_plan_takes_a_hub_id_and_leaves_the_weights_there(
     assert main(["plan", "somebody/demo", "--gpu", "h200", "--download-dir", str(tmp_path)]) == 0
     assert "KV cache" in capsys.readouterr().out
     assert not [path for path in hub.paths if path.endswith((".safetensors", ".bin", "tokenizer.json"))]
+
+
+def test_pipeline_takes_a_hub_id(hub: HubStub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(hub, monkeypatch)
+    monkeypatch.setenv("TURBOTRITON_CACHE", str(tmp_path / "cache"))
+    for number, given in enumerate(("the call", "the config")):
+        where = {"revision": "v2", "download_dir": str(tmp_path / str(number))}
+        more = where if given == "the call" else {"backend_config": PytorchEngineConfig(**where)}
+        with pipeline("somebody/demo", **more) as pipe:
+            assert "5" in pipe("What is 2 + 3?", GenerationConfig(top_k=1)).text
+        assert list((tmp_path / str(number)).rglob("model.safetensors"))
+    assert "/api/models/somebody/demo/revision/v2" in hub.paths
+
+
+@pytest.mark.parametrize("command", ["calibrate", "auto_awq", "smooth_quant"])
+def test_lite_takes_a_hub_id(hub: HubStub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    use(hub, monkeypatch)
+    few = ["--device", "cpu", "--calib-samples", "1", "--calib-seqlen", "16", "--work-dir", str(tmp_path / "work")]
+    assert main(["lite", command, "somebody/demo", "--download-dir", str(tmp_path / "downloads"), *few]) == 0
+    assert any((tmp_path / "work").iterdir())
+    assert list((tmp_path / "downloads").rglob("model.safetensors"))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """`turbotriton.client` against a real tritonserver."""
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -84,3 +85,27 @@ def test_no_server_is_unavailable(demo_server: TritonServer) -> None:
     (port,) = free_ports(1)
     with Client(f"127.0.0.1:{port}") as client, pytest.raises(UnavailableError, match=str(port)):
         client.generate("x")
+
+
+def test_streams_that_are_left_at_their_last_delta_leave_nothing_behind(demo_server: TritonServer) -> None:
+    """Before the end that follows it: the server that this module stops could not end otherwise."""
+    question: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+    with Client(demo_server.grpc_url) as client:
+        for _ in range(100):
+            with client.stream(**question) as stream:
+                assert any(delta.finish_reason for delta in stream)
+
+    async def run() -> None:
+        async with AsyncClient(demo_server.grpc_url) as many:
+
+            async def one() -> None:
+                async with await many.stream(**question) as stream:
+                    async for delta in stream:
+                        if delta.finish_reason is not None:
+                            break
+
+            for _ in range(20):
+                await asyncio.gather(*(one() for _ in range(10)))
+
+    asyncio.run(run())
+    wait_idle(demo_server)

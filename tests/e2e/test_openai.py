@@ -179,12 +179,12 @@ def test_caller_that_leaves_frees_the_engine(base_url: str, demo_server: TritonS
 
 
 def test_refused_choices_leave_nothing_behind(base_url: str, demo_server: TritonServer) -> None:
-    """Each of the 16 streams is read to its end after its error: the server that this module stops could not end otherwise."""
+    """Each of the 128 streams is read to its end after its error: the server that this module stops could not end otherwise."""
 
     async def run() -> None:
         async with httpx.AsyncClient(timeout=60) as http:
-            body = {"model": "demo", "prompt": [99999999], "n": 16}
-            for _ in range(15):
+            body = {"model": "demo", "prompt": [99999999], "n": 128}
+            for _ in range(3):
                 replies = await asyncio.gather(*(http.post(f"{base_url}/v1/completions", json=body) for _ in range(4)))
                 assert {reply.status_code for reply in replies} == {400}
 
@@ -266,6 +266,7 @@ def test_interactive_stream_is_json_lines_that_end_with_the_reason(base_url: str
 
 def test_models_health_and_metrics(client: openai.OpenAI, base_url: str) -> None:
     assert [model.id for model in client.models.list()] == ["demo"]
+    assert client.models.retrieve("demo").id == "demo"
     assert httpx.get(f"{base_url}/health").status_code == 200
     assert 'turbotriton_openai_requests_total{path="/v1/models",status="200"}' in httpx.get(f"{base_url}/metrics").text
 

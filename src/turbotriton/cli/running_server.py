@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tqdm import tqdm
+
 from turbotriton.contract.errors import CheckpointError, ConfigError, ServerError
 
 from .leftovers import end_with_parent
@@ -100,16 +102,19 @@ def _converted(model_path: Path, workspace: Path, name: str, model_format: str |
 def _wait_ready(process: "subprocess.Popen[bytes]", http_port: int, models: Sequence[str], log_path: Path) -> None:
     end = time.monotonic() + READY_TIMEOUT_S
     waiting = list(models)
-    while waiting:
-        if process.poll() is not None:
-            raise ServerError(f"tritonserver did not start: {_last_error(log_path)} (log: {log_path})")
-        if time.monotonic() > end:
-            raise ServerError(f"{', '.join(waiting)} not ready after {READY_TIMEOUT_S:.0f} s (log: {log_path})")
-        try:
-            with urllib.request.urlopen(f"http://localhost:{http_port}/v2/models/{waiting[0]}/ready", timeout=2):
-                waiting.pop(0)
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.1)
+    with tqdm(total=len(models), desc="tritonserver", unit="model", file=sys.stderr, disable=None) as bar:
+        while waiting:
+            if process.poll() is not None:
+                raise ServerError(f"tritonserver did not start: {_last_error(log_path)} (log: {log_path})")
+            if time.monotonic() > end:
+                raise ServerError(f"{', '.join(waiting)} not ready after {READY_TIMEOUT_S:.0f} s (log: {log_path})")
+            try:
+                with urllib.request.urlopen(f"http://localhost:{http_port}/v2/models/{waiting[0]}/ready", timeout=2):
+                    waiting.pop(0)
+                    bar.update()
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.1)
+                bar.refresh()
 
 
 def _last_error(log_path: Path) -> str:

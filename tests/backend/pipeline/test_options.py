@@ -1,6 +1,7 @@
 """Fields and defaults are LMDeploy's; each does something or is refused by name."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from turbotriton import GenerationConfig, PytorchEngineConfig, Response, TurbomindEngineConfig, pipeline
 from turbotriton.backend.pipeline.options import engine_options
 from turbotriton.contract.errors import ConfigError, TurbotritonError
+from turbotriton.demo import checkpoint_path
 
 TURBOMIND = {
     "model_name": None, "model_format": None, "tp": 1, "session_len": None, "max_batch_size": 128, "cache_max_entry_count": 0.8,
@@ -110,3 +112,29 @@ def test_a_wrong_call_of_pipeline_is_one_line(arguments: dict[str, Any], message
     with pytest.raises(TurbotritonError, match=message) as caught:
         pipeline(**arguments)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        (TurbomindEngineConfig(), (1.0, "none", False, False)),
+        (TurbomindEngineConfig(rope_scaling_factor=2.5, use_logn_attn=True), (2.5, "linear", True, False)),
+        (PytorchEngineConfig(), (1.0, "none", False, True)),
+    ],
+)
+def test_what_a_config_says_of_the_model_reaches_the_runner(
+    config: Any, found: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from turbotriton.backend.runner import model_runner
+
+    made = []
+
+    def record(model: Any, engine: Any, folder: Path, *, reference_ops: bool) -> None:
+        made.append((model.rope.factor, model.rope.scaling_type, model.use_logn_attn, reference_ops))
+        raise ConfigError("far enough")
+
+    monkeypatch.setenv("TURBOTRITON_CACHE", str(tmp_path))
+    monkeypatch.setattr(model_runner, "ModelRunner", record)
+    with pytest.raises(ConfigError, match="far enough"):
+        pipeline(checkpoint_path(), backend_config=config)
+    assert made == [found]
