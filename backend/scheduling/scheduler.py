@@ -40,7 +40,7 @@ from .request import Request, RequestState, TokenMatcher, finish_reason_of
 
 __all__ = ["PREFILL_BESIDE_DECODES", "OwnedDelta", "Scheduler"]
 
-#: Matrix products of so many rows reach nearly all of a GPU's rate, so a prompt in chunks of it loses little time.
+#: Matrix products of so many rows fill a GPU with whole tiles, where a few rows more would begin a new wave of them.
 PREFILL_BESIDE_DECODES = 2048
 
 
@@ -51,7 +51,7 @@ class OwnedDelta(NamedTuple):
 
 class Scheduler:
     """`token_budget`: most tokens a step. `clock`: monotonic seconds. `draw_seed`: a 64-bit seed for requests without one.
-    `beside_decodes`: most prompt tokens of a step where decodes are not the minority."""
+    `beside_decodes`: most tokens of a step where decodes are not the minority; prompts get half of it at least."""
 
     def __init__(
         self,
@@ -289,7 +289,7 @@ class Scheduler:
         picked = [request for request in picked if request.state is RequestState.RUNNING]
         rows += [self._row(request, 1) for request in picked]
         if rows and len(rows) >= len(chunks) + self.num_waiting - self._num_held:
-            budget = min(budget, self._beside_decodes)
+            budget = min(budget, max(self._beside_decodes - len(rows), self._beside_decodes // 2))
         for request in chunks:
             if budget and request.state is RequestState.RUNNING:
                 picked.append(request)

@@ -8,8 +8,7 @@
 
 y is rounded to x's dtype first, so what comes out is what the two ops would give one after the other.
 
-Tiling: a program holds a whole row in registers; each element is read once. The rows after SiLU are long: a program goes over its row
-twice, for the largest value and for the numbers, the second time out of the cache.
+Tiling: a program holds a whole row in registers; each element is read once.
 
 Rows of the results are padded to a multiple of 16, which is what matrix instructions and libraries like; what stands there is anything.
 """
@@ -26,18 +25,15 @@ from .tuning import ceil_div, quantize_rows_config
 __all__ = ["quantize_rows", "rms_norm_rows", "silu_and_mul_rows"]
 
 ROW_MULTIPLE = 16
-SILU_BLOCK = 4096  # columns at once of what SiLU takes
 
 
 @triton.jit
-def _store_quantized(
-    y, largest, row, out_ptr, scale_ptr, offs_n, mask, N: tl.constexpr, LARGEST: tl.constexpr, IS_INT8: tl.constexpr
-):
-    """y: [BLOCK_N], fp32, of a row whose largest magnitude is `largest`."""
-    largest = tl.maximum(largest, 1e-7)
+def _store_quantized(y, row, out_ptr, scale_ptr, offs_n, mask, N: tl.constexpr, LARGEST: tl.constexpr, IS_INT8: tl.constexpr):
+    """y: [BLOCK_N], fp32, 0 where masked. Multiplies by 1 / s: a division of every value would take longer than all the rest."""
+    largest = tl.maximum(tl.max(tl.abs(y), axis=0), 1e-7)
     scale = tl.div_rn(largest, largest * 0 + LARGEST)
     tl.store(scale_ptr + row, scale)
-    scaled = tl.minimum(tl.maximum(tl.div_rn(y, scale + y * 0), -LARGEST), LARGEST)
+    scaled = tl.minimum(tl.maximum(y * tl.div_rn(scale * 0 + 1.0, scale), -LARGEST), LARGEST)
     if IS_INT8:
         scaled = (scaled + 12582912.0) - 12582912.0  # to the nearest integer, ties to even
     tl.store(out_ptr + row * N + offs_n, scaled.to(out_ptr.dtype.element_ty), mask=mask)
@@ -60,7 +56,7 @@ def _quantize_rows_kernel(
     offs_n = tl.arange(0, BLOCK_N)
     mask = offs_n < N
     x = tl.load(x_ptr + row * stride_x_row + offs_n, mask=mask, other=0.0).to(tl.float32)
-    _store_quantized(x, tl.max(tl.abs(x), axis=0), row, out_ptr, scale_ptr, offs_n, mask, N, LARGEST, IS_INT8)
+    _store_quantized(x, row, out_ptr, scale_ptr, offs_n, mask, N, LARGEST, IS_INT8)
 
 
 @triton.jit
@@ -95,15 +91,7 @@ def _rms_norm_rows_kernel(
     wide = r.to(tl.float32)
     mean_square = tl.sum(wide * wide, axis=0) / N
     y = (wide * tl.rsqrt(mean_square + eps) * weight).to(dtype).to(tl.float32)
-    _store_quantized(y, tl.max(tl.abs(y), axis=0), row, out_ptr, scale_ptr, offs_n, mask, N, LARGEST, IS_INT8)
-
-
-@triton.jit
-def _silu_and_mul(gate_ptrs, mask, N: tl.constexpr):
-    """silu(gate) * up, rounded to the inputs' dtype, in fp32; 0 where masked."""
-    gate = tl.load(gate_ptrs, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(gate_ptrs + N, mask=mask, other=0.0).to(tl.float32)
-    return (gate / (1.0 + tl.exp(-gate)) * up).to(gate_ptrs.dtype.element_ty).to(tl.float32)
+    _store_quantized(y, row, out_ptr, scale_ptr, offs_n, mask, N, LARGEST, IS_INT8)
 
 
 @triton.jit
@@ -120,18 +108,13 @@ def _silu_and_mul_rows_kernel(
 ):
     wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
-    offs = tl.arange(0, BLOCK_N)
-    row_ptr = x_ptr + row * stride_x_row
-    largest = tl.zeros((BLOCK_N,), tl.float32)
-    for start in range(0, N, BLOCK_N):
-        offs_n = start + offs
-        largest = tl.maximum(largest, tl.abs(_silu_and_mul(row_ptr + offs_n, offs_n < N, N)))
-    whole = tl.max(largest, axis=0)
-    for start in range(0, N, BLOCK_N):
-        offs_n = start + offs
-        mask = offs_n < N
-        y = _silu_and_mul(row_ptr + offs_n, mask, N)
-        _store_quantized(y, whole, row, out_ptr, scale_ptr, offs_n, mask, N, LARGEST, IS_INT8)
+    offs_n = tl.arange(0, BLOCK_N)
+    mask = offs_n < N
+    gate_ptrs = x_ptr + row * stride_x_row + offs_n
+    gate = tl.load(gate_ptrs, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_ptrs + N, mask=mask, other=0.0).to(tl.float32)
+    y = (gate / (1.0 + tl.exp(-gate)) * up).to(x_ptr.dtype.element_ty).to(tl.float32)
+    _store_quantized(y, row, out_ptr, scale_ptr, offs_n, mask, N, LARGEST, IS_INT8)
 
 
 def _outputs(x: torch.Tensor, n: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, QuantizedRows]:
@@ -203,7 +186,7 @@ def silu_and_mul_rows(x: torch.Tensor, dtype: torch.dtype) -> QuantizedRows:
     assert columns == 2 * n, f"{columns} columns are not two halves"
     assert x.stride(1) == 1, "x must be contiguous inside a row"
     values, scale, rows = _outputs(x, n, dtype)
-    options = _options(min(n, SILU_BLOCK), dtype, x.device)
+    options = _options(n, dtype, x.device)
     if num_rows:
         _silu_and_mul_rows_kernel[(num_rows,)](x, values, scale, x.stride(0), N=n, **options)
     return rows

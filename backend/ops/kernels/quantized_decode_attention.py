@@ -449,6 +449,7 @@ def quantized_decode_attention(
         element_bytes=q.element_size(),
         max_context=block_tables.shape[1] * block_size,
         num_sms=num_sms(q.device),
+        bits=k_pages.bits if isinstance(k_pages, QuantizedPages) else 8,
     )
     out = torch.empty((batch, num_heads, head_dim), dtype=q.dtype, device=q.device)
     if batch == 0:

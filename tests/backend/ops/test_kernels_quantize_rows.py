@@ -1,13 +1,13 @@
 """Rows in 8 bit: what the fused kernels give equals the ops one after the other, over odd sizes.
 
 e4m3 on a GPU only: triton's interpreter truncates where the hardware rounds.
-Tolerance: the sum of squares adds up in another order, which may move a value over a rounding border: a step of 1 in few places.
+Tolerance: products with 1 / s and another order of the sum of squares may move a value over a rounding border: a step of 1 in few places.
 """
 
 import pytest
 import torch
 
-from turbotriton.backend.ops.kernels.quantize_rows import SILU_BLOCK, quantize_rows, rms_norm_rows, silu_and_mul_rows
+from turbotriton.backend.ops.kernels.quantize_rows import quantize_rows, rms_norm_rows, silu_and_mul_rows
 from turbotriton.backend.ops.reference.linear import quantized_tokens
 from turbotriton.backend.ops.reference.primitives import rms_norm, silu_and_mul
 
@@ -19,7 +19,7 @@ def dtype(request, target):
     return request.param
 
 
-def assert_rows(found, x, dtype, *, share_of_steps):
+def assert_rows(found, x, dtype, *, exact_scale=False):
     """`found` are the rows of x, but for a share of values that are a step away."""
     values, scale = (part.to(x.device) for part in quantized_tokens(x.cpu(), dtype))  # torch divides by a number exactly there
     assert found.num_rows == len(x)
@@ -28,18 +28,18 @@ def assert_rows(found, x, dtype, *, share_of_steps):
     assert found.values.shape[0] % 16 == 0
     ours, our_scale = found.values[: len(x)], found.scale[: len(x), None]
     assert torch.allclose(our_scale, scale, rtol=4 * torch.finfo(x.dtype).eps, atol=0)
-    if share_of_steps == 0:
+    if exact_scale:
         assert torch.equal(our_scale, scale)
     steps = (ours.view(torch.uint8).int() - values.view(torch.uint8).int()).abs()
     steps = torch.minimum(steps, 256 - steps)
-    assert int(steps.max()) <= (share_of_steps > 0)
-    assert float((steps > 0).float().mean()) <= share_of_steps
+    assert int(steps.max()) <= 1
+    assert float((steps > 0).float().mean()) <= 0.02
 
 
 def test_rows_are_quantised_as_the_reference_does(target, dtype):
     x = target.randn(5, 203)[:, :-3] * 3
     x[2] = 0
-    assert_rows(quantize_rows(x, dtype), x, dtype, share_of_steps=0)
+    assert_rows(quantize_rows(x, dtype), x, dtype, exact_scale=True)
 
 
 @pytest.mark.parametrize("with_residual", [True, False])
@@ -49,13 +49,13 @@ def test_norm_and_rows_are_one_after_the_other(target, dtype, with_residual):
     found, r = rms_norm_rows(x, weight, 1e-5, residual, dtype)
     wanted, wanted_r = rms_norm(x, weight, 1e-5, residual)
     assert torch.equal(r, wanted_r)
-    assert_rows(found, wanted, dtype, share_of_steps=0.02)
+    assert_rows(found, wanted, dtype)
 
 
-@pytest.mark.parametrize(("num_rows", "n"), [(17, 72), (2, SILU_BLOCK + 900)])
+@pytest.mark.parametrize(("num_rows", "n"), [(17, 72), (2, 4996)])
 def test_silu_and_rows_are_one_after_the_other(target, dtype, num_rows, n):
     x = target.randn(num_rows, 2 * n + 1)[:, :-1] * 2
-    assert_rows(silu_and_mul_rows(x, dtype), silu_and_mul(x), dtype, share_of_steps=0.02)
+    assert_rows(silu_and_mul_rows(x, dtype), silu_and_mul(x), dtype)
 
 
 def test_no_rows(target):

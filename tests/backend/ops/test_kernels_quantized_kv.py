@@ -164,7 +164,8 @@ def test_any_number_of_splits_gives_the_same_result(target, num_sms, assert_clos
     tensors = stored(target, "4", Case(4, 2, 32, 16, (600, 40, 300, 0)))
     monkeypatch.setattr(module, "num_sms", lambda device: num_sms)
     out = quantized_decode_attention(*tensors, 0.2, 0)
-    assert_close(out, oracle(*tensors, 0.2, 0), max_error=4 * target.eps + 4e-5, rms_error=target.eps + 4e-6)
+    # of 600 keys, each weight was rounded to fp16 before the product
+    assert_close(out, oracle(*tensors, 0.2, 0), max_error=8 * target.eps + 4e-5, rms_error=target.eps + 4e-6)
     assert math.isfinite(float(out.sum()))
 
 
