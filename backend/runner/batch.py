@@ -105,6 +105,33 @@ class SlotState:
         )
         return token_ids, batch
 
+    def chunk_inputs(self, chunk: torch.Tensor, size: int) -> tuple[torch.Tensor, AttentionBatch, torch.Tensor]:
+        """One chunk of at most `size` tokens, padded to them, from device tensors alone: a graph can capture it.
+
+        chunk: [3], int64: slot, start, number of tokens. Returns (token_ids, batch, [1] place of the last token).
+        """
+        slot, start, count = chunk[:1], chunk[1:2], chunk[2:]
+        offsets = torch.arange(size, device=self._device)
+        is_real = offsets < count
+        positions = torch.where(is_real, start + offsets, 0)
+        slots = slot.expand(size)
+        cos, sin = cos_sin(self._inverse[slots], positions, self._rope_factor)
+        places = self._block_tables[slots, positions // self._block_size].long() * self._block_size + positions % self._block_size
+        model = self._model
+        batch = AttentionBatch(
+            cos=cos,
+            sin=sin,
+            q_scale=logn_scale(positions, model.rope.max_position_embeddings) if model.use_logn_attn else None,
+            slot_mapping=torch.where(is_real, places, -1),
+            block_tables=self._block_tables[slot],
+            context_lens=(start + count).int(),
+            num_decodes=0,
+            max_decode_context=0,
+            cu_seqlens_q=torch.cat((torch.zeros_like(count), count)).int(),
+            prefills=((size, self._block_tables.shape[1] * self._block_size),),  # at most: the device knows
+        )
+        return self._token_ids[slots, positions].long(), batch, count - 1
+
     def step_inputs(self, rows: Sequence[ScheduledRow]) -> StepInputs:
         """Rows of one token first (attention's decodes), then the longer chunks, each kind in the plan's order."""
         order = sorted(range(len(rows)), key=lambda index: rows[index].num_tokens > 1)

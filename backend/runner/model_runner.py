@@ -4,7 +4,8 @@
     collect():     waits for the drawn ids of that step
 
 On CUDA nothing in `launch` waits for the device: the drawn ids stay there as the next step's input, and a step may be launched before
-the one before it is collected. Steps of decodes alone replay a graph (decode_graphs.py).
+the one before it is collected. Steps of decodes alone, and of one short chunk, replay a graph
+(decode_graphs.py, prompt_graphs.py).
 
 Invariants
 - A slot's state advances only here: the plan never repeats what the runner can know (ids drawn, positions).
@@ -35,6 +36,7 @@ from .batch import SlotState
 from .decode_graphs import DecodeGraphs, batch_buckets, decode_forward
 from .key_offsets import key_offsets
 from .kv_cache import allocate_kv_cache, read_kv_scales
+from .prompt_graphs import PromptGraphs
 from .warm_up import warm_up_plans
 from .weights import DTYPES, load_weights
 
@@ -98,8 +100,11 @@ class ModelRunner:
             offsets = key_offsets(self._decoder, engine.session_len, device, dtype) if is_int4 else None
             self._kv = allocate_kv_cache(model, engine, device, dtype, scales, offsets)
             self._graphs: DecodeGraphs | None = None
+            self._prompt_graphs: PromptGraphs | None = None
             if device.type == "cuda" and engine.cuda_graphs and not reference_ops and prepare:
                 self._graphs = DecodeGraphs(self._decoder, self._slots, self._kv, engine.max_batch_size, device)
+                if isinstance(self._kv.k[0], torch.Tensor):
+                    self._prompt_graphs = PromptGraphs(self._decoder, self._slots, self._kv, engine.session_len, device)
         self.num_blocks = self._kv.num_blocks
         if device.type == "cuda" and prepare:
             self.warm_up(engine)
@@ -151,6 +156,15 @@ class ModelRunner:
         if self._graphs is not None and rows and all(row.num_tokens == 1 and row.samples for row in rows):
             slots, starts = np.array([(row.slot, row.start) for row in rows], np.int64).T
             return slots, starts + 1, self._graphs.logits(slots, starts)
+        if (
+            self._prompt_graphs is not None
+            and len(rows) == 1
+            and rows[0].samples
+            and 1 < rows[0].num_tokens <= self._prompt_graphs.max_tokens
+        ):
+            (row,) = rows
+            at = np.array([row.slot], np.int64), np.array([row.start + row.num_tokens], np.int64)
+            return *at, self._prompt_graphs.logits(row.slot, row.start, row.num_tokens)
         if not rows:
             return NO_ROWS, NO_ROWS, None
         inputs = self._slots.step_inputs(rows)
@@ -182,9 +196,10 @@ class ModelRunner:
     def close(self) -> None:
         """Drops the weights and the cache; the runner cannot be used after it."""
         on_cuda = self.device.startswith("cuda")
-        if self._graphs is not None:
-            self._graphs.close()
-        del self._decoder, self._slots, self._sampler, self._kv, self._graphs
+        for graphs in (self._graphs, self._prompt_graphs):
+            if graphs is not None:
+                graphs.close()
+        del self._decoder, self._slots, self._sampler, self._kv, self._graphs, self._prompt_graphs, graphs
         if on_cuda:
             torch.cuda.empty_cache()
 

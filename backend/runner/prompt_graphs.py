@@ -1,0 +1,67 @@
+"""A short chunk of one prompt, alone in its step, as CUDA graphs: one captured forward for each number of tokens up to a power of two.
+
+    slot, start, number of tokens  ──chunk padded to its bucket──>  graph of that bucket  ──>  logits [1, vocab_size]
+
+This is the step of a first token when nothing else runs: some two hundred launches took the host longer than the device works.
+Padding lies behind the chunk: it stores no key, no query of the chunk sees it, and its results are not looked at.
+"""
+
+import logging
+import time
+
+import numpy as np
+import torch
+
+from turbotriton.backend.model.decoder import Decoder
+from turbotriton.backend.model.transfer import to_device
+
+from .batch import SlotState
+from .kv_cache import KvCache
+
+__all__ = ["PromptGraphs"]
+
+logger = logging.getLogger(__name__)
+
+BUCKETS = (16, 32, 64, 128, 256, 512)
+
+
+class PromptGraphs:
+    """Captures at construction; call it under `inference_mode` on the device's stream. The KV cache must be dense."""
+
+    def __init__(self, decoder: Decoder, slots: SlotState, kv: KvCache, session_len: int, device: torch.device) -> None:
+        begun = time.monotonic()
+        self._decoder, self._slots, self._kv, self._device = decoder, slots, kv, device
+        self._inputs = torch.zeros(3, dtype=torch.int64, device=device)
+        self._logits: dict[int, torch.Tensor] = {}
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        pool = None
+        for size in reversed([size for size in BUCKETS if size <= session_len]):
+            self._forward(size)  # compiles and loads what this bucket needs
+            torch.cuda.synchronize(device)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                self._logits[size] = self._forward(size)
+            pool = graph.pool()
+            self._graphs[size] = graph
+        torch.cuda.synchronize(device)
+        logger.info("%d CUDA graphs of short prompts in %.1f s", len(self._graphs), time.monotonic() - begun)
+
+    @property
+    def max_tokens(self) -> int:
+        return max(self._graphs, default=0)
+
+    def _forward(self, size: int) -> torch.Tensor:
+        token_ids, batch, last = self._slots.chunk_inputs(self._inputs, size)
+        x, residual = self._decoder.hidden_states(token_ids, batch, self._kv.k, self._kv.v)
+        return self._decoder.logits(x[last], residual[last])
+
+    def logits(self, slot: int, start: int, num_tokens: int) -> torch.Tensor:
+        """Of the chunk's last token, at most `max_tokens` after its first: [1, vocab_size], valid until the next call."""
+        bucket = min(size for size in self._graphs if size >= num_tokens)
+        self._inputs.copy_(to_device(np.array((slot, start, num_tokens), np.int64), self._device))
+        self._graphs[bucket].replay()
+        return self._logits[bucket]
+
+    def close(self) -> None:
+        self._graphs.clear()
+        self._logits.clear()
