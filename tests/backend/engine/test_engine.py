@@ -1,6 +1,7 @@
 """An engine that launches steps ahead gives what one gives that waits for each: every way to sample, with preemption and stops."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -83,9 +84,9 @@ def test_what_changes_the_model_itself_is_taken_from_the_environment_too(weights
 
     made = []
 
-    def record(model: object, config: object, folder: Path, *, reference_ops: bool) -> ModelRunner:
+    def record(model: object, config: object, folder: Path, *, reference_ops: bool, **more: Any) -> ModelRunner:
         made.append((model, reference_ops))
-        return ModelRunner(model, config, folder, reference_ops=reference_ops)  # type: ignore[arg-type]
+        return ModelRunner(model, config, folder, reference_ops=reference_ops, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(model_runner, "ModelRunner", record)
     changed = {"rope_scaling_factor": "2.5", "use_logn_attn": "1", "backend": "pytorch"}
