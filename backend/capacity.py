@@ -35,8 +35,8 @@ GIB = 2**30
 WEIGHT_BITS: Mapping[str, float] = {"none": 16, "awq": 4 + 32 / 128, "w8a8": 8, "fp8": 8}
 #: quant_policy -> bits a key or value takes, and bytes of a key's and its value's scales and zeros: an fp16 pair of each token and head,
 #: two of 4 bit keys.
-KV_BITS: Mapping[int, int] = {0: 16, 8: 8, 4: 4}
-KV_SCALE_BYTES: Mapping[int, int] = {0: 0, 8: 8, 4: 12}
+KV_BITS: Mapping[int, int] = {0: 16, 8: 8, 16: 8, 4: 4}
+KV_SCALE_BYTES: Mapping[int, int] = {0: 0, 8: 8, 16: 8, 4: 12}
 #: Device memory that is neither weights nor KV: context, activations of a prefill chunk, graphs.
 RESERVE_BYTES = 2 * GIB
 #: Products of at most so many rows reach this share of the rate of large ones (596 of 670 TFLOP/s at 256 rows on an H200).

@@ -30,7 +30,7 @@ __all__ = ["DETERMINISTIC"]
 def fixed_order_product(x: torch.Tensor, weight: LinearWeight) -> torch.Tensor:
     """Every weight but int8, whose sums are exact, through the one kernel; quantised ones widened first."""
     if isinstance(weight, W8A8Weight):
-        return w8a8_linear(quantize_rows(x, weight.weight.dtype), weight, exact=True)
+        return w8a8_linear(quantize_rows(x, weight.weight.dtype), weight)
     if isinstance(weight, DenseWeight):
         return fixed_order_linear.linear(x, weight.weight, weight.bias)
     if isinstance(weight, W4A16Tiles):

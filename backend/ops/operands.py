@@ -166,6 +166,8 @@ class QuantizedPages:
         scale = (max - min) / (2^bits - 1) and zero = min over a part of head_dim, both rounded to the compute dtype
         q = round_half_even((x - zero) / scale) in [0, 2^bits - 1] (0 where scale is 0);     x' = q * scale + zero
 
+    e4m3: scale = max |x| / 448, zero = 0, and q is the nearest float8 e4m3 number to x / scale, as its byte (bits 8, one part).
+
     A part is the whole head, or each of its halves: 4 bit keys need the finer one. Readers take x' for the key: softmax does not see a
     vector that is missing from every key.
 
@@ -179,6 +181,7 @@ class QuantizedPages:
     params: torch.Tensor
     bits: int
     offset: torch.Tensor | None = None
+    e4m3: bool = False
 
     @property
     def num_parts(self) -> int:

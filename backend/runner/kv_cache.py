@@ -4,10 +4,11 @@
     dense    tensor, compute dtype                                head_dim * itemsize
     int8     QuantizedPages, 8 bit, (scale, zero) a token         head_dim + 2 itemsize
     int4     QuantizedPages, 4 bit, (scale, zero) a token         head_dim / 2 + 2 itemsize; keys 4, for each half of a head
+    fp8      QuantizedPages, float8 e4m3, a scale a token         head_dim + 2 itemsize
     static   StaticInt8Pages, scales from files                   head_dim
 
-quant_policy chooses: 0 dense, 8 int8, 4 int4, or static where the workspace has `layers.i.past_kv_scale.r.weight` files (what
-quant_policy 4 meant in LMDeploy v0.3). A block id names the same block in every layer. Which sequence holds which block is the
+quant_policy chooses: 0 dense, 8 int8, 16 fp8 (ours), 4 int4, or static where the workspace has `layers.i.past_kv_scale.r.weight` files
+(what quant_policy 4 meant in LMDeploy v0.3). A block id names the same block in every layer. Which sequence holds which block is the
 scheduler's business. The pool starts as zeros: masked positions are multiplied by zero weights, and zero times NaN would be NaN.
 """
 
@@ -28,6 +29,8 @@ from turbotriton.contract.layout import kv_scale_file
 __all__ = ["KvCache", "KvScales", "allocate_kv_cache", "kv_block_bytes", "num_kv_blocks", "read_kv_scales"]
 
 logger = logging.getLogger(__name__)
+
+FP8_POLICY = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +64,8 @@ def allocate_kv_cache(
 
     Raises ConfigError when the pool would not hold one sequence of session_len.
     """
-    bits = 8 if scales is not None else engine.quant_policy
+    is_fp8 = engine.quant_policy == FP8_POLICY
+    bits = 8 if scales is not None or is_fp8 else engine.quant_policy
     block_bytes = kv_block_bytes(model, engine, dtype, bits, with_params=scales is None)
     num_blocks = num_kv_blocks(engine, free_memory_bytes(device), block_bytes, cap=device.type == "cpu")
     shape = (model.num_layers, num_blocks, model.num_kv_heads, engine.cache_block_seq_len)
@@ -71,13 +75,15 @@ def allocate_kv_cache(
             return list(torch.zeros((*shape, model.head_dim), device=device, dtype=dtype))
         data = torch.zeros((*shape, model.head_dim * bits // 8), device=device, dtype=torch.uint8)
         params = torch.zeros((*shape, 2 * num_parts), device=device, dtype=dtype)
-        return [QuantizedPages(d, p, bits, offset) for d, p, offset in zip(data, params, offsets, strict=False)]
+        return [QuantizedPages(d, p, bits, offset, is_fp8) for d, p, offset in zip(data, params, offsets, strict=False)]
 
     def static_pool(scale: torch.Tensor, zero: torch.Tensor) -> list[KvPages]:
         data = torch.zeros((*shape, model.head_dim), device=device, dtype=torch.uint8)
         return [StaticInt8Pages(*parts) for parts in zip(data, scale.to(device), zero.to(device), strict=True)]
 
-    kind = "static int8" if scales is not None else f"int{bits}" if bits else str(dtype).removeprefix("torch.")
+    kind = (
+        "static int8" if scales is not None else "fp8" if is_fp8 else f"int{bits}" if bits else str(dtype).removeprefix("torch.")
+    )
     logger.info("KV cache: %d blocks of %d tokens in %s on %s", num_blocks, engine.cache_block_seq_len, kind, device)
     if scales is not None:
         k, v = static_pool(scales.k_scale, scales.k_zero), static_pool(scales.v_scale, scales.v_zero)

@@ -34,7 +34,7 @@ import torch
 from make_checkpoint import make_checkpoint
 
 from turbotriton.backend.engine.engine import Engine
-from turbotriton.backend.runner.kv_cache import kv_block_bytes
+from turbotriton.backend.runner.kv_cache import FP8_POLICY, kv_block_bytes
 from turbotriton.backend.runner.model_runner import ModelRunner, resolve_compute_dtype, resolve_device
 from turbotriton.backend.runner.weights import DTYPES
 from turbotriton.contract.ini import read_workspace_config
@@ -157,7 +157,7 @@ def num_long_requests(engine: Engine, folder: Path, options: dict[str, str]) -> 
     workspace = read_workspace_config(folder / "config.ini")
     model, config = workspace.model_config(), workspace.engine_config(options.get)
     dtype = DTYPES[resolve_compute_dtype(config.compute_dtype, model.float_type, resolve_device(config.device))]
-    block_bytes = kv_block_bytes(model, config, dtype, config.quant_policy)
+    block_bytes = kv_block_bytes(model, config, dtype, 8 if config.quant_policy == FP8_POLICY else config.quant_policy)
     blocks = -(-sum(LONG) // config.cache_block_seq_len)
     count = min(LONG_KV_BYTES // block_bytes // blocks, engine.info(0).num_blocks // blocks, config.max_batch_size)
     if count < 1:

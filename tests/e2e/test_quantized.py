@@ -70,7 +70,7 @@ def test_quantised_weights_answer_through_the_server(workspace: Workspace, kind:
     check(ask(workspace(kind)))
 
 
-@pytest.mark.parametrize("quant_policy", ["8", "4"])
+@pytest.mark.parametrize("quant_policy", ["8", "4", "16"])
 def test_quantised_kv_answers_through_the_server(workspace: Workspace, quant_policy: str) -> None:
     check(ask(workspace("dense"), quant_policy=quant_policy))
 

@@ -93,20 +93,19 @@ def quantised_linears(m: Maker) -> None:
             quantize_rows.rms_norm_rows(x, gain, 1e-5, x, dtype)
             quantize_rows.silu_and_mul_rows(gate_up, dtype)
             w8a8_linear.w8a8_linear(quantize_rows.quantize_rows(x, dtype), weight)
-        w8a8_linear.w8a8_linear(quantize_rows.quantize_rows(x, torch.int8), int8, exact=True)
 
 
 def quantised_pages(m: Maker, kind: str, num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int):
     """Keys and values; 4 bit keys as the engine keeps them, in two parts and less an offset."""
-    width = head_dim // 2 if kind == "4" else head_dim
+    width, bits = (head_dim // 2, 4) if kind == "4" else (head_dim, 8)
     k_data, v_data = (m.zeros(num_blocks, num_kv_heads, block_size, width, dtype=torch.uint8) for _ in "kv")
     if kind == "static":
         scale = m.zeros(num_kv_heads, dtype=torch.float32)
         return StaticInt8Pages(k_data, scale, scale.clone()), StaticInt8Pages(v_data, scale, scale.clone())
     offset = m.zeros(num_kv_heads, head_dim, dtype=torch.float32) if kind == "4" else None
     num_parts = 2 if kind == "4" else 1
-    k = QuantizedPages(k_data, m.zeros(num_blocks, num_kv_heads, block_size, 2 * num_parts), int(kind), offset)
-    return k, QuantizedPages(v_data, m.zeros(num_blocks, num_kv_heads, block_size, 2), int(kind))
+    k = QuantizedPages(k_data, m.zeros(num_blocks, num_kv_heads, block_size, 2 * num_parts), bits, offset, kind == "fp8")
+    return k, QuantizedPages(v_data, m.zeros(num_blocks, num_kv_heads, block_size, 2), bits, None, kind == "fp8")
 
 
 def stores(m: Maker) -> None:
@@ -122,7 +121,7 @@ def stores(m: Maker) -> None:
                 m.zeros(num_tokens, 72), None, m.zeros(72), 1e-5, weight, None, *rest[1:], k_cache, v_cache, slots
             )
         rotary_store_kv.rotary_store_kv(*rest, k_cache, v_cache, slots, num_heads, num_kv_heads)
-        for kind in ("8", "4", "static"):
+        for kind in ("8", "4", "fp8", "static"):
             k, v = quantised_pages(m, kind, 2, num_kv_heads, 5, head_dim)
             rotary_store_quantized_kv.rotary_store_quantized_kv(*rest, k, v, slots, num_heads, num_kv_heads)
 
@@ -140,7 +139,7 @@ def attentions(m: Maker) -> None:
         queries = m.zeros(block_size * 5 + 41, num_heads, head_dim)
         rest = (tables, lens, bounds, 0.1, window)
         paged_prefill_attention.paged_prefill_attention(queries, k_cache, v_cache, *rest)
-        for kind in ("8", "4", "static"):
+        for kind in ("8", "4", "fp8", "static"):
             k, v = quantised_pages(m, kind, 96, num_kv_heads, block_size, head_dim)
             quantized_decode_attention.quantized_decode_attention(q, k, v, tables, lens, 0.1, window)
             quantized_prefill_attention.quantized_prefill_attention(queries, k, v, *rest, prefills)

@@ -22,6 +22,7 @@ FORMS: Mapping[str, tuple[str, int]] = {
     "W8A8 int8": ("int8", 0),
     "W8A8 FP8": ("fp8", 0),
     "KV int8": ("dense", 8),
+    "KV FP8": ("dense", 16),
     "KV int4": ("dense", 4),
     "KV int8, static scales": ("static", 4),
     "AWQ + KV int8": ("awq", 8),

@@ -14,7 +14,15 @@ from turbotriton.demo import checkpoint_path
 torch.set_num_threads(1)
 
 #: perplexity may rise by, against 16 bit
-RISE = {"AWQ": 0.03, "W8A8 int8": 0.015, "W8A8 FP8": 0.015, "KV int8": 0.003, "KV int8, static scales": 0.003, "KV int4": 0.03}
+RISE = {
+    "AWQ": 0.03,
+    "W8A8 int8": 0.015,
+    "W8A8 FP8": 0.015,
+    "KV int8": 0.003,
+    "KV int8, static scales": 0.003,
+    "KV FP8": 0.015,
+    "KV int4": 0.03,
+}
 RIGHT = 0.93
 
 
@@ -57,7 +65,7 @@ def test_the_demo_models_own_questions_stay_right(forms: DemoForms, name: str) -
 
 @pytest.mark.parametrize(
     ("weights", "quant_policy", "rise"),
-    [("dense", 8, 0.003), ("dense", 4, 0.03), ("int8", 0, 0.015)],
+    [("dense", 8, 0.003), ("dense", 4, 0.03), ("dense", 16, 0.015), ("int8", 0, 0.015)],
 )
 def test_stories260k_on_stories_of_its_own(assets: Path, tmp_path: Path, weights: str, quant_policy: int, rise: float) -> None:
     model = assets / "models" / "stories260K"

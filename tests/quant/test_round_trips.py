@@ -144,7 +144,7 @@ def test_gptq_with_the_same_values_gives_the_same_files(
 
 
 @pytest.mark.parametrize("kind", COMMANDS)
-@pytest.mark.parametrize("quant_policy", ["0", "8", "4"])
+@pytest.mark.parametrize("quant_policy", ["0", "8", "4", "16"])
 def test_the_engine_answers_a_batch_as_it_answers_each_prompt_alone(
     checkpoints: Checkpoints, kind: str, quant_policy: str, tmp_path: Path
 ) -> None:

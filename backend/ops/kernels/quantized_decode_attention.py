@@ -17,6 +17,8 @@ of the dims of a product is free: keys and values see no shared memory. With lan
     K  8 keys:  lane (g, t) loads bytes 4 NW t .. 4 NW (t + 1) of key g                  `k_dims`: which dim stands where in the product
     V  16 keys: lane (g, t) loads bytes 4 VW g .. 4 VW (g + 1) of keys 4 t .. 4 t + 3    `v_dims`
 
+float8 e4m3: bits shifted into an fp16 number are 2^-8 of it, nothing is added, zeros are 0.
+
 The next tile's keys are loaded while this one is worked on. Scores, softmax and sums in fp32; q' and P' are rounded to fp16, in fp32
 models to nothing. What lies in a block past the context is read and left out; other blocks are not touched.
 """
@@ -64,6 +66,20 @@ _WIDEN_4 = tl.constexpr("""{
     lop3.b32 $3, u, 0x000F000F, 0x64006400, 0xEA;
     lop3.b32 $7, u, 0x00F000F0, 0x64006400, 0xEA;
 }""")
+#: $0..$3: the e4m3 bytes 0..3 of the words $4 and $5 as fp16 numbers of the same bits, which are 2^-8 of theirs.
+_WIDEN_E4M3 = tl.constexpr(
+    "{\n    .reg .b32 u, w, m;\n"
+    + "".join(
+        f"    prmt.b32 u, $4, $5, {pair};\n"
+        + "".join(
+            f"    prmt.b32 w, u, 0, {place};\n    shr.b32 m, w, 1;\n    and.b32 m, m, 0x3F803F80;\n"
+            f"    lop3.b32 ${out}, w, 0x80008000, m, 0xEA;\n"
+            for out, place in ((first, "0x1404"), (first + 1, "0x3424"))
+        )
+        for first, pair in ((0, "0x5140"), (2, "0x7362"))
+    )
+    + "}"
+)
 _CONSTRAINTS_8 = tl.constexpr(",".join(["=&r"] * 4 + ["r"] * 2))
 _CONSTRAINTS_4 = tl.constexpr(",".join(["=&r"] * 8 + ["r"] * 2))
 
@@ -97,14 +113,17 @@ def _four(a, b, c, d):
 
 
 @triton.jit
-def _widened(words, BITS: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr):
+def _widened(words, BITS: tl.constexpr, E4M3: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr):
     """words: int32 [...], an even number along the last dim -> two tensors [..., 2, 2] of `dtype`, a byte's index in the last two dims.
 
     8 bit: the bytes, and the same again. 4 bit: low nibbles and 16 times the high ones. fp16: plus 1024; the asm takes words in pairs.
+    e4m3: 2^-8 of the numbers that the bytes are.
     """
     if ASM:
         if BITS == 8:
-            a, b, c, d = tl.inline_asm_elementwise(_WIDEN_8, _CONSTRAINTS_8, [words], (tl.float16,) * 4, is_pure=True, pack=2)
+            a, b, c, d = tl.inline_asm_elementwise(
+                _WIDEN_E4M3 if E4M3 else _WIDEN_8, _CONSTRAINTS_8, [words], (tl.float16,) * 4, is_pure=True, pack=2
+            )
             low = _four(a, b, c, d)
             high = low
         else:
@@ -120,8 +139,12 @@ def _widened(words, BITS: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr):
         high = low
         if BITS == 4:
             high = _four((words >> 4) & 15, (words >> 12) & 15, (words >> 20) & 15, (words >> 28) & 15) * 16
-        low = (low + offset).to(dtype)
-        high = (high + offset).to(dtype)
+        if E4M3:
+            low = (((low & 128) << 8) | ((low & 127) << 7)).to(tl.int16).to(tl.float16, bitcast=True).to(dtype)
+            high = low
+        else:
+            low = (low + offset).to(dtype)
+            high = (high + offset).to(dtype)
     return low, high
 
 
@@ -209,6 +232,7 @@ def _quantized_split_kernel(
     BITS: tl.constexpr,
     STATIC: tl.constexpr,
     HALVES: tl.constexpr,
+    E4M3: tl.constexpr,
     ONE_SPLIT: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -236,7 +260,8 @@ def _quantized_split_kernel(
 
     q_dtype: tl.constexpr = q_ptr.dtype.element_ty
     dtype: tl.constexpr = tl.float32 if q_dtype == tl.float32 else tl.float16
-    PLUS: tl.constexpr = 0.0 if dtype == tl.float32 else 1024.0
+    PLUS: tl.constexpr = 0.0 if dtype == tl.float32 or E4M3 else 1024.0
+    UNIT: tl.constexpr = 256.0 if E4M3 else 1.0  # of a widened number
     LEEWAY: tl.constexpr = 8.0
     HIGH: tl.constexpr = 1 / 16 if BITS == 4 else 1.0
     HALF: tl.constexpr = HEAD_DIM // 2
@@ -324,9 +349,9 @@ def _quantized_split_kernel(
             v_scale, v_zero = _params(v_at, v_rows, 0, q_dtype)
             if HALVES:
                 k_scale_hi, k_zero_hi = _params(k_at, k_rows, 1, q_dtype)
-        k_lo, k_hi = _widened(k_words, BITS, dtype, ASM)  # [32 N8, NW, 2, 2]
+        k_lo, k_hi = _widened(k_words, BITS, E4M3, dtype, ASM)  # [32 N8, NW, 2, 2]
         if BITS == 8:
-            k_hi, _ = _widened(k_words_hi, BITS, dtype, ASM)
+            k_hi, _ = _widened(k_words_hi, BITS, E4M3, dtype, ASM)
         products = tl.dot(_key_operand(k_lo), q_lo, input_precision="ieee")  # [BLOCK_N, BLOCK_G]
         if HALVES:
             products_hi = tl.dot(_key_operand(k_hi), q_hi, input_precision="ieee")
@@ -338,6 +363,7 @@ def _quantized_split_kernel(
                 products = tl.dot(_key_operand(k_hi), q_hi, acc=products, input_precision="ieee")
             else:
                 products += HIGH * tl.dot(_key_operand(k_hi), q_hi, input_precision="ieee")
+            k_scale_lo *= UNIT
             products -= (PLUS * (sum_lo + HIGH * sum_hi))[None, :]
             scores = products * k_scale_lo[:, None] + (sum_lo + sum_hi)[None, :] * k_zero_lo[:, None]
         next_tile = tl.minimum(tile + BLOCK_N, last // BLOCK_N * BLOCK_N)
@@ -373,16 +399,16 @@ def _quantized_split_kernel(
         rounded = weights.to(dtype)
         if PLUS > 0:
             of_ones = tl.dot(tl.full((16, BLOCK_N), 1.0, dtype), rounded, acc=of_ones)
-        v_lo, v_hi = _widened(v_words, BITS, dtype, ASM)  # [32 N8, VW, 2, 2, 2]
+        v_lo, v_hi = _widened(v_words, BITS, E4M3, dtype, ASM)  # [32 N8, VW, 2, 2, 2]
         if BITS == 8:
-            v_hi, _ = _widened(v_words_hi, BITS, dtype, ASM)
+            v_hi, _ = _widened(v_words_hi, BITS, E4M3, dtype, ASM)
         acc_lo = tl.dot(_value_operand(v_lo), rounded, acc=acc_lo, input_precision="ieee")
         acc_hi = tl.dot(_value_operand(v_hi), rounded, acc=acc_hi, input_precision="ieee")
 
     plus = PLUS * tl.sum(of_ones, axis=0) / 16
     share = 1.0 / tl.where(total > 0, total, 1.0)  # total is 0 only for a sequence of no keys: zeros
-    acc_lo = (acc_lo + (of_zeros - plus)[None, :]) * share[None, :]
-    acc_hi = ((acc_hi - plus[None, :]) * HIGH + of_zeros[None, :]) * share[None, :]
+    acc_lo = ((acc_lo - plus[None, :]) * UNIT + of_zeros[None, :]) * share[None, :]
+    acc_hi = ((acc_hi - plus[None, :]) * (HIGH * UNIT) + of_zeros[None, :]) * share[None, :]
     mask = mask_g[None, :] & (v_dims < HALF)[:, None]
     if num_used <= 1:
         out_ptrs = out_ptr + ((sequence * NUM_HEADS + heads) * HEAD_DIM)[None, :] + v_dims[:, None]
@@ -494,6 +520,7 @@ def quantized_decode_attention(
         BITS=bits,
         STATIC=isinstance(k_pages, StaticInt8Pages),
         HALVES=isinstance(k_pages, QuantizedPages) and k_pages.num_parts == 2,
+        E4M3=isinstance(k_pages, QuantizedPages) and k_pages.e4m3,
         ONE_SPLIT=one_split,
         MIN_SPLIT=config.min_split_tokens,
         BLOCK_G=config.block_g,

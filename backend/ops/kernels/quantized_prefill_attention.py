@@ -30,6 +30,13 @@ MAX_SCRATCH_BYTES = 512 << 20
 
 
 @triton.jit
+def _from_e4m3(codes):
+    """Bytes of float8 e4m3 as fp32: an fp16 number of the same bits has an exponent that is 8 less."""
+    wide = codes.to(tl.int16)
+    return (((wide & 128) << 8) | ((wide & 127) << 7)).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+
+
+@triton.jit
 def _widen_block(
     data_ptr,
     params_ptr,
@@ -43,6 +50,7 @@ def _widen_block(
     BITS: tl.constexpr,
     STATIC: tl.constexpr,
     HALVES: tl.constexpr,
+    E4M3: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
 ):
@@ -74,6 +82,9 @@ def _widen_block(
         if HALVES:
             scale_hi = tl.load(params_ptrs + 2, mask=mask_t, other=0.0).to(tl.float32)
             zero_hi = tl.load(params_ptrs + 3, mask=mask_t, other=0.0).to(tl.float32)
+    if E4M3:
+        lo = _from_e4m3(lo)
+        hi = _from_e4m3(hi)
     out_ptrs = out_ptr + offs_t[:, None] * HEAD_DIM + offs_half[None, :]
     dtype = out_ptr.dtype.element_ty
     tl.store(out_ptrs, (lo.to(tl.float32) * scale[:, None] + zero[:, None]).to(dtype), mask=mask_lo)
@@ -113,6 +124,7 @@ def _widen_pages_kernel(
     BITS: tl.constexpr,
     STATIC: tl.constexpr,
     HALVES: tl.constexpr,
+    E4M3: tl.constexpr,
     ROWS_AT_ONCE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
@@ -158,6 +170,7 @@ def _widen_pages_kernel(
         BITS,
         STATIC,
         HALVES,
+        E4M3,
         BLOCK_T,
         BLOCK_HALF,
     )
@@ -174,6 +187,7 @@ def _widen_pages_kernel(
         BITS,
         STATIC,
         False,
+        E4M3,
         BLOCK_T,
         BLOCK_HALF,
     )
@@ -276,6 +290,7 @@ def _widened(
         BITS=_bits(k_pages),
         STATIC=isinstance(k_pages, StaticInt8Pages),
         HALVES=isinstance(k_pages, QuantizedPages) and k_pages.num_parts == 2,
+        E4M3=isinstance(k_pages, QuantizedPages) and k_pages.e4m3,
         ROWS_AT_ONCE=32,
         BLOCK_T=next_power_of_2(block_size),
         BLOCK_HALF=next_power_of_2((head_dim + 1) // 2),

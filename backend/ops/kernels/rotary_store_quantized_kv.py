@@ -55,6 +55,16 @@ def _steps(x, zero, scale, middle, STEPS: tl.constexpr):
 
 
 @triton.jit
+def _e4m3(x):
+    """The byte of the nearest float8 e4m3 number, ties to even, |x| <= 448 after a clamp: by bits, the same on every chip."""
+    bits = tl.minimum(tl.abs(x), 448.0).to(tl.int32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960  # exponents are 120 apart; three of 23 bits of mantissa stay
+    small = _round(tl.minimum(tl.abs(x), 1.0) * 512.0).to(tl.int32)  # below 2^-6: units of 2^-9
+    sign = (x.to(tl.int32, bitcast=True) >> 24) & 128
+    return (tl.where(tl.abs(x) < 0.015625, small, normal) | sign).to(tl.uint8)
+
+
+@triton.jit
 def _positive(scale):
     """0 makes every number 0, as infinity does."""
     return tl.where(scale > 0, scale, float("inf"))
@@ -95,6 +105,7 @@ def _rotary_store_quantized_kv_kernel(
     BITS: tl.constexpr,
     STATIC: tl.constexpr,
     HALVES: tl.constexpr,
+    E4M3: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
     HAS_Q_SCALE: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -185,7 +196,12 @@ def _rotary_store_quantized_kv_kernel(
         else:
             low_lo, low_hi, high_lo, high_hi = low, low, high, high
         stored_type = scale_ptr.dtype.element_ty
-        scale_lo = tl.div_rn(high_lo - low_lo, low_lo * 0 + STEPS).to(stored_type)
+        if E4M3:
+            largest = tl.maximum(high, -low)
+            scale_lo = tl.div_rn(largest, largest * 0 + 448.0).to(stored_type)
+            low_lo = low * 0
+        else:
+            scale_lo = tl.div_rn(high_lo - low_lo, low_lo * 0 + STEPS).to(stored_type)
         scale_hi = tl.div_rn(high_hi - low_hi, low_hi * 0 + STEPS).to(stored_type)
         zero_lo = low_lo.to(stored_type)
         zero_hi = low_hi.to(stored_type)
@@ -194,8 +210,13 @@ def _rotary_store_quantized_kv_kernel(
         if HALVES:
             tl.store(scale_ptr + params + 2, scale_hi, mask=mask_k)
             tl.store(scale_ptr + params + 3, zero_hi, mask=mask_k)
-        lo = _steps(lo, zero_lo.to(tl.float32), _positive(scale_lo.to(tl.float32)), 0.0, STEPS)
-        hi = _steps(hi, zero_hi.to(tl.float32), _positive(scale_hi.to(tl.float32)), 0.0, STEPS)
+        if E4M3:
+            step = _positive(scale_lo.to(tl.float32))
+            lo = _e4m3(tl.div_rn(lo, step + lo * 0))
+            hi = _e4m3(tl.div_rn(hi, step + hi * 0))
+        else:
+            lo = _steps(lo, zero_lo.to(tl.float32), _positive(scale_lo.to(tl.float32)), 0.0, STEPS)
+            hi = _steps(hi, zero_hi.to(tl.float32), _positive(scale_hi.to(tl.float32)), 0.0, STEPS)
     target_ptr = data_ptr + block * stride_data_block + heads * stride_data_head + offset * stride_data_token + offs_half
     if BITS == 4:
         tl.store(target_ptr, lo | (hi << 4), mask=mask_h & mask_lo)
@@ -276,6 +297,7 @@ def rotary_store_quantized_kv(
         BITS=bits,
         STATIC=static,
         HALVES=isinstance(k_cache, QuantizedPages) and k_cache.num_parts == 2,
+        E4M3=isinstance(k_cache, QuantizedPages) and k_cache.e4m3,
         HAS_OFFSET=offset is not None,
         HAS_Q_SCALE=q_scale is not None,
         BLOCK_H=config.block_h,

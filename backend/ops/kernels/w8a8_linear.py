@@ -2,6 +2,8 @@
 
     y = (x8 W8) * s_x * scale + b            integer sums are exact, e4m3's are fp32 as the matrix instruction makes them
 
+Integers are added up as such by all that share a sum, so an int8 result does not depend on the number of rows.
+
 Tiling: a program owns a tile BLOCK_M x BLOCK_N of y and walks down K; where that leaves multiprocessors idle, NUM_SPLITS programs share
 the inputs of a tile (split_sum.py). Programs go by groups of GROUP_M row blocks, so that those which run at once read few columns:
 
@@ -14,8 +16,6 @@ With tensor descriptors the copy engine fetches the tiles (sm_90 on), and thread
 
 e4m3 with many rows is cuBLAS's, through torch, where it can be: bf16 results and sizes that are multiples of 16.
 """
-
-import dataclasses
 
 import torch
 import triton
@@ -109,11 +109,10 @@ def _w8a8_linear_kernel(
         tl.store(y_rows_ptr, y.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
 
-def w8a8_linear(x: QuantizedRows, weight: W8A8Weight | Fp8Weight, *, exact: bool = False) -> torch.Tensor:
+def w8a8_linear(x: QuantizedRows, weight: W8A8Weight | Fp8Weight) -> torch.Tensor:
     """Launch on the current device and stream; nothing is read back.
 
     weight: of the values' dtype; any strides, best contiguous along in_features
-    exact: of int8, no sum is shared by programs, which add up in fp32: it is then exact whatever the number of rows
 
     Returns [num_rows, out_features], contiguous, in the dtype that x was made from. num_rows may be 0.
     """
@@ -132,7 +131,7 @@ def w8a8_linear(x: QuantizedRows, weight: W8A8Weight | Fp8Weight, *, exact: bool
             out_dtype=x.dtype,
             use_fast_accum=FP8_FAST_ACCUMULATION,
         )[: x.num_rows]
-    return _linear(x, weight, exact=exact)
+    return _linear(x, weight)
 
 
 def _is_for_cublas(x: QuantizedRows, weight: Fp8Weight) -> bool:
@@ -140,14 +139,12 @@ def _is_for_cublas(x: QuantizedRows, weight: Fp8Weight) -> bool:
     return has_pdl(x.values.device) and x.dtype is torch.bfloat16 and k % 16 == n % 16 == 0 and weight.weight.stride(0) == 1
 
 
-def _linear(x: QuantizedRows, weight: W8A8Weight | Fp8Weight, *, exact: bool) -> torch.Tensor:
+def _linear(x: QuantizedRows, weight: W8A8Weight | Fp8Weight) -> torch.Tensor:
     k, n = weight.weight.shape
     device = x.values.device
     y = torch.empty((x.num_rows, n), dtype=x.dtype, device=device)
     has_descriptors = has_pdl(device) and k % 16 == 0 and weight.weight.stride(0) == 1
     config = w8a8_linear_config(x.num_rows, n, k, num_sms(device), has_descriptors=has_descriptors)
-    if exact:
-        config = dataclasses.replace(config, num_splits=1)
     x_values, w_values = x.values, weight.weight
     if config.descriptors:
         x_values = TensorDescriptor.from_tensor(x_values, [config.block_m, config.block_k])

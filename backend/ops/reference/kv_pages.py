@@ -5,7 +5,10 @@ import torch
 from ..operands import KvPages, QuantizedPages, StaticInt8Pages
 from .primitives import rotary_store_kv
 
-__all__ = ["gathered_pages", "page_shape", "quantized_tokens", "rotary_store_quantized_kv", "store_pages"]
+__all__ = ["e4m3_tokens", "gathered_pages", "page_shape", "quantized_tokens", "rotary_store_quantized_kv", "store_pages"]
+
+
+E4M3_MAX = 448.0
 
 
 def page_shape(pages: KvPages) -> tuple[int, int, int, int]:
@@ -51,7 +54,8 @@ def store_pages(pages: KvPages, slot_mapping: torch.Tensor, values: torch.Tensor
     else:
         if pages.offset is not None:
             values = values.float() - pages.offset
-        data, params = quantized_tokens(values, pages.bits, pages.params.dtype, pages.num_parts)
+        dtype = pages.params.dtype
+        data, params = e4m3_tokens(values, dtype) if pages.e4m3 else quantized_tokens(values, pages.bits, dtype, pages.num_parts)
         pages.data[block, :, offset] = data
         pages.params[block, :, offset] = params
 
@@ -71,6 +75,15 @@ def quantized_tokens(
     return q, params.flatten(-2)
 
 
+def e4m3_tokens(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """values: [..., head_dim] -> (bytes of float8 e4m3, of the same shape, params [..., 2] in `dtype`: scale and 0)."""
+    wide = values.float()
+    scale = (wide.abs().amax(dim=-1, keepdim=True) / E4M3_MAX).to(dtype)
+    steps = scale.float()
+    q = (wide / steps.where(steps > 0, torch.inf)).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    return q.view(torch.uint8), torch.cat((scale, torch.zeros_like(scale)), dim=-1)
+
+
 def gathered_pages(pages: QuantizedPages | StaticInt8Pages, blocks: torch.Tensor) -> torch.Tensor:
     """The values of `blocks`, keys less their offset: [num] int64 -> [num, num_kv_heads, block_size, head_dim], fp32."""
     data = pages.data[blocks]
@@ -80,5 +93,7 @@ def gathered_pages(pages: QuantizedPages | StaticInt8Pages, blocks: torch.Tensor
         data = torch.cat((data & 0xF, data >> 4), dim=-1)
     params = pages.params[blocks].float()
     scale, zero = params.view(*params.shape[:-1], pages.num_parts, 2).chunk(2, dim=-1)  # [..., num_parts, 1]
+    if pages.e4m3:
+        data = data.view(torch.float8_e4m3fn)
     parts = data.float().reshape(*data.shape[:-1], pages.num_parts, -1)
     return (parts * scale + zero).flatten(-2)

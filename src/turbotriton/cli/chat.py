@@ -52,7 +52,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--max-batch-size", type=int, default=128, help="most requests running at once")
     add("--cache-max-entry-count", type=float, default=0.8, help="KV cache: share of free memory below 1, else number of blocks")
     add("--model-format", choices=MODEL_FORMATS, help="format of a checkpoint (default: by its files)")
-    add("--quant-policy", type=int, choices=(0, 4, 8), default=0, help="bits of the KV cache; 0: as the weights")
+    add("--quant-policy", type=int, choices=(0, 4, 8, 16), default=0, help="KV cache: 8 int8, 16 fp8, 4 int4, 0 as the weights")
     add("--rope-scaling-factor", type=float, default=0.0, help="0: the model's own")
     add("--tp", type=int, default=1, help="GPUs; this version runs on one")
     add("--adapters", nargs="*", help="LoRA adapters; not part of this version")

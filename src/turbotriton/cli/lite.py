@@ -160,7 +160,7 @@ def _add_report(children: "Subparsers[argparse.ArgumentParser]") -> None:
     add("--text", required=True, help="what --calib-dataset takes: a file, a folder, or a name")
     add("--seqlen", type=int, default=512, help="tokens a window (default: %(default)s)")
     add("--num-tokens", type=int, default=32768, help="tokens at most, from the text's beginning (default: %(default)s)")
-    add("--quant-policy", type=int, choices=(0, 4, 8), help="KV format of QUANTIZED (default: its config.ini's)")
+    add("--quant-policy", type=int, choices=(0, 4, 8, 16), help="KV format of QUANTIZED (default: its config.ini's)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     add("--plot", type=Path, help="write the spread of the divergence as SVG")
     add("--json", type=Path, help="write the numbers")

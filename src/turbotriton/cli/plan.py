@@ -33,7 +33,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--tp", type=int, choices=(1, 2, 4, 8), default=1, help="GPUs that share the model")
     parser.add_argument("--quant", choices=tuple(WEIGHT_BITS), default="none", help="format of the linears' weights")
     parser.add_argument(
-        "--quant-policy", type=int, choices=tuple(KV_BITS), default=0, help="KV cache: 0: 16 bit, 8: int8, 4: int4"
+        "--quant-policy", type=int, choices=tuple(KV_BITS), default=0, help="KV cache: 0: 16 bit, 8: int8, 16: fp8, 4: int4"
     )
     parser.add_argument("--session-len", type=int, default=None, help="longest sequence in tokens (unset: the model's)")
     parser.add_argument(

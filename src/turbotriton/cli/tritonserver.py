@@ -46,7 +46,7 @@ ENGINE_FLAGS: dict[str, tuple[type, str]] = {
     "num_tokens_per_iter": (int, "token budget of one step"),
     "compute_dtype": (str, "auto, fp16, bf16 or fp32"),
     "device": (str, "auto, cpu, cuda or cuda:N"),
-    "quant_policy": (int, "bits of keys and values: 8, 4, or 0 for 16"),
+    "quant_policy": (int, "keys and values: 8 (int8), 16 (fp8), 4 (int4), or 0 for 16 bit"),
     "enable_prefix_caching": (int, "1 or 0"),
     "cuda_graphs": (int, "1 or 0: decode steps on a GPU replay captured graphs"),
     "rope_scaling_factor": (float, "0: the model's own"),

@@ -34,7 +34,7 @@ T = typing.TypeVar("T")
 FLOAT_TYPES = ("fp16", "bf16", "fp32")
 WEIGHT_TYPES = (*FLOAT_TYPES, "int4", "int8", "fp8")
 #: 0: KV in compute_dtype;  8, 4: that many bits, a scale a token and head (4 with scale files in the workspace: docs/weights.md)
-QUANT_POLICIES = (0, 4, 8)
+QUANT_POLICIES = (0, 4, 8, 16)
 COMPUTE_DTYPES = ("auto", "fp16", "bf16", "fp32")
 ROPE_SCALING_TYPES = ("none", "linear", "dynamic", "qwen", "llama3", "yarn")
 
@@ -225,7 +225,7 @@ class EngineConfig:
             "a power of two from 1 to 1024",
         )
         check(self.num_tokens_per_iter >= 0, "num_tokens_per_iter", "0 (choose) or a positive token count")
-        check(self.quant_policy in QUANT_POLICIES, "quant_policy", "0 (16 or 32 bit KV), 8 (8 bit) or 4 (4 bit)")
+        check(self.quant_policy in QUANT_POLICIES, "quant_policy", "0 (16 or 32 bit KV), 8 (int8), 16 (fp8) or 4 (4 bit)")
         check(self.compute_dtype in COMPUTE_DTYPES, "compute_dtype", f"one of {', '.join(COMPUTE_DTYPES)}")
         check(
             self.device in ("auto", "cpu", "cuda") or (self.device.startswith("cuda:") and self.device[5:].isdigit()),

@@ -24,7 +24,7 @@ from turbotriton.backend.ops.operands import Fp8Weight, QuantizedPages, StaticIn
 
 NUM_HEADS, NUM_KV_HEADS, BLOCK_SIZE = 32, 8, 64
 CASES = [
-    (90, BF16, 128, "8"), (90, BF16, 128, "4"),
+    (90, BF16, 128, "8"), (90, BF16, 128, "4"), (90, BF16, 128, "fp8"),
     *(pytest.param(*case, marks=pytest.mark.slow) for case in (
         (90, BF16, 128, "static"), (80, BF16, 128, "8"), (80, BF16, 128, "4"), (80, BF16, 128, "static"), (100, BF16, 128, "4"),
         (90, FP16, 256, "8"), (80, FP16, 256, "4"), (90, FP16, 80, "4"), (90, FP32, 128, "8"), (80, FP32, 256, "4"),
@@ -46,7 +46,9 @@ def pages(kind, dtype, head_dim, num_parts):
     data = torch.empty((4, NUM_KV_HEADS, BLOCK_SIZE, width), dtype=torch.uint8)
     if kind == "static":
         return StaticInt8Pages(data, torch.empty(NUM_KV_HEADS), torch.empty(NUM_KV_HEADS))
-    return QuantizedPages(data, torch.empty((4, NUM_KV_HEADS, BLOCK_SIZE, 2 * num_parts), dtype=dtype), int(kind))
+    return QuantizedPages(
+        data, torch.empty((4, NUM_KV_HEADS, BLOCK_SIZE, 2 * num_parts), dtype=dtype), 4 if kind == "4" else 8, None, kind == "fp8"
+    )
 
 
 @pytest.mark.parametrize(("capability", "dtype", "head_dim", "kind"), CASES, ids=lambda value: str(value).removeprefix("torch."))

@@ -26,7 +26,7 @@ class Shape(NamedTuple):
 
 
 SHAPES = [Shape(1, 1, 1, 16, 16, 8), Shape(7, 6, 3, 40, 24, 5), Shape(3, 8, 2, 128, 128, 64), Shape(3, 5, 5, 96, 2, 16)]
-KINDS = ["8", "4", "static"]
+KINDS = ["8", "4", "fp8", "static"]
 
 
 def pages(target, kind, num_blocks, num_kv_heads, block_size, head_dim, *, keys=False):
@@ -37,19 +37,19 @@ def pages(target, kind, num_blocks, num_kv_heads, block_size, head_dim, *, keys=
     if kind == "static":
         scale = target.randn_fp32(num_kv_heads).abs() * 0.01 + 0.005
         return StaticInt8Pages(data, scale, target.randn_fp32(num_kv_heads) * 0.1)
-    in_halves = keys and kind == "4"
+    in_halves, bits = keys and kind == "4", 4 if kind == "4" else 8
     params = torch.full(
         (num_blocks, num_kv_heads, block_size, 4 if in_halves else 2), float("nan"), dtype=target.dtype, device=device
     )
     offset = target.randn_fp32(num_kv_heads, head_dim) if in_halves else None
-    return QuantizedPages(data, params, int(kind), offset)
+    return QuantizedPages(data, params, bits, offset, kind == "fp8")
 
 
 def copy_of(p):
     return (
         StaticInt8Pages(p.data.clone(), p.scale, p.zero)
         if isinstance(p, StaticInt8Pages)
-        else QuantizedPages(p.data.clone(), p.params.clone(), p.bits, p.offset)
+        else QuantizedPages(p.data.clone(), p.params.clone(), p.bits, p.offset, p.e4m3)
     )
 
 
@@ -146,7 +146,7 @@ def oracle(q, k_pages, v_pages, tables, lens, scale, window):
     return out
 
 
-@pytest.mark.parametrize("kind", ["4", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("8", "static"))])
+@pytest.mark.parametrize("kind", ["4", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("8", "fp8", "static"))])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(part).replace(" ", "") for part in case))
 def test_decode_attention_is_softmax_over_the_stored_values(target, case, kind, assert_close, guarded_outputs):
     tensors = stored(target, kind, case)
@@ -171,7 +171,7 @@ def test_any_number_of_splits_gives_the_same_result(target, num_sms, assert_clos
 
 def test_8_bit_and_static_pages_are_read_too(target, assert_close, guarded_outputs):
     case = Case(6, 3, 40, 8, (1, 9, 21), 16)
-    for kind in ("8", "static"):
+    for kind in ("8", "fp8", "static"):
         tensors = stored(target, kind, case)
         out = quantized_decode_attention(*tensors, 0.2, 16)
         assert_close(out, oracle(*tensors, 0.2, 16), max_error=4 * target.eps + 4e-5, rms_error=target.eps + 4e-6)

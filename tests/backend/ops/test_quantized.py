@@ -1,5 +1,7 @@
 """Quantised weights and KV pages on every column against loops over single values: the formulas of ops/operands.py."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -82,9 +84,9 @@ def empty_pages(kind: str, num_blocks: int = 3) -> QuantizedPages | StaticInt8Pa
     if kind == "static":
         data = torch.zeros(num_blocks, HEADS, BLOCK, DIM, dtype=torch.uint8)
         return StaticInt8Pages(data, torch.tensor([0.02, 0.03]), torch.tensor([0.1, -0.2]))
-    bits = int(kind)
+    bits = 4 if kind == "4" else 8
     data = torch.zeros(num_blocks, HEADS, BLOCK, DIM * bits // 8, dtype=torch.uint8)
-    return QuantizedPages(data, torch.zeros(num_blocks, HEADS, BLOCK, 2), bits)
+    return QuantizedPages(data, torch.zeros(num_blocks, HEADS, BLOCK, 2), bits, None, kind == "fp8")
 
 
 def stored_by_loops(pages: QuantizedPages | StaticInt8Pages, head: int, values: list[float]) -> list[float]:
@@ -93,13 +95,17 @@ def stored_by_loops(pages: QuantizedPages | StaticInt8Pages, head: int, values: 
         scale, zero = float(pages.scale[head]), float(pages.zero[head])
         q = [min(255, max(0, int(np.rint((v - zero) / scale + 128)))) for v in values]
         return [(n - 128) * scale + zero for n in q]
+    if pages.e4m3:
+        step = max(abs(v) for v in values) / 448
+        numbers = [(1 + m / 8) * 2.0 ** (e - 7) if e else m * 2.0**-9 for e in range(16) for m in range(8)][:-1]
+        return [math.copysign(min(numbers, key=lambda n: abs(n - abs(v) / step)) * step, v) for v in values]
     steps = 2**pages.bits - 1
     scale, zero = np.float32((max(values) - min(values)) / steps), np.float32(min(values))
     q = [0 if scale == 0 else min(steps, max(0, int(np.rint((np.float32(v) - zero) / scale)))) for v in values]
     return [float(n * scale + zero) for n in q]
 
 
-@pytest.mark.parametrize("kind", ["8", "4", "static"])
+@pytest.mark.parametrize("kind", ["8", "4", "fp8", "static"])
 def test_stored_tokens_come_back_as_their_class_defines(kind: str) -> None:
     pages, slots = empty_pages(kind), torch.tensor([1, 9, -1, 6])
     values = randn(4, HEADS, DIM)
