@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import socket
 import ssl
 import threading
@@ -39,8 +40,7 @@ class APIClient:
     def __init__(
         self, api_server_url: str, api_key: str | None = None, *, model: str | None = None, certificate: Path | None = None
     ) -> None:
-        if not api_server_url.startswith(("http://", "https://")):
-            raise InvalidInputError(f"address {api_server_url!r} is no http:// or https:// URL of an OpenAI server")
+        _check_url(api_server_url)
         self.url = api_server_url.rstrip("/").removesuffix("/v1")
         options: dict[str, Any] = {
             "base_url": self.url,
@@ -163,6 +163,18 @@ class APIClient:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def _check_url(url: str) -> None:
+    try:
+        parsed = httpx.URL(url)
+        is_one = parsed.scheme in ("http", "https") and bool(parsed.host) and parsed.port != 0 and (parsed.port or 1) < 65536
+    except (httpx.InvalidURL, ValueError):
+        is_one = False
+    if not is_one or re.search(r"\s", url):
+        raise InvalidInputError(
+            f"address {url!r} is no http:// or https:// URL of an OpenAI server, such as http://localhost:23333"
+        )
 
 
 def client(api_server_url: str = "http://127.0.0.1:23333", api_key: str | None = None) -> APIClient:
