@@ -79,7 +79,7 @@ class ModelRunner:
         self.compute_dtype = resolve_compute_dtype(engine.compute_dtype, model.float_type, device)
         self.block_size = engine.cache_block_seq_len
         dtype = DTYPES[self.compute_dtype]
-        if engine.deterministic and device.type == "cuda" and engine.quant_policy:
+        if engine.deterministic and device.type == "cuda" and engine.quant_policy and not reference_ops:
             raise ConfigError(
                 f"deterministic is 1 and quant_policy {engine.quant_policy}: kernels over quantised keys depend on the batch; "
                 "set one of them to 0"
@@ -87,7 +87,8 @@ class ModelRunner:
         if device.type == "cuda" and dtype is torch.float32:
             torch.set_float32_matmul_precision("highest")  # fp32 means fp32: no TF32
         with torch.inference_mode():
-            ops = REFERENCE if reference_ops else ops_for(device, deterministic=engine.deterministic)
+            plain = torch.device("cpu") if reference_ops else device
+            ops = ops_for(plain, deterministic=engine.deterministic)
             if weights is None:
                 for_kernels = ops not in (REFERENCE, DETERMINISTIC_REFERENCE)
                 weights = load_weights(model, weights_dir, device, dtype, for_kernels=for_kernels)

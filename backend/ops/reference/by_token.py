@@ -1,6 +1,6 @@
-"""Every unit on one token at a time, for results that do not depend on the batch: DETERMINISTIC on a CPU.
+"""Every unit on one token at a time, for results that do not depend on the batch: `deterministic = 1` in plain torch.
 
-A product's last bits depend on the number of its rows there, an activation's on how far an element is from the end of its tensor. So
+A product's last bits depend on the number of its rows, an activation's on how far an element is from the end of its tensor. So
 each token is copied into tensors of its own, whose shapes (and for attention, whose number of keys) depend on the token alone.
 """
 
@@ -76,7 +76,7 @@ def attention(
         token = dataclasses.replace(
             batch,
             block_tables=batch.block_tables[row : row + 1],
-            context_lens=torch.tensor([seen], dtype=torch.int32),
+            context_lens=torch.tensor([seen], dtype=torch.int32, device=q.device),
             num_decodes=1,
             max_decode_context=seen,
             prefills=(),

@@ -10,6 +10,7 @@ from tests.checkpoints import make_tensors
 from transformers import LlamaConfig
 
 from turbotriton.backend.engine.engine import Engine
+from turbotriton.backend.ops.table import DETERMINISTIC_REFERENCE
 from turbotriton.backend.runner.model_runner import ModelRunner
 from turbotriton.contract.errors import ConfigError
 from turbotriton.contract.wire import GenerateRequest, SamplingParams
@@ -167,6 +168,14 @@ def test_an_engine_gives_the_same_with_and_without_the_prefix_cache(workspace, d
         together, num_cached = answers(made, device, range(12), enable_prefix_caching=caching)
         assert (num_cached > 0) == (caching == "1")
         assert {i: together[i] for i in alone} == alone
+
+
+def test_the_reference_ops_keep_the_promise_too(workspace):
+    """`backend = pytorch`: plain torch, on a GPU as well."""
+    config, folder = workspace("cpu")
+    engine_config = config.engine_config({**OPTIONS, "device": "cpu", "cache_max_entry_count": "40"}.get)
+    runner = ModelRunner(config.model_config(), engine_config, folder, reference_ops=True)
+    assert runner._decoder.ops is DETERMINISTIC_REFERENCE
 
 
 def test_the_option_is_off_by_default(workspace):
