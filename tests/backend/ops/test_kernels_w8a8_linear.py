@@ -112,7 +112,7 @@ def test_many_rows_of_fp8_are_the_product_for_cublas_too(num_rows, assert_close)
     rows = quantize_rows(x, torch.float8_e4m3fn)
     wanted = values_of(rows) @ weight.double() * fp8.scale.double() + 1
     assert_close(w8a8_linear(rows, fp8), wanted, max_error=0.04, rms_error=0.005)
-    assert_close(module._linear(rows, fp8, exact=False), wanted, max_error=0.04, rms_error=0.005)
+    assert_close(module._linear(rows, fp8), wanted, max_error=0.04, rms_error=0.005)
 
 
 def test_no_rows(target):
