@@ -350,7 +350,7 @@ def quantized_decode_attention_config(
     block_g = max(8, next_power_of_2(group_size))
     wanted = ceil_div(8 * num_sms, max(batch * num_kv_heads, 1))
     num_splits = _clamp(wanted, 1, min(MAX_SPLITS, max(ceil_div(max_context, MIN_SPLIT_TOKENS), 1)))
-    is_usual = element_bytes == 2 and block_half <= 64 and block_g == 8
+    is_usual = element_bytes == 2 and 2 * block_half == head_dim and block_half <= 64 and block_g == 8
     block_n = 64 if is_usual and bits == 4 and num_splits == 1 else 16
     max_registers = 168 if is_usual and num_splits > 1 else 0
     num_warps = 4 if element_bytes == 4 else 1
