@@ -9,6 +9,7 @@ import pytest
 from tritonclient.grpc import service_pb2
 
 from .metrics import metric, settled, wait_idle
+from .processes import engine_pid, throttled
 from .raw_grpc import TIMEOUT_S, Input, RawServer, Stream, infer_request, outputs_of
 from .server import TritonServer
 
@@ -171,8 +172,9 @@ def test_text_survives_both_tokenizer_doors_also_from_an_offset(doors: Doors) ->
     assert doors.decode(ids[:4]) + half == text
 
 
-def test_a_turn_streams_the_cumulative_sequence_until_eos_and_then_closes(doors: Doors) -> None:
-    answer = read(doors.raw.stream(turn(1, doors.prompt, 200, start=True)))
+def test_a_turn_streams_the_cumulative_sequence_until_eos_and_then_closes(doors: Doors, demo_server: TritonServer) -> None:
+    with throttled(engine_pid(demo_server)):  # tokens that are made faster than they are sent arrive together
+        answer = read(doors.raw.stream(turn(1, doors.prompt, 200, start=True)))
     assert len(answer.sequences) > 1
     assert answer.ids[: len(doors.prompt)] == doors.prompt
     assert answer.ids[-1] == doors.eos
