@@ -30,7 +30,9 @@ def with_splits(monkeypatch):
     choose = narrow_linear.narrow_linear_config
 
     def fix(num_splits):
-        config = lambda *args, **facts: replace(choose(*args, **facts), num_splits=num_splits)  # noqa: E731
+        def config(*args, **facts):
+            return replace(choose(*args, **facts), num_splits=num_splits)
+
         monkeypatch.setattr(narrow_linear, "narrow_linear_config", config)
 
     return fix
