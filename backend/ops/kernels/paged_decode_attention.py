@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from .launch import has_pdl, launch_options, num_sms, wait_for_previous
-from .split_sum import workspace
+from .split_sum import is_last_of, workspace
 from .tuning import decode_attention_config, next_power_of_2
 
 __all__ = ["paged_decode_attention"]
@@ -192,10 +192,7 @@ def _split_kernel(
         partial_rows = (sequence * NUM_HEADS + heads) * num_splits + split
         tl.store(partial_ptr + partial_rows[:, None] * HEAD_DIM + offs_d[None, :], acc, mask=mask_q)
         tl.store(log_weight_ptr + partial_rows, maximum + tl.log2(total), mask=offs_g < GROUP_SIZE)
-        counter_ptr = counters_ptr + sequence * tl.num_programs(1) + kv_head
-        tl.debug_barrier()
-        if tl.atomic_add(counter_ptr, 1, sem="acq_rel") == num_used - 1:
-            tl.store(counter_ptr, 0)
+        if is_last_of(counters_ptr + sequence * tl.num_programs(1) + kv_head, num_used):
             first_head = sequence * NUM_HEADS + kv_head * GROUP_SIZE
             _add_splits(
                 partial_ptr, log_weight_ptr, out_ptr, first_head, num_splits, num_used,

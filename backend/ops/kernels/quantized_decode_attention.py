@@ -33,166 +33,23 @@ from turbotriton.backend.ops.operands import QuantizedPages, StaticInt8Pages
 
 from .launch import has_pdl, launch_options, num_sms, wait_for_previous
 from .paged_decode_attention import REDUCE_ELEMENTS, REDUCE_TILE, _add_splits, _key_range, _split_tokens
-from .split_sum import workspace
+from .quantized_words import (
+    block_of,
+    fast_exp2,
+    fast_inverse,
+    fast_log2,
+    key_rows,
+    load_params,
+    load_words,
+    tile_start,
+    widened,
+)
+from .split_sum import is_last_of, workspace
 from .tuning import next_power_of_2, quantized_decode_attention_config
 
 __all__ = ["quantized_decode_attention"]
 
 Pages = QuantizedPages | StaticInt8Pages
-
-#: $0..$3: bytes 0..3 of the words $4 (low halves) and $5 (high halves), as 1024 + v.
-_WIDEN_8 = tl.constexpr("""{
-    .reg .b32 u;
-    prmt.b32 u, $4, $5, 0x5140;
-    prmt.b32 $0, u, 0x64646464, 0x4140;
-    prmt.b32 $1, u, 0x64646464, 0x4342;
-    prmt.b32 u, $4, $5, 0x7362;
-    prmt.b32 $2, u, 0x64646464, 0x4140;
-    prmt.b32 $3, u, 0x64646464, 0x4342;
-}""")
-#: $0..$3: the low nibbles of bytes 0..3 of $8 and $9, as 1024 + v; $4..$7: the high ones, as 1024 + 16 v.
-_WIDEN_4 = tl.constexpr("""{
-    .reg .b32 u;
-    prmt.b32 u, $8, $9, 0x5410;
-    lop3.b32 $0, u, 0x000F000F, 0x64006400, 0xEA;
-    lop3.b32 $4, u, 0x00F000F0, 0x64006400, 0xEA;
-    shr.b32 u, u, 8;
-    lop3.b32 $1, u, 0x000F000F, 0x64006400, 0xEA;
-    lop3.b32 $5, u, 0x00F000F0, 0x64006400, 0xEA;
-    prmt.b32 u, $8, $9, 0x7632;
-    lop3.b32 $2, u, 0x000F000F, 0x64006400, 0xEA;
-    lop3.b32 $6, u, 0x00F000F0, 0x64006400, 0xEA;
-    shr.b32 u, u, 8;
-    lop3.b32 $3, u, 0x000F000F, 0x64006400, 0xEA;
-    lop3.b32 $7, u, 0x00F000F0, 0x64006400, 0xEA;
-}""")
-#: $0..$3: the e4m3 bytes 0..3 of the words $4 and $5 as fp16 numbers of the same bits, which are 2^-8 of theirs.
-_WIDEN_E4M3 = tl.constexpr(
-    "{\n    .reg .b32 u, w, m;\n"
-    + "".join(
-        f"    prmt.b32 u, $4, $5, {pair};\n"
-        + "".join(
-            f"    prmt.b32 w, u, 0, {place};\n    shr.b32 m, w, 1;\n    and.b32 m, m, 0x3F803F80;\n"
-            f"    lop3.b32 ${out}, w, 0x80008000, m, 0xEA;\n"
-            for out, place in ((first, "0x1404"), (first + 1, "0x3424"))
-        )
-        for first, pair in ((0, "0x5140"), (2, "0x7362"))
-    )
-    + "}"
-)
-_CONSTRAINTS_8 = tl.constexpr(",".join(["=&r"] * 4 + ["r"] * 2))
-_CONSTRAINTS_4 = tl.constexpr(",".join(["=&r"] * 8 + ["r"] * 2))
-
-
-@triton.jit
-def _exp2(x, ASM: tl.constexpr):
-    """Without the care for subnormal results that tl.exp2 takes: three instructions less."""
-    if ASM:
-        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
-    return tl.exp2(x)
-
-
-@triton.jit
-def _log2(x, ASM: tl.constexpr):
-    if ASM:
-        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
-    return tl.log2(x)
-
-
-@triton.jit
-def _inverse(x, ASM: tl.constexpr):
-    if ASM:
-        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
-    return 1.0 / x
-
-
-@triton.jit
-def _four(a, b, c, d):
-    """[...] each -> [..., 2, 2]: the last dim is the high bit of the index."""
-    return tl.join(tl.join(a, b), tl.join(c, d))
-
-
-@triton.jit
-def _widened(words, BITS: tl.constexpr, E4M3: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr):
-    """words: int32 [...], an even number along the last dim -> two tensors [..., 2, 2] of `dtype`, a byte's index in the last two dims.
-
-    8 bit: the bytes, and the same again. 4 bit: low nibbles and 16 times the high ones. fp16: plus 1024; the asm takes words in pairs.
-    e4m3: 2^-8 of the numbers that the bytes are.
-    """
-    if ASM:
-        if BITS == 8:
-            a, b, c, d = tl.inline_asm_elementwise(
-                _WIDEN_E4M3 if E4M3 else _WIDEN_8, _CONSTRAINTS_8, [words], (tl.float16,) * 4, is_pure=True, pack=2
-            )
-            low = _four(a, b, c, d)
-            high = low
-        else:
-            a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
-                _WIDEN_4, _CONSTRAINTS_4, [words], (tl.float16,) * 8, is_pure=True, pack=2
-            )
-            low = _four(a, b, c, d)
-            high = _four(e, f, g, h)
-    else:
-        offset: tl.constexpr = 1024 if dtype == tl.float16 else 0
-        mask: tl.constexpr = 15 if BITS == 4 else 255
-        low = _four(words & mask, (words >> 8) & mask, (words >> 16) & mask, (words >> 24) & mask)
-        high = low
-        if BITS == 4:
-            high = _four((words >> 4) & 15, (words >> 12) & 15, (words >> 20) & 15, (words >> 28) & 15) * 16
-        if E4M3:
-            low = (((low & 128) << 8) | ((low & 127) << 7)).to(tl.int16).to(tl.float16, bitcast=True).to(dtype)
-            high = low
-        else:
-            low = (low + offset).to(dtype)
-            high = (high + offset).to(dtype)
-    return low, high
-
-
-@triton.jit
-def _block_of(table_ptr, tile, last, BLOCK_SIZE: tl.constexpr):
-    """Id of the block in which the tile begins; past the last key: of the last block. int64: the pool may pass 2^31."""
-    return tl.load(table_ptr + tl.minimum(tile, last) // BLOCK_SIZE).to(tl.int64)
-
-
-@triton.jit
-def _tile_start(block, tile, stride_block, stride_token, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Offset, int64, of what `_rows` gives; block: of the tile, which counts where a tile lies in one."""
-    start = block * stride_block + tile % BLOCK_SIZE * stride_token if BLOCK_SIZE % BLOCK_N == 0 else block * 0
-    return start
-
-
-@triton.jit
-def _rows(table_ptr, tile, keys, last, stride_block, stride_token, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Offsets of the keys `tile` + keys from `_tile_start`: int32 where they lie in a block. Past `last` others of it, or `last` itself."""
-    if BLOCK_SIZE % BLOCK_N == 0:
-        rows = keys * stride_token
-    else:
-        keys = tl.minimum(tile + keys, last)
-        blocks = tl.load(table_ptr + keys // BLOCK_SIZE).to(tl.int64)
-        rows = blocks * stride_block + keys % BLOCK_SIZE * stride_token
-    return rows
-
-
-@triton.jit
-def _load_words(ptr, rows, words, HALF: tl.constexpr, IS_PADDED: tl.constexpr):
-    """rows: [32 N8]; words: [32 N8, NW], the places of a lane's words in the half -> int32 [32 N8, NW]."""
-    ptrs = ptr + rows[:, None] + words
-    if IS_PADDED:
-        return tl.load(ptrs, mask=words < HALF // 4, other=0)
-    return tl.load(ptrs)
-
-
-@triton.jit
-def _params(ptr, rows, part: tl.constexpr, dtype: tl.constexpr):
-    """fp32 (scale, zero) of keys: [BLOCK_N] each. A pair of 16 bit numbers is one word."""
-    if ptr.dtype.element_ty == tl.float32:
-        scale = tl.load(ptr + rows + 2 * part)
-        zero = tl.load(ptr + rows + 2 * part + 1)
-    else:
-        word = tl.load(ptr + rows + part)
-        scale = word.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
-        zero = (word >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
-    return scale, zero
 
 
 @triton.jit(do_not_specialize=["stride_table_row", "num_splits"])
@@ -311,29 +168,29 @@ def _quantized_split_kernel(
     acc_lo = tl.zeros((BLOCK_HALF, BLOCK_G), tl.float32)
     acc_hi = tl.zeros((BLOCK_HALF, BLOCK_G), tl.float32)
     last = tl.maximum(end - 1, 0)
-    block = _block_of(table_ptr, start, last, BLOCK_SIZE)
-    next_block = _block_of(table_ptr, start + BLOCK_N, last, BLOCK_SIZE)  # ids are read two tiles ahead
-    first_rows = _rows(table_ptr, start, k_keys, last, stride_data_block, stride_data_token, BLOCK_SIZE, BLOCK_N)
-    k_tile_ptr = k_head_ptr + _tile_start(block, start, stride_data_block, stride_data_token, BLOCK_SIZE, BLOCK_N)
-    k_words = _load_words(k_tile_ptr, first_rows, k_places, HALF, IS_PADDED)
+    block = block_of(table_ptr, start, last, BLOCK_SIZE)
+    next_block = block_of(table_ptr, start + BLOCK_N, last, BLOCK_SIZE)  # ids are read two tiles ahead
+    first_rows = key_rows(table_ptr, start, k_keys, last, stride_data_block, stride_data_token, BLOCK_SIZE, BLOCK_N)
+    k_tile_ptr = k_head_ptr + tile_start(block, start, stride_data_block, stride_data_token, BLOCK_SIZE, BLOCK_N)
+    k_words = load_words(k_tile_ptr, first_rows, k_places, HALF, IS_PADDED)
     k_words_hi = k_words
     if BITS == 8:
-        k_words_hi = _load_words(k_tile_ptr + HALF // 4, first_rows, k_places, HALF, IS_PADDED)
+        k_words_hi = load_words(k_tile_ptr + HALF // 4, first_rows, k_places, HALF, IS_PADDED)
     # Every tile holds at least one key that is seen, so `maximum` is finite after the first.
     for tile in tl.range(start, end, BLOCK_N, num_stages=1):
-        block_after = _block_of(table_ptr, tile + 2 * BLOCK_N, last, BLOCK_SIZE)
-        even_rows = _rows(table_ptr, tile, v_keys, last, stride_data_block, stride_data_token, BLOCK_SIZE, BLOCK_N)
-        odd_rows = _rows(table_ptr, tile, v_keys + 1, last, stride_data_block, stride_data_token, BLOCK_SIZE, BLOCK_N)
-        v_tile_ptr = v_head_ptr + _tile_start(block, tile, stride_data_block, stride_data_token, BLOCK_SIZE, BLOCK_N)
+        block_after = block_of(table_ptr, tile + 2 * BLOCK_N, last, BLOCK_SIZE)
+        even_rows = key_rows(table_ptr, tile, v_keys, last, stride_data_block, stride_data_token, BLOCK_SIZE, BLOCK_N)
+        odd_rows = key_rows(table_ptr, tile, v_keys + 1, last, stride_data_block, stride_data_token, BLOCK_SIZE, BLOCK_N)
+        v_tile_ptr = v_head_ptr + tile_start(block, tile, stride_data_block, stride_data_token, BLOCK_SIZE, BLOCK_N)
         v_words = tl.join(
-            _load_words(v_tile_ptr, even_rows, v_places, HALF, IS_PADDED),
-            _load_words(v_tile_ptr, odd_rows, v_places, HALF, IS_PADDED),
+            load_words(v_tile_ptr, even_rows, v_places, HALF, IS_PADDED),
+            load_words(v_tile_ptr, odd_rows, v_places, HALF, IS_PADDED),
         )
         v_words_hi = v_words
         if BITS == 8:
             v_words_hi = tl.join(
-                _load_words(v_tile_ptr + HALF // 4, even_rows, v_places, HALF, IS_PADDED),
-                _load_words(v_tile_ptr + HALF // 4, odd_rows, v_places, HALF, IS_PADDED),
+                load_words(v_tile_ptr + HALF // 4, even_rows, v_places, HALF, IS_PADDED),
+                load_words(v_tile_ptr + HALF // 4, odd_rows, v_places, HALF, IS_PADDED),
             )
         if STATIC:
             k_scale_lo = tl.load(k_params_ptr + kv_head + offs_n * 0)
@@ -341,17 +198,17 @@ def _quantized_split_kernel(
             v_scale = tl.load(v_params_ptr + kv_head + offs_n * 0)
             v_zero = tl.load(v_zero_ptr + kv_head + offs_n * 0) - 128 * v_scale
         else:
-            k_rows = _rows(table_ptr, tile, offs_n, last, stride_k_params_block, stride_k_params_token, BLOCK_SIZE, BLOCK_N)
-            v_rows = _rows(table_ptr, tile, offs_n, last, stride_v_params_block, stride_v_params_token, BLOCK_SIZE, BLOCK_N)
-            k_at = k_params_head_ptr + _tile_start(block, tile, stride_k_params_block, stride_k_params_token, BLOCK_SIZE, BLOCK_N)
-            v_at = v_params_head_ptr + _tile_start(block, tile, stride_v_params_block, stride_v_params_token, BLOCK_SIZE, BLOCK_N)
-            k_scale_lo, k_zero_lo = _params(k_at, k_rows, 0, q_dtype)
-            v_scale, v_zero = _params(v_at, v_rows, 0, q_dtype)
+            k_rows = key_rows(table_ptr, tile, offs_n, last, stride_k_params_block, stride_k_params_token, BLOCK_SIZE, BLOCK_N)
+            v_rows = key_rows(table_ptr, tile, offs_n, last, stride_v_params_block, stride_v_params_token, BLOCK_SIZE, BLOCK_N)
+            k_at = k_params_head_ptr + tile_start(block, tile, stride_k_params_block, stride_k_params_token, BLOCK_SIZE, BLOCK_N)
+            v_at = v_params_head_ptr + tile_start(block, tile, stride_v_params_block, stride_v_params_token, BLOCK_SIZE, BLOCK_N)
+            k_scale_lo, k_zero_lo = load_params(k_at, k_rows, 0, q_dtype)
+            v_scale, v_zero = load_params(v_at, v_rows, 0, q_dtype)
             if HALVES:
-                k_scale_hi, k_zero_hi = _params(k_at, k_rows, 1, q_dtype)
-        k_lo, k_hi = _widened(k_words, BITS, E4M3, dtype, ASM)  # [32 N8, NW, 2, 2]
+                k_scale_hi, k_zero_hi = load_params(k_at, k_rows, 1, q_dtype)
+        k_lo, k_hi = widened(k_words, BITS, E4M3, dtype, ASM)  # [32 N8, NW, 2, 2]
         if BITS == 8:
-            k_hi, _ = _widened(k_words_hi, BITS, E4M3, dtype, ASM)
+            k_hi, _ = widened(k_words_hi, BITS, E4M3, dtype, ASM)
         products = tl.dot(_key_operand(k_lo), q_lo, input_precision="ieee")  # [BLOCK_N, BLOCK_G]
         if HALVES:
             products_hi = tl.dot(_key_operand(k_hi), q_hi, input_precision="ieee")
@@ -367,41 +224,41 @@ def _quantized_split_kernel(
             products -= (PLUS * (sum_lo + HIGH * sum_hi))[None, :]
             scores = products * k_scale_lo[:, None] + (sum_lo + sum_hi)[None, :] * k_zero_lo[:, None]
         next_tile = tl.minimum(tile + BLOCK_N, last // BLOCK_N * BLOCK_N)
-        next_rows = _rows(table_ptr, next_tile, k_keys, last, stride_data_block, stride_data_token, BLOCK_SIZE, BLOCK_N)
-        next_start = _tile_start(next_block, next_tile, stride_data_block, stride_data_token, BLOCK_SIZE, BLOCK_N)
-        k_words = _load_words(k_head_ptr + next_start, next_rows, k_places, HALF, IS_PADDED)
+        next_rows = key_rows(table_ptr, next_tile, k_keys, last, stride_data_block, stride_data_token, BLOCK_SIZE, BLOCK_N)
+        next_start = tile_start(next_block, next_tile, stride_data_block, stride_data_token, BLOCK_SIZE, BLOCK_N)
+        k_words = load_words(k_head_ptr + next_start, next_rows, k_places, HALF, IS_PADDED)
         k_words_hi = k_words
         if BITS == 8:
-            k_words_hi = _load_words(k_head_ptr + next_start + HALF // 4, next_rows, k_places, HALF, IS_PADDED)
+            k_words_hi = load_words(k_head_ptr + next_start + HALF // 4, next_rows, k_places, HALF, IS_PADDED)
 
         seen = (tile + offs_n >= first) & (tile + offs_n < end)
         block = next_block
         next_block = block_after
         v_scale = tl.where(seen, tl.maximum(v_scale, 1e-20), 1.0)  # what lies in a block past the context may be NaN
         v_zero = tl.where(seen, v_zero, 0.0)
-        scores = scores * head_scale[None, :] + _log2(v_scale, ASM)[:, None]
+        scores = scores * head_scale[None, :] + fast_log2(v_scale, ASM)[:, None]
         scores = tl.where(seen[:, None], scores, float("-inf"))
         largest_here = tl.max(scores, axis=0)
         # Sums stay below 2^LEEWAY keys' of the maximum that they were made with: seldom rescaled, and within fp16.
         if tl.max(largest_here - maximum, axis=0) > LEEWAY:
             new_maximum = tl.maximum(maximum, largest_here)
-            rescale = _exp2(maximum - new_maximum, ASM)
+            rescale = fast_exp2(maximum - new_maximum, ASM)
             acc_lo *= rescale[None, :]
             acc_hi *= rescale[None, :]
             of_ones *= rescale[None, :]
             total *= rescale
             of_zeros *= rescale
             maximum = new_maximum
-        weights = _exp2(scores - maximum[None, :], ASM)
-        inverse = _inverse(v_scale, ASM)
+        weights = fast_exp2(scores - maximum[None, :], ASM)
+        inverse = fast_inverse(v_scale, ASM)
         total += tl.sum(weights * inverse[:, None], axis=0)
         of_zeros += tl.sum(weights * (v_zero * inverse)[:, None], axis=0)
         rounded = weights.to(dtype)
         if PLUS > 0:
             of_ones = tl.dot(tl.full((16, BLOCK_N), 1.0, dtype), rounded, acc=of_ones)
-        v_lo, v_hi = _widened(v_words, BITS, E4M3, dtype, ASM)  # [32 N8, VW, 2, 2, 2]
+        v_lo, v_hi = widened(v_words, BITS, E4M3, dtype, ASM)  # [32 N8, VW, 2, 2, 2]
         if BITS == 8:
-            v_hi, _ = _widened(v_words_hi, BITS, E4M3, dtype, ASM)
+            v_hi, _ = widened(v_words_hi, BITS, E4M3, dtype, ASM)
         acc_lo = tl.dot(_value_operand(v_lo), rounded, acc=acc_lo, input_precision="ieee")
         acc_hi = tl.dot(_value_operand(v_hi), rounded, acc=acc_hi, input_precision="ieee")
 
@@ -420,10 +277,7 @@ def _quantized_split_kernel(
         tl.store(partial_ptrs, acc_lo, mask=mask)
         tl.store(partial_ptrs + HALF, acc_hi, mask=mask)
         tl.store(log_weight_ptr + partial_rows, maximum + tl.log2(total), mask=mask_g)
-        counter_ptr = counters_ptr + sequence * tl.num_programs(1) + kv_head
-        tl.debug_barrier()
-        if tl.atomic_add(counter_ptr, 1, sem="acq_rel") == num_used - 1:
-            tl.store(counter_ptr, 0)
+        if is_last_of(counters_ptr + sequence * tl.num_programs(1) + kv_head, num_used):
             first_head = sequence * NUM_HEADS + kv_head * GROUP_SIZE
             _add_splits(
                 partial_ptr, log_weight_ptr, out_ptr, first_head, num_splits, num_used,

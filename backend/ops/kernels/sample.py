@@ -16,9 +16,10 @@ import triton.language as tl
 from ..operands import SamplingBatch
 from .greedy_sample import greedy_sample, pick_kernel
 from .launch import has_pdl, launch_options, wait_for_previous
-from .sample_filter import NUM_BINS, bins_kernel, is_last_of_row, refine_kernel, search_kernel
+from .sample_filter import NUM_BINS, bins_kernel, refine_kernel
+from .sample_search import search_kernel
 from .sample_weights import EXACT, PACKED_NUMBERS, draws_randomly, row_largest, searches, shaped, smallest_by_min_p, tile_weights
-from .split_sum import NUM_COUNTERS, workspace
+from .split_sum import NUM_COUNTERS, is_last_of, workspace
 from .tuning import SampleConfig, ceil_div, next_power_of_2, sample_config
 
 __all__ = ["sample"]
@@ -160,7 +161,7 @@ def _draw_kernel(
     weights = tile_weights(source_ptr, temperature_ptr, tile, row, largest, stride_row, VOCAB, HAS_TEMPERATURE, BLOCK_V)
     wide = weights.to(tl.int64)
     tl.store(totals_ptr + row * NUM_TILES + tile, tl.sum(tl.where(wide >= smallest, wide, 0), axis=0))
-    if is_last_of_row(counters_ptr, row, NUM_TILES):
+    if is_last_of(counters_ptr + row, NUM_TILES):
         sums = tl.load(totals_ptr + row * NUM_TILES + tiles, mask=tiles < NUM_TILES, other=0, cache_modifier=".cg")
         total = tl.sum(sums, axis=0)
         target = tl.minimum((tl.load(uniform_ptr + row) * total.to(tl.float64)).to(tl.int64), total - 1)

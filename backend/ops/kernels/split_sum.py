@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["sum_of_splits", "workspace"]
+__all__ = ["is_last_of", "sum_of_splits", "workspace"]
 
 WORKSPACE_ELEMENTS = 8 << 20  # fp32: 32 MiB
 NUM_COUNTERS = 4096
@@ -24,6 +24,17 @@ def workspace(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @triton.jit
+def is_last_of(counter_ptr, num_programs):
+    """Whether the others of `num_programs` have been here; what they stored before can be read then, past the L1 cache. The last sets the
+    counter back."""
+    tl.debug_barrier()
+    is_last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == num_programs - 1
+    if is_last:
+        tl.store(counter_ptr, 0)
+    return is_last
+
+
+@triton.jit
 def sum_of_splits(acc, parts_ptr, counters_ptr, tile, split, NUM_SPLITS: tl.constexpr):
     """(acc summed over the splits of `tile`, whether this program is the last of them: the others have a sum of no use).
 
@@ -34,11 +45,9 @@ def sum_of_splits(acc, parts_ptr, counters_ptr, tile, split, NUM_SPLITS: tl.cons
     offs = tl.arange(0, R)[:, None] * C + tl.arange(0, C)[None, :]
     first_ptr = parts_ptr + tile.to(tl.int64) * NUM_SPLITS * R * C + offs
     tl.store(first_ptr + split * R * C, acc)
-    tl.debug_barrier()
-    is_last = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel") == NUM_SPLITS - 1
+    is_last = is_last_of(counters_ptr + tile, NUM_SPLITS)
     if is_last:
         acc = tl.zeros((R, C), acc.dtype)
         for other in range(NUM_SPLITS):
             acc += tl.load(first_ptr + other * R * C, cache_modifier=".cg")
-        tl.store(counters_ptr + tile, 0)
     return acc, is_last
