@@ -10,6 +10,10 @@ from pathlib import Path
 
 from .server import TritonServer
 
+#: The demo model's likeliest answer has 119 tokens, whatever the conversation was before: seconds of a throttled engine.
+#: Sampled answers are no substitute, since one in thirty ends within five tokens.
+LONG_STORY = "Tell me a long story."
+
 
 def children(pid: int) -> dict[int, str]:
     """Every living descendant of a process: pid -> command line."""

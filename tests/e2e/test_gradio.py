@@ -11,7 +11,7 @@ from tests.client.browser import ChatPage, chat_page_server, chromium
 
 from .metrics import metric, wait_idle, wait_until
 from .openai_server import api_server
-from .processes import engine_pid, paused, throttled
+from .processes import LONG_STORY, engine_pid, paused, throttled
 from .server import TritonServer
 
 pytestmark = [pytest.mark.e2e, pytest.mark.browser]
@@ -41,14 +41,6 @@ def chat(browser: Any, page_url: str) -> Iterator[ChatPage]:
     assert page.console_errors == []
 
 
-def set_endless(chat: ChatPage) -> None:
-    """Random tokens hardly ever end by themselves."""
-    for name, value in (("temperature", "2"), ("max-tokens", "900")):
-        field = chat.page.locator(f"#{name} input[type=number]")
-        field.fill(value)
-        field.press("Tab")
-
-
 def test_a_conversation_streams_with_its_speed(chat: ChatPage, demo_server: TritonServer) -> None:
     expect(chat.page.locator("#served")).to_contain_text(f"on {demo_server.grpc_url}")
     for number, question in enumerate(TALK, start=1):
@@ -65,9 +57,8 @@ def test_a_conversation_streams_with_its_speed(chat: ChatPage, demo_server: Trit
 
 def test_stop_returns_the_answers_blocks_at_the_engine(chat: ChatPage, demo_server: TritonServer) -> None:
     """The engine is slowed down, so that the answer is still being made when Stop is clicked."""
-    set_endless(chat)
     with throttled(engine_pid(demo_server), share=0.03):
-        chat.ask("Tell me a long story.")
+        chat.ask(LONG_STORY)
         wait_until(lambda: metric(demo_server, "turbotriton_kv_cache_usage") > 0, "blocks being held", timeout_s=10)
         chat.stop_button.click()
     wait_idle(demo_server, timeout_s=3)
@@ -91,11 +82,11 @@ def test_retry_replaces_the_answer_and_clear_empties_the_page(chat: ChatPage) ->
 
 def test_closing_the_tab_returns_the_blocks(browser: Any, page_url: str, demo_server: TritonServer) -> None:
     chat = ChatPage(browser, page_url)
-    set_endless(chat)
-    chat.ask("Tell me a long story.")
-    expect(chat.answers).to_have_count(1, timeout=20_000)
-    chat.context.close()
-    wait_idle(demo_server)
+    with throttled(engine_pid(demo_server), share=0.03):
+        chat.ask(LONG_STORY)
+        expect(chat.answers).to_have_count(1, timeout=20_000)
+        chat.context.close()
+    wait_idle(demo_server, timeout_s=3)
 
 
 def test_a_stopped_server_is_named_and_answers_again_when_it_is_back(browser: Any, demo_workspace: Path) -> None:
@@ -141,9 +132,8 @@ def test_page_on_an_openai_server_answers_and_stops(browser: Any, demo_server: T
             chat.ask(TALK[1])
             chat.wait_status(r"^\s*\d+ tokens · .*tokens/s · first after")
             assert chat.answers.last.inner_text().strip()
-            set_endless(chat)
-            with throttled(engine_pid(demo_server)):  # an answer is over soon otherwise
-                chat.ask("Tell me a long story.")
+            with throttled(engine_pid(demo_server), share=0.03):  # an answer is over soon otherwise
+                chat.ask(LONG_STORY)
                 wait_until(lambda: metric(demo_server, "turbotriton_kv_cache_usage") > 0, "blocks being held", timeout_s=10)
             with paused(engine_pid(demo_server)):
                 chat.stop_button.click()
