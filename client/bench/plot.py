@@ -82,6 +82,7 @@ class _Frame:
         parts.append(f'<text x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 4}" text-anchor="end">{html.escape(x_name)}</text>')
         parts.append(f'<text x="4" y="{_TOP + 2}">{html.escape(y_name)}</text>')
         return (
-            f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" font-family="system-ui, sans-serif" font-size="12" fill="#5b6b7d">'
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
+            'font-family="system-ui, sans-serif" font-size="12" fill="#5b6b7d">'
             f"{''.join(parts)}{''.join(shapes)}</svg>"
         )

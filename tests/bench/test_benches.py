@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -39,6 +40,56 @@ def test_every_work_is_measured_after_the_comparison_with_the_reference(checkpoi
         assert "of_goal" not in found[work]  # a scaled work is not the work
         assert len((tmp_path / f"{work}.csv").read_text().splitlines()) > 1
     assert 0 < found["itl"]["itl_beside_p99_ms"] <= found["itl"]["itl_max_ms"], run.stdout
+
+
+@pytest.mark.parametrize("quant_policy", [0, 4])
+def test_decode_steps_are_timed_over_batches_and_contexts_and_drawn(checkpoint: Path, tmp_path: Path, quant_policy: int) -> None:
+    given = {"device": "cpu", "cache_max_entry_count": 200, "session_len": 256, "quant_policy": quant_policy}
+    options = [f"--option={name}={value}" for name, value in given.items()]
+    arguments = [
+        "--model",
+        str(checkpoint),
+        "--batch",
+        "1,4",
+        "--context",
+        "16,64,100",
+        "--rounds",
+        "2",
+        "--plots",
+        str(tmp_path),
+    ]
+    run = program("sweep_steps", *arguments, *options)
+    assert run.returncode == 0, run.stderr
+    steps = json.loads(run.stdout.splitlines()[-1])["steps"]
+    assert [(one["batch"], one["context"]) for one in steps] == [
+        (batch, context) for batch in (1, 4) for context in (16, 64, 100)
+    ]
+    assert all(one["step_ms"] > one["limit_ms"] > 0 for one in steps)
+    drawn = sorted(path.name.removeprefix("tiny").split("-")[-1] for path in tmp_path.iterdir())
+    assert drawn == ["batch.svg", "context.svg", "roofline.svg"]
+    assert all(ElementTree.parse(path).getroot().tag.endswith("svg") for path in tmp_path.iterdir())
+
+
+def test_a_choice_holds_inside_its_block_for_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(HERE)
+    from sweep_steps import chosen
+
+    from turbotriton.backend.ops import triton_column
+    from turbotriton.backend.ops.kernels import narrow_linear, tuning
+
+    shape = (32, 4096, 4096, 2, 132)
+    before = narrow_linear.narrow_linear_config(*shape)
+    with chosen("MAX_NARROW_ROWS=0,narrow_linear_config.block_k=32,narrow_linear_config.num_stages=7"):
+        found = narrow_linear.narrow_linear_config(*shape)
+        assert (found.block_k, found.num_stages, found.block_n) == (32, 7, before.block_n)
+        assert triton_column.MAX_NARROW_ROWS == 0
+    assert narrow_linear.narrow_linear_config(*shape) == before
+    assert triton_column.MAX_NARROW_ROWS == tuning.MAX_NARROW_ROWS > 0
+    for wrong in ("no_such_config.block_k=1", "MAX_NARROW_ROWS.x=1", "narrow_linear_config=1"):
+        with pytest.raises(ValueError, match="no constant and no field"), chosen(wrong):
+            pass
+    with chosen("narrow_linear_config.block_q=1"), pytest.raises(ValueError, match="NarrowLinearConfig has no block_q"):
+        narrow_linear.narrow_linear_config(*shape)
 
 
 def test_a_start_is_timed_to_its_first_token(tmp_path: Path) -> None:
@@ -94,6 +145,7 @@ def test_the_openai_server_is_measured_beside_grpc(stream_interval: int) -> None
         "make_checkpoint",
         "make_workspace",
         "profile_step",
+        "sweep_steps",
         "sweep_tiles",
         "bench_ops",
         "bench_quantized",
