@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .launch import has_pdl, launch_options, num_sms
+from .launch import ask_for, has_pdl, launch_options, num_sms
 from .split_sum import sum_of_splits, workspace
 from .tuning import ceil_div, narrow_linear_config
 
@@ -41,6 +41,7 @@ def _narrow_linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    EARLY_STEPS: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -60,6 +61,15 @@ def _narrow_linear_kernel(
     up_ptr = rows_ptr + tl.cast(stride_weight_row, tl.int64) * N
     x_rows_ptr = x_ptr + tl.minimum(offs_m, num_rows - 1)[None, :] * stride_x_row + offs_k[:, None]
     if PDL:
+        if EARLY_STEPS > 0:
+            LINES: tl.constexpr = BLOCK_K * dtype.primitive_bitwidth // 1024
+            at = begin * BLOCK_K + tl.arange(0, LINES) * (BLOCK_K // LINES)
+            lines_ptr = weight_ptr + tl.minimum(offs_n, N - 1).to(tl.int64)[:, None] * stride_weight_row
+            for early in tl.static_range(EARLY_STEPS):
+                line_ptrs = lines_ptr + tl.minimum(at + early * BLOCK_K, K - 1)[None, :]
+                ask_for(line_ptrs)
+                if GATED:
+                    ask_for(line_ptrs + tl.cast(stride_weight_row, tl.int64) * N)
         gdc_wait()
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     acc_up = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -141,6 +151,7 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         NUM_STAGES=config.num_stages,
+        EARLY_STEPS=config.early_steps,
         PRECISION="ieee",
         num_warps=config.num_warps,
         **launch_options(has_pdl(x.device)),

@@ -93,20 +93,24 @@ def _norm_qkv_kernel(
         ahead_a, ahead_b = _load_pairs(
             weight_ptr, first + num_programs * BLOCK_N, offs_k, stride_weight_row, NUM_PAIRS, HALF, K, BLOCK_N
         )
-        a = tl.sum(weight_a.to(tl.float32)[None, :, :] * x[:, None, :], axis=2)  # [BLOCK_M, BLOCK_N]
-        b = tl.sum(weight_b.to(tl.float32)[None, :, :] * x[:, None, :], axis=2)
         head = tl.cast(first // HALF, tl.int64)  # BLOCK_N divides HALF: a tile lies in one head
         dims = first % HALF + tl.arange(0, BLOCK_N)
+        mask = mask_m[:, None] & (dims < HALF)[None, :]
+        # read while the weights are on their way, also where a value head does not turn
+        angle = offs_m[:, None] * HALF + dims[None, :]
+        cos = tl.load(cos_ptr + angle, mask=mask, other=0.0)
+        sin = tl.load(sin_ptr + angle, mask=mask, other=0.0)
         if HAS_BIAS:
-            a += tl.load(bias_ptr + head * 2 * HALF + dims).to(tl.float32)[None, :]
-            b += tl.load(bias_ptr + head * 2 * HALF + HALF + dims).to(tl.float32)[None, :]
+            bias_a = tl.load(bias_ptr + head * 2 * HALF + dims).to(tl.float32)
+            bias_b = tl.load(bias_ptr + head * 2 * HALF + HALF + dims).to(tl.float32)
+        a = tl.sum(weight_a.to(tl.float32)[None, :, :] * x[:, None, :], axis=2)  # [BLOCK_M, BLOCK_N]
+        b = tl.sum(weight_b.to(tl.float32)[None, :, :] * x[:, None, :], axis=2)
+        if HAS_BIAS:
+            a += bias_a[None, :]
+            b += bias_b[None, :]
         a = a.to(dtype).to(tl.float32)
         b = b.to(dtype).to(tl.float32)
-        mask = mask_m[:, None] & (dims < HALF)[None, :]
         if head < NUM_HEADS + NUM_KV_HEADS:
-            angle = offs_m[:, None] * HALF + dims[None, :]
-            cos = tl.load(cos_ptr + angle, mask=mask, other=0.0)
-            sin = tl.load(sin_ptr + angle, mask=mask, other=0.0)
             turned_a = a * cos - b * sin
             turned_b = b * cos + a * sin
             if head < NUM_HEADS:

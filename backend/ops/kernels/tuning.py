@@ -115,6 +115,7 @@ class DecodeAttentionConfig:
     min_split_tokens: int  # a multiple of block_n
     num_warps: int
     num_stages: int
+    is_early: bool = False  # asks for its first tile before it waits for the kernel before it; only tiles that lie in one block
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +173,7 @@ class NarrowLinearConfig:
     num_splits: int  # programs that share a tile's inputs
     num_warps: int
     num_stages: int
+    early_steps: int = 0  # whose weights a program asks for before it waits for the kernel before it
 
 
 @dataclass(frozen=True, slots=True)
