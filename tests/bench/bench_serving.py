@@ -8,7 +8,8 @@
     turbomind    the same through LMDeploy's token contract (one session a request)
 
 Every way is warmed up by a quarter of the work. Of each: output tokens a second from the common start to the last token; the first token of
-one request alone (128 in, 16 out) and p50 of all first tokens on thr, from the common start. The load comes from --clients processes.
+one request alone (128 in, 16 out), how much of that passed in the engine, and p50 of all first tokens on thr, from the common start. The
+load comes from --clients processes.
 A run is void when an answer has another number of tokens than asked, or a client process takes 70 % of a core or more.
 
 --fake puts fake_engine.py in the engine's place, on both sides: the limits of doors, server and clients without a GPU.
@@ -20,11 +21,13 @@ import gc
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +48,7 @@ SINGLE = (128, 16)
 NUM_SINGLES = 11
 MAX_CLIENT_SHARE = 0.7
 START_DELAY_S = 0.2  # from the word to every client to their common start
+METRICS_DELAY_S = 1.0  # until the page shows what has happened
 GOALS = {"tok_s": 0.95, "first_p50": 1.05, "single_ms": 10.0}
 OPTIONS = {"max_batch_size": "256", "session_len": "8192", "enable_prefix_caching": "0"}
 
@@ -98,6 +102,7 @@ def measure_in_process(args: argparse.Namespace, options: dict[str, str]) -> dic
         runs.append({"tok_s": sum(found.tokens) / (found.times[-1] - found.begun), "first_p50_ms": statistics.median(firsts)})
     singles = []
     for number in range(NUM_SINGLES):
+        time.sleep(START_DELAY_S)  # as idle as a server's engine is before each of its own
         found = run(engine, [SINGLE], work.vocab, 1000 + number)
         singles.append(1000 * (found.first[0] - found.begun))
     engine.close()
@@ -167,8 +172,19 @@ def hear(process: "subprocess.Popen[str]") -> dict[str, Any]:
     return answer
 
 
-def measure_door(clients: Clients, url: str, door: str, model: str, work: Work, seed: int) -> dict[str, Any]:
-    order = {"url": url, "door": door, "model": model, "vocab": work.vocab}
+def engine_firsts(metrics: str) -> tuple[float, float]:
+    """Seconds from arrival to the first token that the engine itself has counted so far: their sum, how many."""
+    time.sleep(METRICS_DELAY_S)
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(f"http://{metrics}/metrics", timeout=5) as reply:
+        page = reply.read().decode()
+    name = "turbotriton_time_to_first_token_seconds"
+    total, count = (re.search(rf"^{name}_{part}\S* (\S+)$", page, re.MULTILINE) for part in ("sum", "count"))
+    return (float(total[1]), float(count[1])) if total and count else (0.0, 0.0)
+
+
+def measure_door(clients: Clients, server: RunningServer, door: str, model: str, work: Work, seed: int) -> dict[str, Any]:
+    order = {"url": server.grpc, "door": door, "model": model, "vocab": work.vocab}
     clients.run(order | {"lengths": work.warm_up, "seed": 0})
     runs, shares, responses = [], [], 0.0
     for repeat in range(work.repeats):
@@ -179,11 +195,13 @@ def measure_door(clients: Clients, url: str, door: str, model: str, work: Work, 
         responses = sum(record[4] for record in records) / seconds
         firsts = [1000 * record[1] for record in records]
         runs.append({"tok_s": tokens / seconds, "first_p50_ms": statistics.median(firsts)})
-    singles = []
+    singles, before = [], engine_firsts(server.metrics)
     for number in range(NUM_SINGLES):
         records, _ = clients.run(order | {"lengths": [SINGLE], "seed": 1000 + number})
         singles.append(1000 * records[0][1])
+    seconds, count = (after - earlier for after, earlier in zip(engine_firsts(server.metrics), before, strict=True))
     found = summary(runs, singles) | {"client_share": [round(share, 2) for share in shares], "responses_s": round(responses)}
+    found["single_engine_ms"] = round(1000 * seconds / max(count, 1), 2)
     if max(shares) >= MAX_CLIENT_SHARE:
         raise VoidError(f"a client process took {max(shares):.0%} of a core: use more --clients; the numbers were {found}")
     return found
@@ -248,7 +266,7 @@ def through_doors(args: argparse.Namespace, options: dict[str, str]) -> dict[str
         for door in args.doors.split(","):
             before, begun = process_cpu_s(runtime_dir), time.monotonic()
             try:
-                results[door] = measure_door(clients, server.grpc, door, models[door], work, args.seed)
+                results[door] = measure_door(clients, server, door, models[door], work, args.seed)
             except VoidError as error:
                 results[door] = {"void": str(error)}
             after, wall = process_cpu_s(runtime_dir), time.monotonic() - begun
@@ -274,7 +292,8 @@ def add_shares(base: dict[str, Any], found: dict[str, Any]) -> None:
 def print_table(results: dict[str, dict[str, Any]]) -> None:
     base = results["in process"]
     print(
-        f"{'':12s}{'tok/s':>9s}{'share':>7s}{'first p50, ms':>15s}{'ratio':>7s}{'alone, ms':>11s}{'later':>7s}{'resp/s':>8s}  clients"
+        f"{'':12s}{'tok/s':>9s}{'share':>7s}{'first p50, ms':>15s}{'ratio':>7s}{'alone, ms':>11s}{'later':>7s}"
+        f"{'engine':>8s}{'resp/s':>8s}  clients"
     )
     for name, found in results.items():
         if "void" in found:
@@ -286,7 +305,8 @@ def print_table(results: dict[str, dict[str, Any]]) -> None:
         print(
             f"{name:12s}{found['tok_s']:9.0f}{found.get('of_in_process', 1.0):7.3f}{found['first_p50_ms']:15.1f}"
             f"{found.get('first_p50_ratio', 1.0):7.3f}{found['single_ms'][1]:11.2f}{found.get('single_later_ms', 0.0):7.2f}"
-            f"{found.get('responses_s', 0):8d}  {f'at most {max(shares):.0%} of a core each' if shares else ''}"
+            f"{found.get('single_engine_ms', found['single_ms'][1]):8.2f}{found.get('responses_s', 0):8d}"
+            f"  {f'at most {max(shares):.0%} of a core each' if shares else ''}"
         )
     for name, found in results.items():
         if "cpu_s" in found:
