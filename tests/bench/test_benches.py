@@ -1,7 +1,9 @@
 """The benchmark programs run and say what they measured: on the CPU, on a tiny model, at a small scale."""
 
+import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,11 @@ def program(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(HERE / f"{name}.py"), *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+@functools.cache
+def help_of(name: str) -> subprocess.CompletedProcess[str]:
+    return program(name, "--help")
 
 
 @pytest.fixture(scope="module")
@@ -153,9 +160,25 @@ def test_the_openai_server_is_measured_beside_grpc(stream_interval: int) -> None
     ],
 )
 def test_help_names_the_command_line(name: str) -> None:
-    shown = program(name, "--help")
+    shown = help_of(name)
     assert shown.returncode == 0, shown.stderr
     assert "usage" in shown.stdout
+
+
+def test_every_command_of_the_measurements_is_one_that_its_program_takes(tmp_path: Path) -> None:
+    script = ROOT / "tests" / "gpu" / "measure.sh"
+    parts = re.findall(r"^#     (\w+) {2,}", script.read_text(), re.MULTILINE)
+    environment = os.environ | {"DRY": "1", "SHM": str(tmp_path / "shm")}
+    command = ["bash", str(script), *parts, "to", str(tmp_path / "logs")]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    assert sorted(path.stem for path in (tmp_path / "logs").iterdir()) == sorted(parts)
+    lines = [line for line in run.stdout.splitlines() if "tests/bench/" in line]
+    assert len(lines) > 15
+    for line in lines:
+        words = line[line.index("tests/bench/") :].split()
+        shown = help_of(Path(words[0]).stem).stdout
+        unknown = [word for word in words if word.startswith("--") and word.split("=")[0] not in shown]
+        assert not unknown, line
 
 
 @pytest.mark.parametrize("dtype", ["int4", "int8", "fp8"])
