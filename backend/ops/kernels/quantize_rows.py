@@ -20,11 +20,23 @@ import triton.language as tl
 from turbotriton.backend.ops.operands import QuantizedRows
 
 from .launch import has_pdl, launch_options, wait_for_previous
+from .quantized_words import fast_exp2, fast_inverse
 from .tuning import ceil_div, quantize_rows_config
 
 __all__ = ["quantize_rows", "rms_norm_rows", "silu_and_mul_rows"]
 
 ROW_MULTIPLE = 16
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _rounded(y, dtype: tl.constexpr, ASM: tl.constexpr):
+    """fp32 -> `dtype` -> fp32. Two values a conversion: one at a time they go through the slow unit that exponentials need too."""
+    if ASM and dtype == tl.bfloat16:
+        y = tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [y], tl.bfloat16, is_pure=True, pack=2)
+    elif ASM and dtype == tl.float16:
+        y = tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [y], tl.float16, is_pure=True, pack=2)
+    return y.to(dtype).to(tl.float32)
 
 
 @triton.jit
@@ -33,10 +45,11 @@ def _store_quantized(y, row, out_ptr, scale_ptr, offs_n, mask, N: tl.constexpr, 
     largest = tl.maximum(tl.max(tl.abs(y), axis=0), 1e-7)
     scale = tl.div_rn(largest, largest * 0 + LARGEST)
     tl.store(scale_ptr + row, scale)
-    scaled = tl.minimum(tl.maximum(y * tl.div_rn(scale * 0 + 1.0, scale), -LARGEST), LARGEST)
-    if IS_INT8:
-        scaled = (scaled + 12582912.0) - 12582912.0  # to the nearest integer, ties to even
-    tl.store(out_ptr + row * N + offs_n, scaled.to(out_ptr.dtype.element_ty), mask=mask)
+    scaled = y * tl.div_rn(scale * 0 + 1.0, scale)  # at most 2^-22 beyond LARGEST, which rounds to it
+    values = scaled
+    if IS_INT8:  # 1.5 * 2^23 + v, ties to even: the lowest byte is v
+        values = (scaled + 12582912.0).to(tl.int32, bitcast=True)
+    tl.store(out_ptr + row * N + offs_n, values.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -75,6 +88,7 @@ def _rms_norm_rows_kernel(
     LARGEST: tl.constexpr,
     IS_INT8: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_previous(PDL)
@@ -83,14 +97,14 @@ def _rms_norm_rows_kernel(
     mask = offs_n < N
     r = tl.load(x_ptr + row * stride_x_row + offs_n, mask=mask, other=0.0)
     weight = tl.load(weight_ptr + offs_n, mask=mask, other=0.0).to(tl.float32)
-    dtype = r.dtype
+    dtype: tl.constexpr = r.dtype
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + row * stride_residual_row + offs_n, mask=mask, other=0.0)
         r = (r.to(tl.float32) + residual.to(tl.float32)).to(dtype)  # the rounding of the residual stream
         tl.store(r_ptr + row * N + offs_n, r, mask=mask)
     wide = r.to(tl.float32)
     mean_square = tl.sum(wide * wide, axis=0) / N
-    y = (wide * tl.rsqrt(mean_square + eps) * weight).to(dtype).to(tl.float32)
+    y = _rounded(wide * tl.rsqrt(mean_square + eps) * weight, dtype, ASM)
     _store_quantized(y, row, out_ptr, scale_ptr, offs_n, mask, N, LARGEST, IS_INT8)
 
 
@@ -104,6 +118,7 @@ def _silu_and_mul_rows_kernel(
     LARGEST: tl.constexpr,
     IS_INT8: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_previous(PDL)
@@ -113,7 +128,8 @@ def _silu_and_mul_rows_kernel(
     gate_ptrs = x_ptr + row * stride_x_row + offs_n
     gate = tl.load(gate_ptrs, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_ptrs + N, mask=mask, other=0.0).to(tl.float32)
-    y = (gate / (1.0 + tl.exp(-gate)) * up).to(x_ptr.dtype.element_ty).to(tl.float32)
+    # exp overflows to inf below -88, and its inverse is then 0
+    y = _rounded(gate * fast_inverse(1.0 + fast_exp2(gate * -LOG2_E, ASM), ASM) * up, x_ptr.dtype.element_ty, ASM)
     _store_quantized(y, row, out_ptr, scale_ptr, offs_n, mask, N, LARGEST, IS_INT8)
 
 
@@ -174,6 +190,7 @@ def rms_norm_rows(
             0 if residual is None else residual.stride(0),
             N=hidden,
             HAS_RESIDUAL=residual is not None,
+            ASM=x.is_cuda,
             **options,
         )
     return rows, r
@@ -188,5 +205,5 @@ def silu_and_mul_rows(x: torch.Tensor, dtype: torch.dtype) -> QuantizedRows:
     values, scale, rows = _outputs(x, n, dtype)
     options = _options(n, dtype, x.device)
     if num_rows:
-        _silu_and_mul_rows_kernel[(num_rows,)](x, values, scale, x.stride(0), N=n, **options)
+        _silu_and_mul_rows_kernel[(num_rows,)](x, values, scale, x.stride(0), N=n, ASM=x.is_cuda, **options)
     return rows
