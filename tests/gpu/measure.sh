@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # What docs/performance.md and docs/quantization.md are made of, in parts of ten minutes at most on an H200, from the repository root:
 #   bash tests/gpu/measure.sh PART... [to FOLDER]
-#     steps     captured decode steps over batches and contexts, drawn; tiles of ours against each other
+#     steps     captured decode steps over batches and contexts, drawn; choices that were prepared without a GPU
+#     tiles     tiles of every kernel against each other
 #     dense     the works of bench_engine.py in 16 bits, both shapes
 #     kv        8B, keys and values in 8 and 4 bits
 #     weights   8B, weights in 4 and 8 bits
@@ -45,7 +46,10 @@ steps() {
         run "$python" $bench/sweep_steps.py --model "$shm/$shape" --batch 8,16,32,64 --context 1024 \
             --choice narrow_linear_config.early_steps=3 --choice MANY_OUTPUTS=0 --choice MANY_OUTPUTS=0,narrow_linear_config.early_steps=3
     done
+}
+tiles() {
     run "$python" $bench/sweep_tiles.py
+    run "$python" $bench/bench_quantized.py --only linear,decode --sweep
 }
 dense() {
     have 1.8b
@@ -90,7 +94,7 @@ sound() {
 mkdir -p "$folder"
 for part in "${parts[@]:?"usage: measure.sh PART... [to FOLDER]"}"; do
     case $part in
-        steps | dense | kv | weights | ops | start | way | sound) ;;
+        steps | tiles | dense | kv | weights | ops | start | way | sound) ;;
         *) echo "measure.sh: no part $part; the parts stand at the top of the file" >&2; exit 2 ;;
     esac
     "$part" > >(tee "$folder/$part.log") 2>&1
