@@ -1,4 +1,4 @@
-"""Tile choices of the kernels that a step lives on, timed against each other: sweep_tiles.py [linear|attention|prefill]
+"""Tile choices of the kernels that a step lives on, timed against each other: sweep_tiles.py [linear|narrow|attention|prefill]
 
 Method as in bench_ops.py: calls over weights or caches that together exceed the L2 cache, captured in one CUDA graph; the median of
 its replays. The choices stand in backend/ops/kernels/tuning.py.
@@ -12,7 +12,9 @@ import statistics
 from collections.abc import Callable
 
 import torch
+from triton.errors import TritonError
 
+from turbotriton.backend.ops.kernels import narrow_linear as narrow_module
 from turbotriton.backend.ops.kernels import paged_decode_attention as attention_module
 from turbotriton.backend.ops.kernels import paged_prefill_attention as prefill_module
 from turbotriton.backend.ops.kernels import skinny_linear as linear_module
@@ -86,6 +88,51 @@ def linears(rows: int) -> None:
             best = ";  ".join(f"{us:.1f} us {text}" for us, text in found[:4])
             print(
                 f"{name} {op} {rows}x{k}x{n}: cuBLAS {cublas:.1f}, now {now:.1f} us; {gigabytes / found[0][0] * 1e6:.0f} GB/s: {best}",
+                flush=True,
+            )
+
+
+def narrows(rows: int) -> None:
+    """A tile of x is read again by every program: the more outputs a program has, the less of that passes through the L2 cache."""
+    tiles = [
+        # block_n, block_k, warps, stages
+        (64, 128, 4, 4), (64, 128, 4, 3), (64, 64, 4, 6), (128, 64, 4, 5), (128, 64, 8, 4), (128, 64, 8, 6), (128, 128, 8, 3),
+        (128, 128, 4, 3), (256, 64, 8, 4),
+    ]  # fmt: skip
+    for name, (hidden, inter, qkv, _, _) in SHAPES.items():
+        for layer, k, n in (("qkv", hidden, qkv), ("o", hidden, hidden), ("gate_up", hidden, inter), ("down", inter, hidden)):
+            gated = layer == "gate_up"
+            columns = 2 * n if gated else n
+            copies = max(2, min(24, (400 << 20) // (k * columns * 2)))
+            weights = [(randn(columns, k) * k**-0.5).t() for _ in range(copies)]
+            x = randn(rows, k)
+            cublas = median_us([lambda w=w: x @ w for w in weights])
+            function = narrow_module.gate_up if gated else narrow_module.linear
+            calls = [lambda w=w: function(x, w) for w in weights]
+            base = tuning.narrow_linear_config(rows, n, k, 2, 132, gated=gated)
+            found = [(median_us(calls), "now")]
+            for (block_n, block_k, warps, stages), splits, early in itertools.product(
+                tiles, (1,) if gated else (1, 2, 4), (0, 3)
+            ):
+                programs = tuning.ceil_div(n, block_n) * tuning.ceil_div(rows, base.block_m) * splits
+                if (gated and block_n > 128) or not 50 <= programs <= 600:
+                    continue
+                choice = {
+                    "block_n": block_n, "block_k": block_k, "num_warps": warps, "num_stages": stages, "num_splits": splits,
+                    "early_steps": early,
+                }  # fmt: skip
+                config = dataclasses.replace(base, **choice)
+                narrow_module.narrow_linear_config = lambda *args, config=config, **kwargs: config
+                try:
+                    found.append((median_us(calls), " ".join(f"{key} {value}" for key, value in choice.items())))
+                except TritonError:  # more shared memory or registers than there are
+                    continue
+            narrow_module.narrow_linear_config = tuning.narrow_linear_config
+            found.sort()
+            best = ";  ".join(f"{us:.1f} us {text}" for us, text in found[:5])
+            gigabytes = k * columns * 2 / 1e9
+            print(
+                f"narrow {name} {layer} {rows}x{k}x{columns}: cuBLAS {cublas:.1f}; {gigabytes / found[0][0] * 1e6:.0f} GB/s: {best}",
                 flush=True,
             )
 
@@ -178,13 +225,17 @@ def prefills() -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", default=["attention", "linear", "prefill"], help="(default: all)")
+    parser.add_argument("what", nargs="*", default=["attention", "linear", "narrow", "prefill"], help="(default: all)")
+    parser.add_argument("--narrow-rows", default="16,64", help="the same of narrow layers (default: %(default)s)")
     parser.add_argument("--rows", default="1", help="rows of x, comma-separated (default: %(default)s)")
     args = parser.parse_args()
     if "attention" in args.what:
         attentions()
     if "prefill" in args.what:
         prefills()
+    if "narrow" in args.what:
+        for rows in map(int, args.narrow_rows.split(",")):
+            narrows(rows)
     if "linear" in args.what:
         for rows in map(int, args.rows.split(",")):
             linears(rows)
