@@ -159,9 +159,9 @@ class Scheduler:
             raise InvalidInputError(f"request id {source.request_id} is in use on this connection")
         if not num_prompt:
             raise InvalidInputError("the prompt has no token; send at least one")
-        bad = next((i for i in source.prompt_ids if not 0 <= i < self._model.vocab_size), None)
-        if bad is not None:
-            raise InvalidInputError(f"prompt token id {bad} is outside the vocabulary of {self._model.vocab_size}")
+        if min(source.prompt_ids) < 0 or max(source.prompt_ids) >= self._model.vocab_size:
+            outside = next(i for i in source.prompt_ids if not 0 <= i < self._model.vocab_size)
+            raise InvalidInputError(f"prompt token id {outside} is outside the vocabulary of {self._model.vocab_size}")
         bad = next((i for i, _ in source.sampling.logit_bias if not 0 <= i < self._model.vocab_size), None)
         if bad is not None:
             raise InvalidInputError(f"logit_bias names token id {bad}, outside the vocabulary of {self._model.vocab_size}")

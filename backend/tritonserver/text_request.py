@@ -188,7 +188,7 @@ def _read_prompt(
     assert ids is not None
     if not ids.size:
         raise InvalidInputError("input_ids is empty; send at least one token id")
-    return [int(token_id) for token_id in ids], ""
+    return ids.tolist(), ""
 
 
 def _formatted(prompt_format: PromptFormat, messages: Any, options: Mapping[str, Any]) -> list[int]:
@@ -229,7 +229,7 @@ def _read_flat_sampling(request: Any) -> dict[str, Any]:
     for name in _STRING_LISTS:
         values[name] = read_strings(request, name)
     ids = read_array(request, "stop_token_ids")
-    values["stop_token_ids"] = None if ids is None else [int(token_id) for token_id in ids]
+    values["stop_token_ids"] = None if ids is None else ids.tolist()
     given = {name: value for name, value in values.items() if value is not None}
     _check_lists(given)
     return given

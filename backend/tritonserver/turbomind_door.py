@@ -194,7 +194,7 @@ def _read_turn(request: Any) -> _Turn:
     flags = {name: read_int(request, name, 0, 1) for name in ("START", "END", "STOP")}
     return _Turn(
         session_id=read_int(request, "CORRID", 0, MAX_SEED) or 0,
-        input_ids=tuple(int(token_id) for token_id in ids[:length]),
+        input_ids=tuple(ids[:length].tolist()),
         num_new_tokens=num_new_tokens,
         step=read_int(request, "step", -(2**31), 2**31 - 1),
         start=flags["START"] != 0,  # default 1
