@@ -144,8 +144,10 @@ def encode_deltas(deltas: Sequence[TokenDelta]) -> list[Any]:
     extras: dict[int, dict[str, Any]] = {}
     for position, delta in enumerate(deltas):
         extra: dict[str, Any] = {}
-        if delta.logprobs:
-            extra["logprobs"] = [(entry.token_logprob, entry.top) for entry in delta.logprobs]
+        for name in ("logprobs", "prompt_logprobs"):
+            entries = getattr(delta, name)
+            if entries:
+                extra[name] = [(entry.token_logprob, entry.top) for entry in entries]
         if delta.error is not None:
             extra["error"] = (delta.error, delta.error_status)
         if delta.finish_reason is not None:
@@ -196,10 +198,8 @@ def _decode_deltas(payload: Sequence[Any]) -> list[TokenDelta]:
             TokenDelta(
                 request_id=request_id,
                 token_ids=tuple(ids[begin:end]),
-                logprobs=tuple(
-                    TokenLogprobs(value, tuple((token_id, logprob) for token_id, logprob in top))
-                    for value, top in extra.get("logprobs", ())
-                ),
+                logprobs=_decode_logprobs(extra.get("logprobs", ())),
+                prompt_logprobs=_decode_logprobs(extra.get("prompt_logprobs", ())),
                 finish_reason=_FINISH_CODES[code],
                 stop_token_matched=stop_matched,
                 error=error,
@@ -211,3 +211,7 @@ def _decode_deltas(payload: Sequence[Any]) -> list[TokenDelta]:
         )
         begin = end
     return deltas
+
+
+def _decode_logprobs(entries: Sequence[Any]) -> tuple[TokenLogprobs, ...]:
+    return tuple(TokenLogprobs(value, tuple((token_id, logprob) for token_id, logprob in top)) for value, top in entries)

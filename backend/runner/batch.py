@@ -32,12 +32,14 @@ I64 = npt.NDArray[np.int64]
 class StepInputs:
     """token_ids: [num_tokens], int64;  batch: what attention needs;  sampled_tokens: [num_sampled], each sampled row's last token
 
-    On the host, both [num_sampled] in the plan's order: sampled_slots;  sampled_positions, where the drawn token will stand.
+    On the host, in the plan's order: row_begins: [num_rows], each row's first token;  sampled_slots, [num_sampled];  sampled_positions,
+    [num_sampled], where the drawn token will stand.
     """
 
     token_ids: torch.Tensor
     batch: AttentionBatch
     sampled_tokens: torch.Tensor
+    row_begins: I64
     sampled_slots: I64
     sampled_positions: I64
 
@@ -156,6 +158,7 @@ class SlotState:
             token_ids=self._token_ids[device_slots, device_positions].long(),
             batch=batch,
             sampled_tokens=device_sampled,
+            row_begins=np.array([ends[place[i]] - lens[place[i]] for i in range(len(rows))], np.int64),
             sampled_slots=slots[sampled],
             sampled_positions=contexts[sampled],
         )

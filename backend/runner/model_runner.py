@@ -15,8 +15,9 @@ Invariants
 import itertools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,11 +27,12 @@ from turbotriton.backend.model.decoder import Decoder, ModelWeights
 from turbotriton.backend.model.logprobs import raw_logprobs
 from turbotriton.backend.model.sampler import SamplerState
 from turbotriton.backend.model.token_masks import masked_logits
-from turbotriton.backend.model.transfer import to_host
+from turbotriton.backend.model.transfer import to_device, to_host
 from turbotriton.backend.ops.table import DETERMINISTIC_REFERENCE, REFERENCE, ops_for
-from turbotriton.backend.scheduling.plan import StepPlan, StepResult
+from turbotriton.backend.scheduling.plan import ScheduledRow, StepPlan, StepResult
 from turbotriton.contract.errors import ConfigError
 from turbotriton.contract.ini import EngineConfig, ModelConfig
+from turbotriton.contract.wire import TokenLogprobs
 
 from .batch import SlotState
 from .decode_graphs import DecodeGraphs, batch_buckets, decode_forward
@@ -46,10 +48,21 @@ logger = logging.getLogger(__name__)
 
 I64 = npt.NDArray[np.int64]
 NO_ROWS: I64 = np.zeros(0, np.int64)
+SCORED_TOKENS = 128  # prompt tokens whose logits are held at once
 
 #: Below this many weight elements a CPU step runs on one thread. Its ops take microseconds, and threads that wait for each other
 #: on cores shared with a server cost far more than they bring: 8 against 103 ms a step of a 5 M model on two busy cores.
 ONE_THREAD_ELEMENTS = 100_000_000
+
+
+class _Forward(NamedTuple):
+    """Slots of the sampled rows, where their drawn tokens will stand, their logits (None: no row is sampled), and what waits for the
+    log-probabilities of prompt tokens."""
+
+    slots: I64
+    positions: I64
+    logits: torch.Tensor | None
+    prompt_logprobs: Callable[[], dict[int, tuple[TokenLogprobs, ...]]] = dict
 
 
 class ModelRunner:
@@ -94,6 +107,7 @@ class ModelRunner:
                 weights = load_weights(model, weights_dir, device, dtype, for_kernels=for_kernels)
             self._decoder = Decoder(model, weights, ops)
             self._slots = SlotState(model, engine, device)
+            self._scored_prompts: dict[int, tuple[tuple[int, ...], int]] = {}  # slot -> prompt, how many of the most likely
             self._sampler = SamplerState(engine.max_batch_size, model.vocab_size, model.eos_token_ids, device)
             before_kv_cache()
             scales = read_kv_scales(model, weights_dir) if engine.quant_policy == 4 else None
@@ -121,7 +135,11 @@ class ModelRunner:
         """Starts a step; what it returns waits for its result."""
         for slot in plan.left:
             self._sampler.leave(slot)
+            self._scored_prompts.pop(slot, None)
         for request in plan.joined:
+            if request.sampling.prompt_logprobs is not None:
+                prompt = request.token_ids[: request.num_prompt_tokens]
+                self._scored_prompts[request.slot] = prompt, request.sampling.prompt_logprobs
             self._slots.join(request)
             self._sampler.join(
                 request.slot,
@@ -132,9 +150,9 @@ class ModelRunner:
                 request.sample_index,
             )
         self._slots.add_blocks(plan.new_blocks)
-        slots, positions, logits = self._forward(plan)
+        slots, positions, logits, prompt_logprobs = self._forward(plan)
         if logits is None:
-            return StepResult
+            return lambda: StepResult(prompt_logprobs=prompt_logprobs())
         allowed = logits
         if plan.masks is not None:
             allowed = masked_logits(logits, [int((slots == slot).argmax()) for slot in plan.masks.slots], plan.masks.wait())
@@ -147,33 +165,57 @@ class ModelRunner:
         def collect() -> StepResult:
             token_ids = wait().tolist()
             note(token_ids)
-            return StepResult(tuple(token_ids), logprobs())
+            return StepResult(tuple(token_ids), logprobs(), prompt_logprobs())
 
         return collect
 
-    def _forward(self, plan: StepPlan) -> tuple[I64, I64, torch.Tensor | None]:
-        """Slots of the sampled rows, where their drawn tokens will stand, and their logits (None: no row is sampled)."""
+    def _forward(self, plan: StepPlan) -> "_Forward":
         rows = plan.rows
-        if self._graphs is not None and rows and all(row.num_tokens == 1 and row.samples for row in rows):
+        scored = self._scored_tokens(rows)
+        if self._graphs is not None and rows and not scored and all(row.num_tokens == 1 and row.samples for row in rows):
             slots, starts = np.array([(row.slot, row.start) for row in rows], np.int64).T
-            return slots, starts + 1, self._graphs.logits(slots, starts)
+            return _Forward(slots, starts + 1, self._graphs.logits(slots, starts))
         if (
             self._prompt_graphs is not None
+            and not scored
             and len(rows) == 1
             and rows[0].samples
             and 1 < rows[0].num_tokens <= self._prompt_graphs.max_tokens
         ):
             (row,) = rows
             at = np.array([row.slot], np.int64), np.array([row.start + row.num_tokens], np.int64)
-            return *at, self._prompt_graphs.logits(row.slot, row.start, row.num_tokens)
+            return _Forward(*at, self._prompt_graphs.logits(row.slot, row.start, row.num_tokens))
         if not rows:
-            return NO_ROWS, NO_ROWS, None
+            return _Forward(NO_ROWS, NO_ROWS, None)
         inputs = self._slots.step_inputs(rows)
         x, residual = self._decoder.hidden_states(inputs.token_ids, inputs.batch, self._kv.k, self._kv.v)
+        found = {index: self._scores(x, residual, int(inputs.row_begins[index]), *asked) for index, asked in scored.items()}
         slots, positions = inputs.sampled_slots, inputs.sampled_positions
-        if slots.size == 0:
-            return slots, positions, None
-        return slots, positions, self._decoder.logits(x[inputs.sampled_tokens], residual[inputs.sampled_tokens])
+        logits = None
+        if slots.size:
+            logits = self._decoder.logits(x[inputs.sampled_tokens], residual[inputs.sampled_tokens])
+        return _Forward(slots, positions, logits, lambda: {index: collect() for index, collect in found.items()})
+
+    def _scored_tokens(self, rows: Sequence[ScheduledRow]) -> dict[int, tuple[tuple[int, ...], int]]:
+        """By index of a row whose request asked for them: the prompt tokens that follow the row's, and how many of the most likely."""
+        scored = {}
+        for index, row in enumerate(rows) if self._scored_prompts else ():
+            prompt, num_top = self._scored_prompts.get(row.slot, ((), 0))
+            if row.start + 1 < len(prompt):
+                scored[index] = prompt[row.start + 1 : row.start + 1 + row.num_tokens], num_top
+        return scored
+
+    def _scores(
+        self, x: torch.Tensor, residual: torch.Tensor, begin: int, token_ids: tuple[int, ...], num_top: int
+    ) -> Callable[[], tuple[TokenLogprobs, ...]]:
+        """Log-probabilities of `token_ids`, each after the row of x that stands before it, from `begin` on."""
+        parts = []
+        for start in range(0, len(token_ids), SCORED_TOKENS):
+            some = token_ids[start : start + SCORED_TOKENS]
+            rows = slice(begin + start, begin + start + len(some))
+            logits = self._decoder.logits(x[rows], residual[rows])
+            parts.append(raw_logprobs(logits, to_device(np.array(some, np.int64), logits.device), [num_top] * len(some)))
+        return lambda: tuple(entry for part in parts for entry in part() if entry is not None)
 
     @torch.inference_mode()
     def run_uncaptured(self, num_rows: int) -> None:

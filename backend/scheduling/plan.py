@@ -8,6 +8,7 @@ Order inside `ModelRunner.execute(plan)`: leave, join, add blocks, run the rows,
 A preempted request leaves its slot and joins again later with `token_ids` = prompt + what it has produced.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -76,7 +77,9 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Aligned with the plan's sampling rows, in their order."""
+    """token_ids and logprobs are aligned with the plan's sampling rows, in their order."""
 
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs | None, ...] = field(default=())  # None where the request asked for none
+    #: By index of a row, where its request asked for them: of the prompt tokens at start + 1, start + 2, ...
+    prompt_logprobs: Mapping[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)

@@ -4,7 +4,7 @@ import enum
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from turbotriton.contract.wire import FinishReason, GenerateRequest, SamplingParams
+from turbotriton.contract.wire import FinishReason, GenerateRequest, SamplingParams, TokenLogprobs
 
 __all__ = ["Request", "RequestState", "TokenMatcher", "finish_reason_of"]
 
@@ -35,6 +35,7 @@ class Request:
     num_scheduled_tokens: the same when every step that was scheduled has run
     num_in_flight: tokens that scheduled steps draw and nobody has seen yet
     digests: one for each published or matched full block, in order
+    prompt_logprobs: of the prompt tokens from the second on, as far as steps that were taken in have seen them; kept when preempted
     """
 
     owner: object  # who submitted it: a connection, a test
@@ -54,6 +55,7 @@ class Request:
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at the first admission
     block_ids: list[int] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     slot: int = -1
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
@@ -93,6 +95,11 @@ class Request:
             or any(len(ids) > 1 for ids in sampling.bad_sequences)
             or (sampling.min_new_tokens > 0 and any(len(ids) > 1 for ids in sampling.stop_sequences))
         )
+
+    @property
+    def is_scored(self) -> bool:
+        """Every prompt token whose probability was asked for has one."""
+        return self.sampling.prompt_logprobs is None or len(self.prompt_logprobs) == self.num_prompt_tokens - 1
 
     @property
     def is_held(self) -> bool:

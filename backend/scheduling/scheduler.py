@@ -28,7 +28,7 @@ import dataclasses
 import heapq
 from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from turbotriton.contract.errors import InvalidInputError, TurbotritonError, UnavailableError
 from turbotriton.contract.ini import EngineConfig, ModelConfig
@@ -343,7 +343,7 @@ class Scheduler:
         if not self._waiting:
             return None
         request = self._waiting[0][1]
-        cached, digests = self.blocks.match_prefix(request.chain_root, request.token_ids)
+        cached, digests = self.blocks.match_prefix(request.chain_root, request.token_ids) if request.is_scored else ([], [])
         missing = self.blocks.blocks_for(len(request.token_ids)) - len(cached)
         if missing > self.blocks.num_free_blocks - self.blocks.num_free_among(cached):
             return None
@@ -382,18 +382,21 @@ class Scheduler:
         """Takes in what the runner drew for `plan`, the oldest that was not taken in."""
         deltas: list[OwnedDelta] = []
         drawn = iter(range(len(result.token_ids)))
-        for row, (request, num_joins) in zip(plan.rows, self._in_flight.popleft(), strict=True):
+        for index, (row, (request, num_joins)) in enumerate(zip(plan.rows, self._in_flight.popleft(), strict=True)):
             at = next(drawn) if row.samples else -1
             if request.state is not RequestState.RUNNING or request.num_joins != num_joins:
                 continue
             request.num_computed_tokens += row.num_tokens
             self.num_computed_tokens += row.num_tokens
+            if index in result.prompt_logprobs:  # after a preemption some of them are known
+                request.prompt_logprobs += result.prompt_logprobs[index][len(request.prompt_logprobs) - row.start :]
             self._publish_full_blocks(request)
             if row.samples:
                 request.num_in_flight -= 1
                 deltas.append(self._append(request, result, at))
             elif request.num_computed_tokens == len(request.token_ids):
-                deltas.append(self._finish(request, FinishReason.LENGTH))  # asked for no new token
+                owned = self._finish(request, FinishReason.LENGTH)  # asked for no new token
+                deltas.append(_with(owned, prompt_logprobs=tuple(request.prompt_logprobs)))
         return deltas
 
     def _append(self, request: Request, result: StepResult, at: int) -> OwnedDelta:
@@ -412,7 +415,11 @@ class Scheduler:
         else:
             owned = self._finish(request, reason, (token_id,), stop_token_matched=stop_token_matched)
         logprobs = result.logprobs[at] if result.logprobs else None
-        return owned if logprobs is None else OwnedDelta(request, dataclasses.replace(owned.delta, logprobs=(logprobs,)))
+        if logprobs is not None:
+            owned = _with(owned, logprobs=(logprobs,))
+        if request.num_new_tokens == 1 and request.prompt_logprobs:
+            owned = _with(owned, prompt_logprobs=tuple(request.prompt_logprobs))
+        return owned
 
     def _publish_full_blocks(self, request: Request) -> None:
         size = self.blocks.block_size
@@ -423,6 +430,10 @@ class Scheduler:
             parent = request.digests[-1] if request.digests else request.chain_root
             request.digests.append(chain_digest(parent, request.token_ids[index * size : (index + 1) * size]))
             self.blocks.publish(request.block_ids[index], request.digests[-1])
+
+
+def _with(owned: OwnedDelta, **fields: Any) -> OwnedDelta:
+    return OwnedDelta(owned.request, dataclasses.replace(owned.delta, **fields))
 
 
 def _deadline(request: Request) -> float:

@@ -74,6 +74,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit before all else)
     ignore_eos: bool = False
     num_logprobs: int | None = None  # None: none; 0: the drawn token's; n: also the n most likely
+    prompt_logprobs: int | None = None  # the same of every prompt token after the first; such a prompt is always computed whole
     #: (one of GUIDED_KINDS, its text): JSON schema, "" for json_object, regex, Lark grammar, JSON list of strings. The output follows it.
     guided: tuple[str, str] | None = None
 
@@ -85,7 +86,7 @@ class SamplingParams:
         def finite(value: float) -> bool:
             return isinstance(value, (int, float)) and math.isfinite(value)
 
-        for name in ("max_new_tokens", "min_new_tokens", "top_k", "seed", "num_logprobs"):
+        for name in ("max_new_tokens", "min_new_tokens", "top_k", "seed", "num_logprobs", "prompt_logprobs"):
             may_be_none = name not in ("min_new_tokens", "top_k")
             check(_is_int(getattr(self, name)) or (may_be_none and getattr(self, name) is None), name, "a whole number")
         check(self.max_new_tokens is None or self.max_new_tokens >= 0, "max_new_tokens", "0 or more")
@@ -108,11 +109,9 @@ class SamplingParams:
         check(finite(self.presence_penalty) and abs(self.presence_penalty) <= 2, "presence_penalty", "from -2 to 2")
         check(finite(self.frequency_penalty) and abs(self.frequency_penalty) <= 2, "frequency_penalty", "from -2 to 2")
         check(self.seed is None or 0 <= self.seed <= MAX_SEED, "seed", "an unsigned 64-bit number")
-        check(
-            self.num_logprobs is None or 0 <= self.num_logprobs <= MAX_LOGPROBS,
-            "num_logprobs",
-            f"from 0 to {MAX_LOGPROBS}",
-        )
+        for name in ("num_logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            check(count is None or 0 <= count <= MAX_LOGPROBS, name, f"from 0 to {MAX_LOGPROBS}")
         for name in ("stop_sequences", "bad_sequences"):
             check(all(len(seq) > 0 for seq in getattr(self, name)), name, "sequences of at least one token id")
             check(all(_is_int(token_id) for seq in getattr(self, name) for token_id in seq), name, "sequences of whole numbers")
@@ -175,6 +174,7 @@ class TokenDelta:
     request_id: int
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()  # one a token id when asked for, else empty
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # when asked for, with the first delta: one a prompt token after the first
     finish_reason: FinishReason | None = None
     stop_token_matched: bool = False  # the last id of token_ids is EOS or a stop id (a text door hides it)
     error: str | None = None  # with finish_reason ERROR: one line
