@@ -36,6 +36,7 @@ _SCALARS: dict[str, type[np.generic]] = {
     "priority": np.int32,
     "deadline_ms": np.int32,
     "num_logprobs": np.int32,
+    "exclude_input_in_output": np.bool_,
 }
 #: JSON objects: the options that have no tensor of their own, and what the chat template gets beside the messages.
 _OBJECTS = ("sampling_parameters", "chat_template_kwargs")
@@ -52,6 +53,9 @@ class Delta:
     num_input_tokens: int = 0
     num_output_tokens: int = 0  # so far
     logprobs: list[dict[str, Any]] | None = None  # one entry a token of output_ids, when num_logprobs was given
+    prompt_logprobs: list[dict[str, Any]] | None = (
+        None  # in the first, when sampling_parameters had it: one entry a token, logprob None in the first
+    )
     cumulative_logprob: float | None = None
 
 
@@ -65,6 +69,7 @@ class Result:
     num_output_tokens: int
     output_ids: tuple[int, ...] = ()
     logprobs: list[dict[str, Any]] | None = field(default=None)
+    prompt_logprobs: list[dict[str, Any]] | None = field(default=None)
     cumulative_logprob: float | None = None
 
 
@@ -155,7 +160,7 @@ def read_delta(response: service_pb2.ModelStreamInferResponse) -> Delta | None:
         values = outputs.get(name)
         return values[0] if values else default
 
-    logprobs = first("logprobs", b"")
+    logprobs, prompt_logprobs = first("logprobs", b""), first("prompt_logprobs", b"")
     return Delta(
         text=first("text_output", b"").decode(errors="replace"),
         output_ids=tuple(outputs.get("output_ids", ())),
@@ -163,6 +168,7 @@ def read_delta(response: service_pb2.ModelStreamInferResponse) -> Delta | None:
         num_input_tokens=first("num_input_tokens", 0),
         num_output_tokens=first("num_output_tokens", 0),
         logprobs=json.loads(logprobs) if logprobs else None,
+        prompt_logprobs=json.loads(prompt_logprobs) if prompt_logprobs else None,
         cumulative_logprob=first("cumulative_logprob", None),
     )
 
@@ -181,6 +187,7 @@ def join_deltas(deltas: Iterable[Delta]) -> Result:
         num_output_tokens=last.num_output_tokens,
         output_ids=tuple(token for part in parts for token in part.output_ids),
         logprobs=logprobs or None,
+        prompt_logprobs=parts[0].prompt_logprobs,
         cumulative_logprob=last.cumulative_logprob,
     )
 

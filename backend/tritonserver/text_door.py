@@ -3,6 +3,7 @@
 execute: read -> submit n samples -> return at once         sender threads: ids -> text -> stop words -> response
 """
 
+import dataclasses
 import itertools
 import json
 import logging
@@ -72,6 +73,8 @@ class _TextAnswer:
         self._texts = dict.fromkeys(self._samples, "")
         self._ids: dict[int, list[int]] = {request_id: [] for request_id in self._samples}
         self._logprobs: dict[int, list[dict[str, Any]]] = {request_id: [] for request_id in self._samples}
+        self._prompt_logprobs: Sequence[TokenLogprobs] = ()
+        self._owes_prompt_logprobs = "prompt_logprobs" in request.returns
         self._sent_prompt = request.exclude_input
         self._interval = 1  # new tokens that the next response waits for
 
@@ -105,6 +108,7 @@ class _TextAnswer:
             raise DeadlineExceededError(f"deadline_ms of {self._request.deadline_ms} passed before the answer was complete")
         self._texts[delta.request_id] += sample.take(delta)
         self._ids[delta.request_id] += delta.token_ids
+        self._prompt_logprobs = delta.prompt_logprobs or self._prompt_logprobs
         for token_id, entry in zip(delta.token_ids, delta.logprobs, strict=False):
             self._logprobs[delta.request_id].append(self._logprob(token_id, entry))
         if sample.finish is not None and delta.finish_reason is None:
@@ -114,7 +118,7 @@ class _TextAnswer:
         top = [self._token(top_id, value) for top_id, value in entry.top]
         return self._token(token_id, entry.token_logprob) | ({"top_logprobs": top} if top else {})
 
-    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
+    def _token(self, token_id: int, logprob: float | None) -> dict[str, Any]:
         text = self._tokenizer.decode([token_id], skip_special_tokens=False)
         return {"token_id": token_id, "token": text, "logprob": logprob}
 
@@ -137,6 +141,11 @@ class _TextAnswer:
         if "logprobs" in request.returns:
             texts = [json.dumps(entries, ensure_ascii=False) for entries in self._logprobs.values()]
             outputs.append(_strings("logprobs", texts))
+        if self._owes_prompt_logprobs and len(self._prompt_logprobs) == len(request.prompt_ids) - 1:
+            self._owes_prompt_logprobs = False
+            first = self._token(request.prompt_ids[0], None)
+            later = [self._logprob(*pair) for pair in zip(request.prompt_ids[1:], self._prompt_logprobs, strict=True)]
+            outputs.append(_strings("prompt_logprobs", [json.dumps([first, *later], ensure_ascii=False)]))
         if "cumulative_logprob" in request.returns and is_over:
             values = np.array([sample.cumulative_logprob for sample in samples], dtype=np.float32)
             outputs.append(pb_utils.Tensor("cumulative_logprob", values))
@@ -147,7 +156,7 @@ class _TextAnswer:
 
 
 def _is_plain(delta: TokenDelta) -> bool:
-    return delta.finish_reason is None and delta.error is None and not delta.logprobs
+    return delta.finish_reason is None and delta.error is None and not delta.logprobs and not delta.prompt_logprobs
 
 
 def _strings(name: str, values: Sequence[str]) -> Any:
@@ -190,11 +199,12 @@ class TritonPythonModel(DecoupledDoor):
         ids = [client.next_request_id() for _ in range(parsed.num_samples)]
         mailbox = Mailbox(sender, _TextAnswer(parsed, self._tokenizer, ids, client), client, ids)
         self._responder.open(mailbox)
+        others = dataclasses.replace(parsed.sampling, prompt_logprobs=None)  # samples have one prompt
         for index, request_id in enumerate(ids):
             source = GenerateRequest(
                 request_id=request_id,
                 prompt_ids=parsed.prompt_ids,
-                sampling=parsed.sampling,
+                sampling=others if index else parsed.sampling,
                 sample_index=index,
                 priority=parsed.priority,
                 deadline_ms=parsed.deadline_ms,

@@ -51,6 +51,7 @@ JSON_NAMES = {
     "include_stop_str_in_output": "include_stop_words",
     "n": "n",
     "logprobs": "num_logprobs",
+    "prompt_logprobs": "prompt_logprobs",
     "guided": "guided",
     "stream_interval": "stream_interval",
 }
@@ -64,6 +65,7 @@ _INTS = {
     "seed": (0, MAX_SEED),
     "n": (1, MAX_SAMPLES),
     "num_logprobs": (0, MAX_LOGPROBS),
+    "prompt_logprobs": (0, MAX_LOGPROBS),
     "stream_interval": (1, MAX_INTERVAL),
 }
 _BOOLS = ("ignore_eos", "skip_special_tokens", "include_stop_words")
@@ -72,7 +74,7 @@ _STRING_LISTS = ("stop_words", "bad_words")
 
 @dataclass(frozen=True, slots=True)
 class TextRequest:
-    """prompt_text: what `exclude_input_in_output = false` puts in front; empty for messages and input_ids.
+    """prompt_text: what `exclude_input_in_output = false` puts in front; empty for messages.
 
     stream_interval: new tokens that a response after the first waits for; fewer responses, less work for everyone behind them.
     """
@@ -89,7 +91,9 @@ class TextRequest:
     exclude_input: bool
     priority: int
     deadline_ms: int | None
-    returns: frozenset[str]  # of finish_reason, num_input_tokens, num_output_tokens, logprobs, cumulative_logprob
+    returns: frozenset[
+        str
+    ]  # of finish_reason, num_input_tokens, num_output_tokens, logprobs, cumulative_logprob, prompt_logprobs
 
 
 def given_format(tokenizer: TextTokenizer, weights: Path) -> PromptFormat | None:
@@ -128,7 +132,11 @@ def read_text_request(
     num_logprobs = values.get("num_logprobs")
     if num_logprobs is not None:
         returns |= {"logprobs"}
+    if "prompt_logprobs" in values:
+        returns |= {"prompt_logprobs"}
     exclude = read_bool(request, "exclude_input_in_output")
+    if exclude is False and read_array(request, "input_ids") is not None:
+        prompt_text = tokenizer.decode(prompt_ids, skip_special_tokens=values.get("skip_special_tokens", True))
     return TextRequest(
         prompt_ids=tuple(prompt_ids),
         prompt_text=prompt_text,
@@ -144,6 +152,7 @@ def read_text_request(
             ignore_eos=values.get("ignore_eos", False),
             guided=values.get("guided"),
             num_logprobs=0 if num_logprobs is None and wants_logprobs else num_logprobs,
+            prompt_logprobs=values.get("prompt_logprobs"),
         ),
         num_samples=num_samples,
         stream=stream,

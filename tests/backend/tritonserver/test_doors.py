@@ -179,6 +179,41 @@ def test_logprobs_are_json_with_one_entry_a_token(bench: Bench) -> None:
     assert outputs["cumulative_logprob"].tolist() == [-0.75]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_prompt_logprobs_come_once_with_the_first_response_and_are_asked_for_once(bench: Bench, stream: bool) -> None:
+    prompt = TOKENIZER.encode("one two")
+    asked = {"prompt_logprobs": 1} | ({} if stream else {"n": 2})
+    inputs = {"text_input": strings("one two"), "stream": np.array([stream])}
+    sender = bench.send(**inputs, sampling_parameters=strings(json.dumps(asked)))
+    assert [request.sampling.prompt_logprobs for request in bench.engine.requests] == ([1] if stream else [1, None])
+    scores = tuple(TokenLogprobs(-index / 8, ((7, -0.125),)) for index in range(1, len(prompt)))
+    if stream:
+        bench.engine.answer([40], finish=None, prompt_logprobs=scores)
+        wait_until_taken(bench)
+        bench.engine.answer([41])
+    else:
+        for index, request in enumerate(bench.engine.requests):
+            sent = TokenDelta(
+                request.request_id, (40, 41), finish_reason=FinishReason.LENGTH, prompt_logprobs=() if index else scores
+            )
+            bench.engine._sinks[request.request_id](sent)
+    responses = sender.wait().responses
+    assert ["prompt_logprobs" in response.outputs for response in responses] == [True] + [False] * stream
+    shown = json.loads(responses[0].outputs["prompt_logprobs"][0])
+    assert [entry["token_id"] for entry in shown] == prompt
+    assert [entry["logprob"] for entry in shown] == [None, *(-index / 8 for index in range(1, len(prompt)))]
+    assert shown[1]["top_logprobs"] == [{"token_id": 7, "token": TOKENIZER.decode([7]), "logprob": -0.125}]
+    assert "".join(entry["token"] for entry in shown) == "one two"
+
+
+def test_token_ids_are_turned_back_into_the_text_in_front(bench: Bench) -> None:
+    request = Request({"input_ids": np.array(TOKENIZER.encode("one two")), "exclude_input_in_output": np.array([False])}, {}, "")
+    bench.door.execute([request])
+    bench.engine.answer(TOKENIZER.encode(" three"))
+    (response,) = request.sender.wait().responses
+    assert response.outputs["text_output"].tolist() == [b"one two three"]
+
+
 def test_the_engine_and_the_threads_end_with_the_door(connection: FakeConnection, tmp_path: Path) -> None:
     door = load(tmp_path, "text_door", instance="demo_0_0")
     door.finalize()

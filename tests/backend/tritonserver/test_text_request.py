@@ -101,6 +101,17 @@ def test_json_numbers_are_numbers(name: str, text: str) -> None:
     refused(rf"sampling_parameters: {name} is .*it must be", sampling_parameters=f'{{"{name}": {text}}}')
 
 
+@pytest.mark.parametrize(("text", "is_good"), [("0", True), ("1024", True), ("-1", False), ("1025", False), ("true", False)])
+def test_prompt_logprobs_are_asked_for_in_the_json(text: str, is_good: bool) -> None:
+    sampling = f'{{"prompt_logprobs": {text}}}'
+    if not is_good:
+        refused("sampling_parameters: prompt_logprobs is .*it must be", sampling_parameters=sampling)
+        return
+    request = read(sampling_parameters=sampling)
+    assert request.sampling.prompt_logprobs == int(text)
+    assert request.returns == {"prompt_logprobs"}
+
+
 def test_an_absurd_json_value_is_shortened_in_the_error() -> None:
     with pytest.raises(InvalidInputError) as caught:
         read(sampling_parameters=json.dumps({"top_p": "x" * 10_000}))
