@@ -9,7 +9,7 @@ import contextlib
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,7 @@ __all__ = ["Answer", "ChatAnswer", "CompletionAnswer", "plain_message", "samplin
 MAX_SEED = 2**64
 #: Fields of OpenAI's messages that would be lost on the way to the model.
 UNSHOWN = ("audio", "function_call", "refusal")
+MAX_UNNAMED_CHARS = 4  # of a prompt, between two of its tokens: a space that a decoder drops, a character in several tokens
 MAX_STREAMS = 128  # prompts times n of one request
 #: What refuses one choice refuses the others; they get this long to end by themselves, because tritonserver 24.10 never forgets a
 #: stream that is cancelled between its error and its end, and then cannot stop.
@@ -71,6 +72,7 @@ class _Choice:
     finish_reason: str | None = None
     parts: list[str] = field(default_factory=list)
     logprobs: list[dict[str, Any]] = field(default_factory=list)
+    prompt_logprobs: list[dict[str, Any]] = field(default_factory=list)
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
     parser: ToolCallParser | None = None
     num_chars: int = 0  # sent, for text_offset
@@ -197,6 +199,7 @@ class Answer:
     def _keep(self, choice: _Choice, delta: Delta) -> None:
         choice.parts.append(delta.text)
         choice.logprobs += delta.logprobs or []
+        choice.prompt_logprobs += delta.prompt_logprobs or []
 
     def _whole_choice(self, choice: _Choice) -> dict[str, Any]:
         raise NotImplementedError
@@ -220,39 +223,60 @@ class CompletionAnswer(Answer):
 
     def __init__(self, fleet: Fleet, request: CompletionRequest) -> None:
         options = sampling_options(request) | {"num_logprobs": request.logprobs}
+        if request.echo:
+            options["exclude_input_in_output"] = False
+            if request.logprobs is not None:
+                options["sampling_parameters"] = options.get("sampling_parameters", {}) | {"prompt_logprobs": request.logprobs}
         choices: list[_Choice] = []
         for text_or_ids in request.prompts():
             name = "prompt" if isinstance(text_or_ids, str) else "input_ids"
             for number in range(request.n):
                 choices.append(_Choice(len(choices), {name: text_or_ids}, _seeded(options, request.seed, number)))
-                if request.echo:
-                    choices[-1].parts.append(str(text_or_ids))
         super().__init__(fleet, request, choices)
 
     def _whole_choice(self, choice: _Choice) -> dict[str, Any]:
-        return self._choice(choice, "".join(choice.parts), choice.logprobs)
+        return self._choice(choice, "".join(choice.parts), choice.prompt_logprobs, choice.logprobs)
 
     def _choice_chunks(self, choice: _Choice, delta: Delta) -> Sequence[dict[str, Any]]:
-        echoed = "".join(choice.parts)
-        choice.parts.clear()
-        return [self._choice(choice, echoed + delta.text, delta.logprobs or [])]
+        return [self._choice(choice, delta.text, delta.prompt_logprobs or [], delta.logprobs or [])]
 
-    def _choice(self, choice: _Choice, text: str, entries: list[dict[str, Any]]) -> dict[str, Any]:
+    def _choice(
+        self, choice: _Choice, text: str, prompt_entries: list[dict[str, Any]], entries: list[dict[str, Any]]
+    ) -> dict[str, Any]:
         assert isinstance(self._request, CompletionRequest)
-        logprobs = None if self._request.logprobs is None else _completion_logprobs(choice, entries)
+        logprobs = None
+        if self._request.logprobs is not None:
+            logprobs = _completion_logprobs([*prompt_entries, *entries], _offsets(choice, text, prompt_entries, entries))
         return {"index": choice.index, "text": text, "logprobs": logprobs, "finish_reason": choice.finish_reason}
 
 
-def _completion_logprobs(choice: _Choice, entries: list[dict[str, Any]]) -> dict[str, Any]:
-    offsets = []
+def _offsets(choice: _Choice, text: str, prompt_entries: list[dict[str, Any]], entries: list[dict[str, Any]]) -> Iterator[int]:
+    """Where each token begins. `text`: it begins with the prompt if there are prompt_entries, whose tokens are looked for in it: a BOS is
+    not shown, nor is a part of a character before its last."""
+    for entry in prompt_entries:
+        token = entry["token"]
+        found = text.find(token, choice.num_chars, choice.num_chars + len(token) + MAX_UNNAMED_CHARS)
+        if found >= 0:
+            choice.num_chars = found
+        yield choice.num_chars
+        if found >= 0:
+            choice.num_chars += len(token)
     for entry in entries:
-        offsets.append(choice.num_chars)
+        yield choice.num_chars
         choice.num_chars += len(entry["token"])
+
+
+def _completion_logprobs(entries: list[dict[str, Any]], offsets: Iterator[int]) -> dict[str, Any]:
+    """The first token of a prompt has no probability: null, and so are the likeliest in its place."""
+
+    def likeliest(entry: dict[str, Any]) -> dict[str, float] | None:
+        return None if entry["logprob"] is None else {one["token"]: one["logprob"] for one in entry.get("top_logprobs", ())}
+
     return {
         "tokens": [entry["token"] for entry in entries],
         "token_logprobs": [entry["logprob"] for entry in entries],
-        "top_logprobs": [{one["token"]: one["logprob"] for one in entry.get("top_logprobs", ())} for entry in entries],
-        "text_offset": offsets,
+        "top_logprobs": [likeliest(entry) for entry in entries],
+        "text_offset": list(offsets),
     }
 
 

@@ -201,8 +201,6 @@ class CompletionRequest(SamplingFields):
     def _fields_agree(self) -> "CompletionRequest":
         if self.best_of not in (None, self.n):
             raise ValueError("best_of other than n is not supported")
-        if self.echo and self.logprobs is not None:
-            raise ValueError("echo together with logprobs (of the prompt) is not supported")
         return self
 
     def prompts(self) -> list[str | list[int]]:
@@ -212,8 +210,6 @@ class CompletionRequest(SamplingFields):
         found: list[Any] = [prompt] if is_one else list(prompt)
         if not found or any(len(one) == 0 for one in found):
             raise ApiError(400, "prompt is empty; send at least one character or token id", param="prompt")
-        if self.echo and any(not isinstance(one, str) for one in found):
-            raise ApiError(400, "echo is for text prompts; token ids are not turned back into text", param="echo")
         return found
 
 

@@ -157,6 +157,28 @@ def test_completions_take_text_ids_and_batches(client: openai.OpenAI, base_url: 
     )
 
 
+def test_the_prompt_is_echoed_with_the_probabilities_that_it_had_when_it_was_made(client: openai.OpenAI, base_url: str) -> None:
+    """What an evaluation by likelihood asks for: token ids, echo, no new token."""
+    ids = httpx.post(f"{base_url}/v1/encode", json={"input": "Hello there"}).json()["input_ids"]
+    made = client.completions.create(prompt=ids, logprobs=1, max_tokens=5, **GREEDY).choices[0]
+    assert made.logprobs is not None
+    whole = httpx.post(f"{base_url}/v1/encode", json={"input": "Hello there" + made.text}).json()["input_ids"]
+    assert whole[: len(ids)] == ids
+    scored = client.completions.create(prompt=whole, echo=True, logprobs=1, max_tokens=0, **GREEDY).choices[0]
+    assert scored.text == "Hello there" + made.text
+    assert scored.finish_reason == "length"
+    assert scored.logprobs is not None
+    tokens, values = scored.logprobs.tokens or [], scored.logprobs.token_logprobs or []
+    assert len(tokens) == len(values) == len(whole)
+    assert values[0] is None
+    assert all(value < 0 for value in values[1:])
+    assert tokens[len(ids) :] == made.logprobs.tokens
+    assert values[len(ids) :] == pytest.approx(made.logprobs.token_logprobs, abs=1e-3)
+    assert (scored.logprobs.top_logprobs or [])[len(ids) :] == [
+        {token: pytest.approx(value, abs=1e-3) for token, value in top.items()} for top in made.logprobs.top_logprobs or []
+    ]
+
+
 def test_completion_logprobs_carry_offsets_into_the_text(client: openai.OpenAI) -> None:
     choice = client.completions.create(prompt="Hello", logprobs=2, max_tokens=6, **GREEDY).choices[0]
     assert choice.logprobs is not None
@@ -220,7 +242,6 @@ def test_refused_choices_leave_nothing_behind(base_url: str, demo_server: Triton
         ("completions", {"model": "demo", "prompt": [-1]}, 400, "prompt"),
         ("completions", {"model": "demo", "prompt": "x", "suffix": "y"}, 400, "suffix"),
         ("completions", {"model": "demo", "prompt": "x", "best_of": 3}, 400, "best_of"),
-        ("completions", {"model": "demo", "prompt": [1], "echo": True}, 400, "echo"),
         ("completions", {"model": "demo", "prompt": "x", "store": True}, 400, "store"),
         ("chat/interactive", {"prompt": "x", "cancel": True}, 400, "session_id"),
         ("encode", {"input": []}, 400, "input"),

@@ -46,11 +46,17 @@ class ScriptedFleet:
             raise self.error
         self.num_open += 1
         try:
-            yield self._deltas(options)
+            yield self._deltas(prompt, options)
         finally:
             self.num_open -= 1
 
-    async def _deltas(self, options: Mapping[str, Any]) -> AsyncIterator[Delta]:
+    async def _deltas(self, prompt: Mapping[str, Any], options: Mapping[str, Any]) -> AsyncIterator[Delta]:
+        """Words of an echoed prompt count as its tokens, and token i is " ti"."""
+        words = prompt.get("prompt", "").split() or [f"t{token_id}" for token_id in prompt.get("input_ids", ())]
+        echoed = "" if options.get("exclude_input_in_output", True) else prompt.get("prompt", " ".join(words))
+        scored = None
+        if "prompt_logprobs" in options.get("sampling_parameters", {}):
+            scored = [{"token": word, "logprob": -index / 4 or None, "top_logprobs": []} for index, word in enumerate(words)]
         for number, piece in enumerate(self.pieces, 1):
             await asyncio.sleep(0)
             entry = {
@@ -59,7 +65,9 @@ class ScriptedFleet:
                 "top_logprobs": [{"token": piece, "logprob": -0.5}][: options.get("num_logprobs") or 0],
             }
             logprobs = None if options.get("num_logprobs") is None else [entry]
-            yield Delta(piece, (number,), "stop" if number == len(self.pieces) else None, 7, number, logprobs)
+            finish = "stop" if number == len(self.pieces) else None
+            yield Delta(echoed + piece, (number,), finish, 7, number, logprobs, scored)
+            echoed, scored = "", None
 
     def any_client(self) -> Any:
         async def model_config(name: str) -> Any:

@@ -27,8 +27,8 @@ class SlowFleet(ScriptedFleet):
     delay_s = 0.0
     num_given = 0
 
-    async def _deltas(self, options: Mapping[str, Any]) -> AsyncIterator[Delta]:
-        async for delta in super()._deltas(options):
+    async def _deltas(self, prompt: Mapping[str, Any], options: Mapping[str, Any]) -> AsyncIterator[Delta]:
+        async for delta in super()._deltas(prompt, options):
             await asyncio.sleep(self.delay_s)
             self.num_given += 1
             yield delta

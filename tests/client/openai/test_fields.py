@@ -293,7 +293,7 @@ def test_nesting_without_end_is_refused() -> None:
         ("completions", TEXT | {"prompt": [2**31]}, "prompt.0"),
         ("completions", TEXT | {"guided_json": 5}, "guided_json"),
         ("completions", {"model": "demo"}, "prompt"),
-        ("completions", TEXT | {"echo": True, "logprobs": 1}, None),
+        ("completions", TEXT | {"best_of": 2}, None),
     ],
 )
 def test_param_is_the_place_in_the_body(path: str, body: Any, param: str | None) -> None:
