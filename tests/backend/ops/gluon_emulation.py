@@ -2,9 +2,9 @@
 
 `emulate(module, monkeypatch, seed)` puts plain Python in the place of the module's Gluon functions and of the launch. Each partition of
 `warp_specialize` is a thread, tensors are torch's, layouts are nothing, numbers are rounded where the kernel rounds them. What a device may
-do at any time is done at a random one, so that a missing wait shows up as NaN, as an assertion or as a partition that waits for ever:
+do at any time is done at a random one, so that a missing wait shows up as NaN, as an assertion or as partitions that all wait for ever:
 
-    a tile's copy       its destination is NaN from the request until it lands, later than other requests or earlier
+    a tile's copy       its destination is NaN from the request until it lands, mostly when every partition waits for something
     a matrix product    reads its operands when it is issued or when it is waited for; its result is no tensor before that
 
 It knows one block of threads a partition: no warps, no lanes, no registers, no proxies of memory and no fences. Those are read in PTX.
@@ -20,7 +20,7 @@ import pytest
 import torch
 from triton.runtime.jit import JITFunction
 
-WAIT_SECONDS = 20.0
+LANDS_BY_ITSELF = 0.1  # a copy, at any wait or arrival
 
 
 class Pointer:
@@ -84,6 +84,8 @@ class Device:
         self.changed = threading.Condition(threading.RLock())
         self.local = threading.local()
         self.copies: list[Callable[[], None]] = []
+        self.num_running = 0
+        self.waiters: dict[int, tuple[Barrier, int]] = {}  # thread: the barrier, the parity of the phase that has to end
         self.failures: list[BaseException] = []
 
     def products(self) -> list[Product]:
@@ -105,7 +107,7 @@ class Device:
                 assert barrier.arrivals >= count, "more arrivals than a phase takes"
                 barrier.arrivals -= count
                 self.settle(barrier)
-                self.changed.notify_all()
+                self.land(LANDS_BY_ITSELF)
 
     def expect(self, barrier: Barrier, num_bytes: int) -> None:
         with self.changed:
@@ -116,34 +118,38 @@ class Device:
         """As the instruction: until the phase of that parity is over."""
         if not pred:
             return
+        me = threading.get_ident()
         with self.changed:
-            over = lambda: bool(self.failures) or barrier.phase & 1 != int(parity)  # noqa: E731
-            if not self.changed.wait_for(over, WAIT_SECONDS):
-                raise AssertionError(f"waited for ever at phase {barrier.phase} for parity {int(parity)}")
-            if self.failures:
-                raise RuntimeError("another partition has failed")
+            self.waiters[me] = barrier, int(parity)
+            self.land(LANDS_BY_ITSELF)
+            while barrier.phase & 1 == int(parity):
+                if self.failures:
+                    raise RuntimeError("another partition has failed")
+                if len(self.waiters) == self.num_running and all(b.phase & 1 == p for b, p in self.waiters.values()):
+                    assert self.copies, "every partition waits for ever"
+                    self.land(1.0)
+                else:
+                    self.changed.wait(0.1)
+            del self.waiters[me]
+
+    def land(self, probability: float) -> None:
+        if self.copies and self.random.random() < probability:
+            self.copies.pop(self.random.randrange(len(self.copies)))()
+        self.changed.notify_all()
 
     def load_tile(self, descriptor: Any, coordinates: Sequence[Any], barrier: Barrier, target: Shared) -> None:
         base, (block, head, *rest) = descriptor.base, map(int, coordinates)
         assert rest == [0, 0]
         target.data.fill_(float("nan"))
 
-        def land() -> None:
+        def copy() -> None:
             target.data.copy_(base[block, head].view(target.data.shape))
             barrier.num_bytes -= target.data.numel() * target.data.element_size()
             self.settle(barrier)
 
         with self.changed:
-            self.copies.append(land)
+            self.copies.append(copy)
             self.changed.notify_all()
-
-    def copy_engine(self, done: threading.Event) -> None:
-        while not done.is_set():
-            with self.changed:
-                self.changed.wait_for(lambda: bool(self.copies) or done.is_set(), 0.01)
-                if self.copies and self.random.random() < 0.7:
-                    self.copies.pop(self.random.randrange(len(self.copies)))()
-                    self.changed.notify_all()
 
     def multiply(self, a: Any, b: Shared, acc: torch.Tensor, use_acc: bool = True, is_async: bool = False) -> Product:
         assert is_async
@@ -170,17 +176,16 @@ class Device:
             except BaseException as error:
                 with self.changed:
                     self.failures.append(error)
-                    self.changed.notify_all()
+            with self.changed:
+                self.num_running -= 1
+                self.changed.notify_all()
 
-        done = threading.Event()
-        engine = threading.Thread(target=self.copy_engine, args=(done,))
+        self.num_running = len(partitions)
         threads = [threading.Thread(target=run, args=partition) for partition in partitions]
-        for thread in (engine, *threads):
+        for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        done.set()
-        engine.join()
         if self.failures:
             raise self.failures[0]
         assert not self.copies, "a tile is never waited for"
