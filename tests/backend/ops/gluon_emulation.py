@@ -168,12 +168,14 @@ class Device:
         results = [dep.result for dep in deps]
         return results[0] if len(results) == 1 else tuple(results)
 
-    def specialize(self, partitions: Sequence[tuple[Callable, tuple]], num_warps: Sequence[int], registers: Sequence[int]) -> None:
+    def specialize(
+        self, partitions: Sequence[tuple[Callable, tuple]], num_warps: Sequence[int], registers: Sequence[int]
+    ) -> None:
         def run(function: Callable, args: tuple) -> None:
             try:
                 function(*args)
                 assert not self.products(), "a product is never waited for"
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 (raised again by the thread that started this one)
                 with self.changed:
                     self.failures.append(error)
             with self.changed:

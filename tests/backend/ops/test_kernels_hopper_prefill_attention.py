@@ -12,16 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from tests.backend.ops import test_kernels_paged_prefill_attention as plain
+import triton
 from tests.backend.ops.conftest import Target
 from tests.backend.ops.gluon_emulation import emulate
 from tests.backend.ops.test_kernels_compile_ahead import POINTERS, SHARED_LIMIT_BYTES, Recorder
 from tests.backend.ops.test_kernels_paged_prefill_attention import Case, inputs, large_inputs, oracle, tolerance
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
 from turbotriton.backend.ops.kernels import hopper_prefill_attention as module
 from turbotriton.backend.ops.kernels import paged_prefill_attention as launcher
 from turbotriton.backend.ops.kernels.paged_prefill_attention import paged_prefill_attention
-from turbotriton.backend.ops.kernels.tuning import takes_warp_specialized_prefill
 
 BF16, FP16 = torch.bfloat16, torch.float16
 KERNEL = "_hopper_prefill_kernel"
@@ -116,3 +119,129 @@ def test_the_emulation_finds_what_a_kernel_may_not_do(mistake, monkeypatch):
         return bool(out.isnan().any())
 
     assert any(is_found(seed) for seed in range(20))
+
+
+def compiled_for_hopper(dtype, num_heads, num_kv_heads, head_dim, monkeypatch):
+    """The kernel that a launch over blocks of 64 would run on sm_90."""
+    launches = []
+    monkeypatch.setattr(module, KERNEL, Recorder(getattr(module, KERNEL), launches))
+    cache = torch.empty((4, num_kv_heads, 64, head_dim), dtype=dtype)
+    tables, lens = torch.empty((16, 128), dtype=torch.int32), torch.empty(16, dtype=torch.int32)
+    bounds = torch.empty(17, dtype=torch.int32)
+    paged_prefill_attention(torch.empty((256, num_heads, head_dim), dtype=dtype), cache, cache, tables, lens, bounds, 0.1)
+    ((kernel, arguments),) = launches
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+        elif isinstance(value, TensorDescriptor):
+            signature[parameter.name] = f"tensordesc<{POINTERS[dtype][1:]}{value.block_shape},{value.layout!r}>"
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = POINTERS[value.dtype]
+        else:
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+        if isinstance(value, torch.Tensor | int) and not parameter.is_constexpr and not parameter.do_not_specialize:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = GluonASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+
+
+def product_loops(cubin, num_products, folder):
+    """The loops of the machine code with so many matrix instructions, each from its first one on."""
+    (folder / "kernel.cubin").write_bytes(cubin)
+    disassembler = Path(triton.knobs.nvidia.cuobjdump.path).parent / "nvdisasm"
+    command = [str(disassembler), "-c", str(folder / "kernel.cubin")]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    place_of_label, code, loops = {}, [], []
+    for line in text.splitlines():
+        if label := re.match(r"\.(L_x_\d+):", line):
+            place_of_label[label[1]] = len(code)
+        elif instruction := re.match(r"\s+/\*[0-9a-f]+\*/\s+(.*?);", line):
+            code.append(instruction[1])
+            target = re.search(r"BRA `\(\.(L_x_\d+)\)", instruction[1])
+            if target and target[1] in place_of_label:
+                loops.append(code[place_of_label[target[1]] :])
+    places = [[index for index, each in enumerate(loop) if "HGMMA" in each] for loop in loops]
+    own = [
+        (loop, at)
+        for loop, at in zip(loops, places, strict=True)
+        if len(at) == num_products and not any("STG" in each for each in loop)  # those store: loops over items
+    ]
+    return [loop[at[0] :] + loop[: at[0]] for loop, at in own]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "num_heads", "num_kv_heads", "head_dim"),
+    [(BF16, 32, 8, 128), (FP16, 16, 8, 128), (BF16, 40, 40, 128), (BF16, 64, 8, 64)],
+    ids=lambda value: str(value).removeprefix("torch."),
+)
+def test_the_softmax_runs_under_a_product(dtype, num_heads, num_kv_heads, head_dim, monkeypatch, tmp_path):
+    """Of each loop: nothing spilled, exponentials between the two waits, products not serialised by ptxas; room for the rings."""
+    compiled = compiled_for_hopper(dtype, num_heads, num_kv_heads, head_dim, monkeypatch)
+    assert compiled.metadata.shared <= SHARED_LIMIT_BYTES[90]
+    (tmp_path / "kernel.ptx").write_text(compiled.asm["ptx"])
+    command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", str(tmp_path / "kernel.ptx"), "-o", str(tmp_path / "o")]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert "registers" in said
+    assert "serialized" not in said
+    loops = product_loops(compiled.asm["cubin"], head_dim // 16 + 64 // 16, tmp_path)
+    assert len(loops) == 4  # unmasked and masked, of each half
+    for loop in loops:
+        assert not any(each.split()[0].startswith(("LDL", "STL")) for each in loop)
+        waits = [index for index, each in enumerate(loop) if "DEPBAR" in each and "gsb0" in each]
+        last_product = max(index for index, each in enumerate(loop) if "HGMMA" in each)
+        exponentials = [index for index, each in enumerate(loop) if "MUFU.EX2" in each]
+        assert len(waits) == 2
+        assert len(exponentials) == 34
+        assert last_product < waits[0] < min(exponentials) < max(exponentials) < waits[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "num_heads", "num_kv_heads", "head_dim"),
+    [
+        (((4096, 4096),), 32, 8, 128),
+        (((512, 33_000),), 16, 8, 128),
+        (tuple((64 + 37 * index, 64 + 37 * index) for index in range(20)), 32, 8, 128),
+        (((2000, 3000), (1, 4097)), 40, 40, 128),
+        (((3000, 7000), (0, 40), (777, 1000), (1, 1)), 64, 8, 64),
+    ],
+    ids=["prompt", "chunk-of-a-long-context", "many-prompts", "group-of-1", "heads-of-64"],
+)
+def test_long_prompts_and_contexts(rows, num_heads, num_kv_heads, head_dim, dtype, assert_close):
+    q, k_cache, v_cache, *tables = large_inputs(rows, num_heads, num_kv_heads, dtype, head_dim=head_dim)
+    for row, (_, length) in enumerate(rows):  # what stands past a context's end must not matter
+        k_cache[tables[0][row, length // 64], :, length % 64 :] = float("nan") if length % 64 else 0.0
+        v_cache[tables[0][row, length // 64], :, length % 64 :] = float("nan") if length % 64 else 0.0
+    out = paged_prefill_attention(q, k_cache, v_cache, *tables, head_dim**-0.5)
+    group = num_heads // num_kv_heads
+    for heads, kv in ((slice(group), slice(1)), (slice(-group, None), slice(-1, None))):
+        expected = oracle(q[:, heads], k_cache[:, kv], v_cache[:, kv], *tables, head_dim**-0.5, 0)
+        size = expected.square().mean(dim=(1, 2), keepdim=True).sqrt()
+        assert_close(out[:, heads].double() / size, expected / size, **tolerance(dtype))
+
+
+@pytest.mark.gpu
+def test_a_hundred_runs_give_the_same_bits():
+    """A race in the rings would show as a difference between runs."""
+    tensors = large_inputs(((4096, 4096), (300, 5000), (65, 65)), 32, 8, BF16)
+    first = paged_prefill_attention(*tensors, 0.1)
+    assert not first.isnan().any()
+    for _ in range(100):
+        assert torch.equal(paged_prefill_attention(*tensors, 0.1), first)
+
+
+@pytest.mark.gpu
+def test_a_graph_replays_it_with_other_lengths(assert_close):
+    """Descriptors are values of the launch, tables and lengths are read anew."""
+    q, k_cache, v_cache, tables, lens, bounds = large_inputs(((100, 700), (28, 30)), 32, 8, BF16)
+    paged_prefill_attention(q, k_cache, v_cache, tables, lens, bounds, 0.1)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = paged_prefill_attention(q, k_cache, v_cache, tables, lens, bounds, 0.1)
+    lens -= torch.tensor([150, 1], dtype=torch.int32, device="cuda")
+    bounds[1] = 101
+    graph.replay()
+    assert_close(out, oracle(q, k_cache, v_cache, tables, lens, bounds, 0.1, 0), **tolerance(BF16))
