@@ -285,7 +285,7 @@ def paged_prefill_attention(
         group_size, head_dim, block_size, q.element_size(), sliding_window, capability
     ):
         tables = block_tables, context_lens, cu_seqlens_q
-        hopper_prefill_attention(q, k_cache, v_cache, *tables, scale, config.num_stages, out)
+        hopper_prefill_attention(q, k_cache, v_cache, *tables, scale, config, out)
         return out
     num_tiles = num_tokens // (config.block_m // group_size) + num_rows
     _prefill_kernel[(num_tiles, num_kv_heads)](

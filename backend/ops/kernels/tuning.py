@@ -138,6 +138,7 @@ class PrefillAttentionConfig:
     num_warps: int
     num_stages: int
     warp_specialized: bool = False  # `hopper_prefill_attention` where it takes the shapes, with these stages of its own tiles
+    take_turns: bool = False  # there: its halves issue matrix products in turns
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,13 +8,14 @@ import dataclasses
 import inspect
 import re
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 import triton
 from tests.backend.ops.conftest import Target
-from tests.backend.ops.gluon_emulation import emulate
+from tests.backend.ops.gluon_emulation import Device, emulate
 from tests.backend.ops.test_kernels_compile_ahead import POINTERS, SHARED_LIMIT_BYTES, Recorder
 from tests.backend.ops.test_kernels_paged_prefill_attention import Case, inputs, large_inputs, oracle, tolerance
 from triton.backends.compiler import GPUTarget
@@ -40,23 +41,23 @@ CASES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def warp_specialized(monkeypatch):
+@pytest.fixture(autouse=True, params=[False, True], ids=["free", "in-turns"])
+def take_turns(request, monkeypatch):
+    configure(monkeypatch, warp_specialized=True, take_turns=request.param)
+    return request.param
+
+
+def configure(monkeypatch, **changes):
     chosen = launcher.prefill_attention_config
-    monkeypatch.setattr(
-        launcher, "prefill_attention_config", lambda *shape: dataclasses.replace(chosen(*shape), warp_specialized=True)
-    )
+    monkeypatch.setattr(launcher, "prefill_attention_config", lambda *shape: dataclasses.replace(chosen(*shape), **changes))
 
 
 def run(case, dtype, monkeypatch, *, seed=0, num_stages=3, num_sms=2, scale=None):
     """(result, float64 result), emulated on `num_sms` multiprocessors, with few stages so that rings go round."""
-    chosen = launcher.prefill_attention_config
     tensors = inputs(Target("cpu", dtype, torch.Generator().manual_seed(seed)), case)
     scale = scale or case.head_dim**-0.5
     with monkeypatch.context() as patch:
-        patch.setattr(
-            launcher, "prefill_attention_config", lambda *shape: dataclasses.replace(chosen(*shape), num_stages=num_stages)
-        )
+        configure(patch, num_stages=num_stages)
         patch.setattr(module, "num_sms", lambda device: num_sms)
         emulate(module, KERNEL, patch, seed)
         return paged_prefill_attention(*tensors, scale), oracle(*tensors, scale, 0)
@@ -76,6 +77,23 @@ def test_rings_go_round_over_the_items_of_a_program(num_stages, num_sms, monkeyp
     for seed in range(3):
         options = {"seed": seed, "num_stages": num_stages, "num_sms": num_sms}
         assert_close(*run(case, FP16, monkeypatch, **options), **tolerance(FP16))
+
+
+def test_halves_that_take_turns_issue_one_after_the_other(take_turns, monkeypatch):
+    scores_of = []
+    original = Device.multiply
+
+    def multiply(self, a, b, acc, use_acc=True, is_async=False):
+        if not use_acc:
+            scores_of.append(threading.get_ident())
+        return original(self, a, b, acc, use_acc=use_acc, is_async=is_async)
+
+    monkeypatch.setattr(Device, "multiply", multiply)
+    run(Case(4, 2, 64, 64, ((70, 400), (3, 3), (1, 100))), FP16, monkeypatch, num_sms=1)
+    if take_turns:
+        upper, lower = scores_of[:2]
+        assert upper != lower
+        assert scores_of == [upper, lower] * (len(scores_of) // 2)
 
 
 def test_many_rows_are_each_found(monkeypatch, assert_close):
