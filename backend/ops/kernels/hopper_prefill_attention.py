@@ -7,7 +7,7 @@ A program takes work items, one query tile of one kv head each, item after item:
 
     fetching   | K0 | V0 | K1 | V1 | ...            TMA into rings of NUM_STAGES tiles; goes on to the next item while this one is computed
     upper half | rows  0 ..  63 of the tile         S1 = Q K1^T and O += P0 V0 are issued; softmax of S1 under O += P0 V0; O rescaled; ...
-    lower half | rows 64 .. 127                     the same, in no step with the upper half: one's softmax runs under the other's products;
+    lower half | rows 64 .. 127                     the same, out of step with the upper half: one's softmax under the other's products;
                                                     with TAKE_TURNS the halves issue a step's products in turns, so that it stays so
 
     tile of keys    S = Q K^T ------- softmax ------------ P        issued, waited for: S(j+1) | O(j)        each half, each step j
@@ -41,7 +41,7 @@ load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_glo
 HALF_M = gl.constexpr(64)  # rows of a half: what the matrix instruction of four warps takes
 BLOCK_N = gl.constexpr(64)  # keys of a tile: a block of the cache
 TAIL_ROWS = gl.constexpr(8)  # of V that the fetching warp holds in registers at once
-COMPUTE_REGISTERS = gl.constexpr(232)  # a thread; with what 128 threads of fetching get, all 65,536
+COMPUTE_REGISTERS = gl.constexpr(232)  # a thread; a program is launched with 3 x 128 threads of 168
 FETCH_REGISTERS = gl.constexpr(40)
 
 
@@ -249,48 +249,16 @@ def _compute(
             weights, _rescale, maximum, total = _weigh(scores, maximum, total, positions, 0, scale_log2, True, S_LAYOUT)
             mbarrier.wait(k_full.index((number + 1) % NUM_STAGES), (number + 1) // NUM_STAGES & 1, pred=num_tiles > 1)
             all_seen = gl.maximum(gl.minimum((first_position + 1) // BLOCK_N, num_tiles), 1)
+            # fmt: off
             for tile in range(1, all_seen):
                 weights, acc, maximum, total = _step(
-                    q,
-                    weights,
-                    acc,
-                    maximum,
-                    total,
-                    positions,
-                    tile,
-                    num_tiles,
-                    number + tile,
-                    scale_log2,
-                    rings,
-                    turns,
-                    False,
-                    HALF,
-                    HEAD_DIM,
-                    NUM_STAGES,
-                    TAKE_TURNS,
-                    dtype,
-                )
+                    q, weights, acc, maximum, total, positions, tile, num_tiles, number + tile, scale_log2, rings, turns,
+                    False, HALF, HEAD_DIM, NUM_STAGES, TAKE_TURNS, dtype)
             for tile in range(all_seen, num_tiles):
                 weights, acc, maximum, total = _step(
-                    q,
-                    weights,
-                    acc,
-                    maximum,
-                    total,
-                    positions,
-                    tile,
-                    num_tiles,
-                    number + tile,
-                    scale_log2,
-                    rings,
-                    turns,
-                    True,
-                    HALF,
-                    HEAD_DIM,
-                    NUM_STAGES,
-                    TAKE_TURNS,
-                    dtype,
-                )
+                    q, weights, acc, maximum, total, positions, tile, num_tiles, number + tile, scale_log2, rings, turns,
+                    True, HALF, HEAD_DIM, NUM_STAGES, TAKE_TURNS, dtype)
+            # fmt: on
             number += num_tiles
             last = (number - 1) % NUM_STAGES
             mbarrier.wait(v_full.index(last), (number - 1) // NUM_STAGES & 1)

@@ -95,10 +95,11 @@ def _attend(
             v_tile_ptr = v_head_ptr
             k_rows = block * stride_k_block + keys % BLOCK_SIZE * stride_k_token
             v_rows = block * stride_v_block + keys % BLOCK_SIZE * stride_v_token
-        k = tl.load(k_tile_ptr + k_rows[None, :] + offs_d[:, None], mask=mask_n[None, :] & mask_d[:, None], other=0.0)
+        # Of masked keys whatever the block holds: a query sees none of them, and its scores of them are replaced.
+        k = tl.load(k_tile_ptr + k_rows[None, :] + offs_d[:, None], mask=mask_d[:, None], other=0.0)
         scores = tl.dot(q, k, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         if MASKED:
-            seen = mask_n[None, :] & (keys[None, :] <= positions[:, None])
+            seen = keys[None, :] <= positions[:, None]
             if SLIDING_WINDOW > 0:
                 seen &= keys[None, :] > positions[:, None] - SLIDING_WINDOW
             scores = tl.where(seen, scores, float("-inf"))
