@@ -394,11 +394,9 @@ def prefill_attention_config(
 def takes_warp_specialized_prefill(
     group_size: int, head_dim: int, block_size: int, element_bytes: int, sliding_window: int, compute_capability: int
 ) -> bool:
-    """What `hopper_prefill_attention` is written for: blocks of 64 keys, 16 bit, no window. Of other groups than powers of two the
-    addresses are divisions, and spilled. compute_capability: 10 * major + minor."""
-    is_group = group_size <= 64 and next_power_of_2(group_size) == group_size
+    """What `hopper_prefill_attention` is written for: blocks of 64 keys, 16 bit, no window. compute_capability: 10 * major + minor."""
     is_dense = block_size == 64 and head_dim in (64, 128) and element_bytes == 2
-    return is_group and is_dense and sliding_window == 0 and compute_capability == 90
+    return group_size <= 64 and is_dense and sliding_window == 0 and compute_capability == 90
 
 
 def w4a16_linear_config(num_rows: int, n: int, k: int, group_size: int, num_sms: int) -> W4A16LinearConfig:

@@ -38,6 +38,7 @@ CASES = [
     Case(8, 1, 128, 64, ((70, 400),)),
     Case(4, 1, 64, 64, ((1, 5), (0, 20), (2, 2), (0, 0), (3, 3), (0, 64), (33, 130))),  # rows without queries among others
     Case(64, 1, 64, 64, ((5, 100),)),  # two queries a tile
+    Case(14, 2, 64, 64, ((37, 90), (2, 129))),  # 18 queries of 7 heads, two rows of padding
 ]
 
 
@@ -139,6 +140,33 @@ def test_the_emulation_finds_what_a_kernel_may_not_do(mistake, monkeypatch):
     assert any(is_found(seed) for seed in range(20))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "block_size", "sliding_window", "capability", "expected"),
+    [
+        (BF16, 128, 64, 0, 90, KERNEL),
+        (FP16, 64, 64, 0, 90, KERNEL),
+        (BF16, 128, 64, 0, 100, "_prefill_kernel"),
+        (BF16, 128, 64, 0, 80, "_prefill_kernel"),
+        (BF16, 128, 64, 4096, 90, "_prefill_kernel"),
+        (BF16, 128, 16, 0, 90, "_prefill_kernel"),
+        (BF16, 80, 64, 0, 90, "_prefill_kernel"),
+        (torch.float32, 128, 64, 0, 90, "_prefill_kernel"),
+    ],
+)
+def test_what_it_does_not_take_is_the_plain_kernels(
+    dtype, head_dim, block_size, sliding_window, capability, expected, monkeypatch
+):
+    launches = []
+    for owner, name in ((module, KERNEL), (launcher, "_prefill_kernel")):
+        monkeypatch.setattr(owner, name, Recorder(getattr(owner, name), launches))
+    monkeypatch.setattr(launcher, "_compute_capability", lambda device: capability)
+    cache = torch.empty((4, 2, block_size, head_dim), dtype=dtype)
+    tables, lens = torch.empty((3, 8), dtype=torch.int32), torch.empty(3, dtype=torch.int32)
+    q, bounds = torch.empty((20, 8, head_dim), dtype=dtype), torch.empty(4, dtype=torch.int32)
+    paged_prefill_attention(q, cache, cache, tables, lens, bounds, 0.1, sliding_window)
+    assert [kernel.__name__ for kernel, _ in launches] == [expected]
+
+
 def compiled_for_hopper(dtype, num_heads, num_kv_heads, head_dim, monkeypatch):
     """The kernel that a launch over blocks of 64 would run on sm_90."""
     launches = []
@@ -191,7 +219,7 @@ def product_loops(cubin, num_products, folder):
 
 @pytest.mark.parametrize(
     ("dtype", "num_heads", "num_kv_heads", "head_dim"),
-    [(BF16, 32, 8, 128), (FP16, 16, 8, 128), (BF16, 40, 40, 128), (BF16, 64, 8, 64)],
+    [(BF16, 32, 8, 128), (FP16, 16, 8, 128), (BF16, 40, 40, 128), (BF16, 28, 4, 128), (BF16, 64, 8, 64)],
     ids=lambda value: str(value).removeprefix("torch."),
 )
 def test_the_softmax_runs_under_a_product(dtype, num_heads, num_kv_heads, head_dim, monkeypatch, tmp_path):
@@ -225,8 +253,9 @@ def test_the_softmax_runs_under_a_product(dtype, num_heads, num_kv_heads, head_d
         (tuple((64 + 37 * index, 64 + 37 * index) for index in range(20)), 32, 8, 128),
         (((2000, 3000), (1, 4097)), 40, 40, 128),
         (((3000, 7000), (0, 40), (777, 1000), (1, 1)), 64, 8, 64),
+        (((1500, 1500), (300, 2000)), 28, 4, 128),
     ],
-    ids=["prompt", "chunk-of-a-long-context", "many-prompts", "group-of-1", "heads-of-64"],
+    ids=["prompt", "chunk-of-a-long-context", "many-prompts", "group-of-1", "heads-of-64", "group-of-7"],
 )
 def test_long_prompts_and_contexts(rows, num_heads, num_kv_heads, head_dim, dtype, assert_close):
     q, k_cache, v_cache, *tables = large_inputs(rows, num_heads, num_kv_heads, dtype, head_dim=head_dim)
