@@ -200,6 +200,13 @@ def prefills() -> None:
         (128, 128, 5, 8),
         (64, 128, 5, 4),
     ]
+    configs = {
+        f"{m} x {n}, stages {stages}, warps {warps}": tuning.PrefillAttentionConfig(m, n, 128, warps, stages)
+        for m, n, stages, warps in choices
+    }
+    for stages, take_turns in itertools.product((3, 4, 5, 6), (False, True)):
+        label = f"warp-specialised, stages {stages}{', in turns' if take_turns else ''}"
+        configs[label] = tuning.PrefillAttentionConfig(64, 64, 128, 4, stages, warp_specialized=True, take_turns=take_turns)
     original = tuning.prefill_attention_config
     for heads, lengths in [(16, [4096, 4096]), (32, [4096, 4096]), (32, [64 + 61 * i for i in range(16)])]:
         blocks = [-(-length // 64) for length in lengths]
@@ -212,14 +219,13 @@ def prefills() -> None:
         q = randn(sum(lengths), heads, 128)
         teraflop = sum(4 * heads * 128 * length * (length + 1) / 2 for length in lengths) / 1e12
         found = []
-        for block_m, block_n, stages, warps in choices:
-            config = tuning.PrefillAttentionConfig(block_m, block_n, 128, warps, stages)
+        for label, config in configs.items():
             prefill_module.prefill_attention_config = lambda *args, config=config: config
             calls = [lambda: prefill_module.paged_prefill_attention(q, k, v, table, lens, bounds, 0.1)] * 4
-            found.append((median_us(calls), block_m, block_n, stages, warps))
+            found.append((median_us(calls), label))
         prefill_module.prefill_attention_config = original
         found.sort()
-        best = "  ".join(f"{teraflop / us * 1e6:.0f} ({m} x {n}, stages {s}, warps {w})" for us, m, n, s, w in found)
+        best = "  ".join(f"{teraflop / us * 1e6:.0f} ({label})" for us, label in found)
         print(f"prefill attention {heads} heads, {len(lengths)} rows to {max(lengths)}, TFLOP/s: {best}", flush=True)
 
 

@@ -27,7 +27,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .tuning import prefill_attention_config
+from .hopper_prefill_attention import hopper_prefill_attention
+from .tuning import prefill_attention_config, takes_warp_specialized_prefill
 
 __all__ = ["paged_prefill_attention"]
 
@@ -94,10 +95,11 @@ def _attend(
             v_tile_ptr = v_head_ptr
             k_rows = block * stride_k_block + keys % BLOCK_SIZE * stride_k_token
             v_rows = block * stride_v_block + keys % BLOCK_SIZE * stride_v_token
-        k = tl.load(k_tile_ptr + k_rows[None, :] + offs_d[:, None], mask=mask_n[None, :] & mask_d[:, None], other=0.0)
+        # Of masked keys whatever the block holds: a query sees none of them, and its scores of them are replaced.
+        k = tl.load(k_tile_ptr + k_rows[None, :] + offs_d[:, None], mask=mask_d[:, None], other=0.0)
         scores = tl.dot(q, k, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         if MASKED:
-            seen = mask_n[None, :] & (keys[None, :] <= positions[:, None])
+            seen = keys[None, :] <= positions[:, None]
             if SLIDING_WINDOW > 0:
                 seen &= keys[None, :] > positions[:, None] - SLIDING_WINDOW
             scores = tl.where(seen, scores, float("-inf"))
@@ -269,7 +271,8 @@ def paged_prefill_attention(
     _, num_kv_heads, block_size, _ = k_cache.shape
     num_rows = block_tables.shape[0]
     group_size = num_heads // num_kv_heads
-    config = prefill_attention_config(group_size, head_dim, q.element_size(), _compute_capability(q.device))
+    capability = _compute_capability(q.device)
+    config = prefill_attention_config(group_size, head_dim, q.element_size(), capability)
     out = torch.empty((num_tokens, num_heads, head_dim), dtype=q.dtype, device=q.device)
     if num_tokens == 0:
         return out
@@ -279,6 +282,12 @@ def paged_prefill_attention(
     assert context_lens.shape[0] == cu_seqlens_q.shape[0] - 1 == num_rows, "one length and one start a row, and the end"
     assert 1 == q.stride(2) == k_cache.stride(3) == v_cache.stride(3) == block_tables.stride(1)
     assert 1 == context_lens.stride(0) == cu_seqlens_q.stride(0)
+    if config.warp_specialized and takes_warp_specialized_prefill(
+        group_size, head_dim, block_size, q.element_size(), sliding_window, capability
+    ):
+        tables = block_tables, context_lens, cu_seqlens_q
+        hopper_prefill_attention(q, k_cache, v_cache, *tables, scale, config, out)
+        return out
     num_tiles = num_tokens // (config.block_m // group_size) + num_rows
     _prefill_kernel[(num_tiles, num_kv_heads)](
         q,

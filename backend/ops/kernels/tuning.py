@@ -35,6 +35,7 @@ __all__ = [
     "sample_config",
     "silu_and_mul_config",
     "skinny_linear_config",
+    "takes_warp_specialized_prefill",
     "w4a16_linear_config",
     "w8a8_linear_config",
 ]
@@ -136,6 +137,8 @@ class PrefillAttentionConfig:
     block_d: int  # head_dim, padded
     num_warps: int
     num_stages: int
+    warp_specialized: bool = False  # `hopper_prefill_attention` where it takes the shapes, with these stages of its own tiles
+    take_turns: bool = False  # there: its halves issue matrix products in turns
 
 
 @dataclass(frozen=True, slots=True)
@@ -386,6 +389,14 @@ def prefill_attention_config(
     else:
         block_m, block_n, num_warps = 64, 32, 4
     return PrefillAttentionConfig(max(block_m, next_power_of_2(group_size)), block_n, block_d, num_warps, num_stages)
+
+
+def takes_warp_specialized_prefill(
+    group_size: int, head_dim: int, block_size: int, element_bytes: int, sliding_window: int, compute_capability: int
+) -> bool:
+    """What `hopper_prefill_attention` is written for: blocks of 64 keys, 16 bit, no window. compute_capability: 10 * major + minor."""
+    is_dense = block_size == 64 and head_dim in (64, 128) and element_bytes == 2
+    return group_size <= 64 and is_dense and sliding_window == 0 and compute_capability == 90
 
 
 def w4a16_linear_config(num_rows: int, n: int, k: int, group_size: int, num_sms: int) -> W4A16LinearConfig:

@@ -1,0 +1,295 @@
+"""Runs a Gluon kernel of a Hopper chip on the CPU, since triton's interpreter takes no Gluon: what its barriers, rings and waits allow.
+
+`emulate(module, monkeypatch, seed)` puts plain Python in the place of the module's Gluon functions and of the launch. Each partition of
+`warp_specialize` is a thread, tensors are torch's, layouts are nothing, numbers are rounded where the kernel rounds them. What a device may
+do at any time is done at a random one, so that a missing wait shows up as NaN, as an assertion or as partitions that all wait for ever:
+
+    a tile's copy       its destination is NaN from the request until it lands, mostly when every partition waits for something
+    a matrix product    reads its operands when it is issued or when it is waited for; its result is no tensor before that
+
+It knows one block of threads a partition: no warps, no lanes, no registers, no proxies of memory and no fences. Those are read in PTX.
+"""
+
+import random
+import threading
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from triton.runtime.jit import JITFunction
+
+LANDS_BY_ITSELF = 0.1  # a copy, at any wait or arrival
+
+
+class Pointer:
+    """flat: the memory from element 0 on; offsets: an int or a tensor of ints."""
+
+    def __init__(self, flat: torch.Tensor, offsets: Any = 0) -> None:
+        self.flat, self.offsets = flat, offsets
+
+    def __add__(self, more: Any) -> "Pointer":
+        return Pointer(self.flat, self.offsets + more)
+
+    @property
+    def dtype(self) -> Any:
+        return types.SimpleNamespace(element_ty=self.flat.dtype)
+
+
+class Shared:
+    def __init__(self, data: torch.Tensor) -> None:
+        self.data = data
+
+    def index(self, index: Any) -> "Shared":
+        assert 0 <= int(index) < self.data.shape[0], f"stage {int(index)} of {self.data.shape[0]}"
+        return Shared(self.data[int(index)])
+
+    def reshape(self, shape: Sequence[int]) -> "Shared":
+        return Shared(self.data.view(*shape))
+
+    def permute(self, order: Sequence[int]) -> "Shared":
+        return Shared(self.data.permute(*order))
+
+    def slice(self, start: int, length: int, dim: int) -> "Shared":
+        return Shared(self.data.narrow(dim, start, length))
+
+    def load(self, layout: Any) -> torch.Tensor:
+        return self.data.clone()
+
+    def store(self, value: torch.Tensor) -> None:
+        self.data.copy_(value)
+
+
+class Barrier:
+    """An mbarrier: a phase ends when all have arrived and all bytes that were asked for have come."""
+
+    def __init__(self) -> None:
+        self.count = self.arrivals = self.num_bytes = self.phase = 0
+
+
+class Product:
+    """A matrix product that was issued."""
+
+    def __init__(self, compute: Callable[[], torch.Tensor], *, early: bool) -> None:
+        self.compute, self.result = compute, compute() if early else None
+
+
+class Device:
+    """What the partitions of one program share."""
+
+    def __init__(self, seed: int, program: int, num_programs: int) -> None:
+        self.random = random.Random(seed)
+        self.program, self.num_programs = program, num_programs
+        self.changed = threading.Condition(threading.RLock())
+        self.local = threading.local()
+        self.copies: list[Callable[[], None]] = []
+        self.num_running = 0
+        self.waiters: dict[int, tuple[Barrier, int]] = {}  # thread: the barrier, the parity of the phase that has to end
+        self.failures: list[BaseException] = []
+
+    def products(self) -> list[Product]:
+        if not hasattr(self.local, "products"):
+            self.local.products = []
+        return self.local.products
+
+    def settle(self, barrier: Barrier) -> None:
+        if barrier.arrivals == 0 and barrier.num_bytes == 0:
+            barrier.phase += 1
+            barrier.arrivals = barrier.count
+
+    def init(self, barrier: Barrier, count: int) -> None:
+        barrier.count = barrier.arrivals = count
+
+    def arrive(self, barrier: Barrier, *, count: int = 1, pred: Any = True) -> None:
+        with self.changed:
+            if pred:
+                assert barrier.arrivals >= count, "more arrivals than a phase takes"
+                barrier.arrivals -= count
+                self.settle(barrier)
+                self.land(LANDS_BY_ITSELF)
+
+    def expect(self, barrier: Barrier, num_bytes: int) -> None:
+        with self.changed:
+            barrier.num_bytes += num_bytes
+            self.arrive(barrier)
+
+    def wait(self, barrier: Barrier, parity: Any, pred: Any = True) -> None:
+        """As the instruction: until the phase of that parity is over."""
+        if not pred:
+            return
+        me = threading.get_ident()
+        with self.changed:
+            self.waiters[me] = barrier, int(parity)
+            self.land(LANDS_BY_ITSELF)
+            while barrier.phase & 1 == int(parity):
+                if self.failures:
+                    raise RuntimeError("another partition has failed")
+                if len(self.waiters) == self.num_running and all(b.phase & 1 == p for b, p in self.waiters.values()):
+                    assert self.copies, "every partition waits for ever"
+                    self.land(1.0)
+                else:
+                    self.changed.wait(0.1)
+            del self.waiters[me]
+
+    def land(self, probability: float) -> None:
+        if self.copies and self.random.random() < probability:
+            self.copies.pop(self.random.randrange(len(self.copies)))()
+        self.changed.notify_all()
+
+    def load_tile(self, descriptor: Any, coordinates: Sequence[Any], barrier: Barrier, target: Shared) -> None:
+        base, (block, head, *rest) = descriptor.base, map(int, coordinates)
+        assert rest == [0, 0]
+        target.data.fill_(float("nan"))
+
+        def copy() -> None:
+            target.data.copy_(base[block, head].view(target.data.shape))
+            barrier.num_bytes -= target.data.numel() * target.data.element_size()
+            self.settle(barrier)
+
+        with self.changed:
+            self.copies.append(copy)
+            self.changed.notify_all()
+
+    def multiply(self, a: Any, b: Shared, acc: torch.Tensor, use_acc: bool = True, is_async: bool = False) -> Product:
+        assert is_async
+        start = acc.clone() if use_acc else torch.zeros_like(acc)
+        left = a.data if isinstance(a, Shared) else a.clone()
+        product = Product(lambda: start + left.float() @ b.data.float(), early=self.random.random() < 0.5)
+        self.products().append(product)
+        return product
+
+    def wait_products(self, num_outstanding: int, deps: Sequence[Product]) -> Any:
+        products = self.products()
+        while len(products) > num_outstanding:
+            product = products.pop(0)
+            product.result = product.compute() if product.result is None else product.result
+        assert not any(dep in products for dep in deps), "a result is used before its product is waited for"
+        results = [dep.result for dep in deps]
+        return results[0] if len(results) == 1 else tuple(results)
+
+    def specialize(
+        self, partitions: Sequence[tuple[Callable, tuple]], num_warps: Sequence[int], registers: Sequence[int]
+    ) -> None:
+        def run(function: Callable, args: tuple) -> None:
+            try:
+                function(*args)
+                assert not self.products(), "a product is never waited for"
+            except BaseException as error:  # noqa: BLE001 (raised again by the thread that started this one)
+                with self.changed:
+                    self.failures.append(error)
+            with self.changed:
+                self.num_running -= 1
+                self.changed.notify_all()
+
+        self.num_running = len(partitions)
+        threads = [threading.Thread(target=run, args=partition) for partition in partitions]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if self.failures:
+            raise self.failures[0]
+        assert not self.copies, "a tile is never waited for"
+
+
+def _tensor(value: Any) -> torch.Tensor:
+    return value if isinstance(value, torch.Tensor) else torch.tensor(value)
+
+
+def _load(pointer: Pointer, mask: Any = None, other: Any = None) -> torch.Tensor:
+    offsets = _tensor(pointer.offsets).long()
+    if mask is None:
+        return pointer.flat[offsets]
+    return torch.where(mask, pointer.flat[torch.where(mask, offsets, 0)], other)
+
+
+def _store(pointer: Pointer, value: torch.Tensor, mask: torch.Tensor) -> None:
+    mask = mask.expand(value.shape)
+    pointer.flat[pointer.offsets.expand(value.shape)[mask]] = value[mask]
+
+
+def _language(device: Device) -> types.SimpleNamespace:
+    def allocate(dtype: Any, shape: Sequence[int], layout: Any) -> Any:
+        if dtype is torch.int64:
+            barriers = [Barrier() for _ in range(shape[0])]
+            return barriers[0] if len(shape) == 1 else types.SimpleNamespace(index=lambda index: barriers[int(index)])
+        return Shared(torch.full(tuple(shape), float("nan"), dtype=dtype))
+
+    def nothing(*args: Any, **kwargs: Any) -> None:
+        return None
+
+    return types.SimpleNamespace(
+        constexpr=None,
+        int64=torch.int64,
+        float32=torch.float32,
+        NVMMADistributedLayout=nothing,
+        BlockedLayout=nothing,
+        SliceLayout=nothing,
+        DotOperandLayout=nothing,
+        program_id=lambda axis: device.program,
+        num_programs=lambda axis: device.num_programs,
+        static_range=range,
+        allocate_shared_memory=allocate,
+        warp_specialize=device.specialize,
+        load=_load,
+        store=_store,
+        arange=lambda start, end, layout: torch.arange(start, end),
+        full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
+        zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
+        zeros_like=torch.zeros_like,
+        convert_layout=lambda value, layout: value,
+        where=lambda condition, a, b: torch.where(_tensor(condition), a, b),
+        minimum=lambda a, b: torch.minimum(_tensor(a), _tensor(b)),
+        maximum=lambda a, b: torch.maximum(_tensor(a), _tensor(b)),
+        max=lambda value, axis: value.amax(axis),
+        sum=lambda value, axis: value.sum(axis),
+        exp2=torch.exp2,
+    )
+
+
+def _as_python(module_names: dict[str, Any], device: Device) -> dict[str, Any]:
+    """The names of a module, its Gluon functions as plain ones that see these names."""
+    names = dict(module_names)
+    for name, value in module_names.items():
+        if isinstance(value, JITFunction):
+            names[name] = types.FunctionType(value.fn.__code__, names, name, value.fn.__defaults__)
+        elif type(value).__name__ == "constexpr":
+            names[name] = value.value
+    names.update(
+        gl=_language(device),
+        mbarrier=types.SimpleNamespace(
+            MBarrierLayout=lambda: None, init=device.init, arrive=device.arrive, expect=device.expect, wait=device.wait
+        ),
+        load_tile=device.load_tile,
+        warpgroup_mma=device.multiply,
+        warpgroup_mma_wait=device.wait_products,
+        fence_async_shared=lambda: None,
+        range=lambda *bounds: (torch.tensor(index) for index in range(*map(int, bounds))),
+    )
+    return names
+
+
+def emulate(module: types.ModuleType, kernel: str, monkeypatch: pytest.MonkeyPatch, seed: int = 0) -> None:
+    """The module's `kernel` runs on the CPU when it is launched, program after program."""
+
+    def argument(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            num_elements = value.untyped_storage().nbytes() // value.element_size() - value.storage_offset()
+            return Pointer(value.as_strided((num_elements,), (1,)))
+        if hasattr(value, "base"):
+            return types.SimpleNamespace(base=value.base, dtype=value.base.dtype, layout=None)
+        return value
+
+    original = getattr(module, kernel)
+
+    class Launcher:
+        def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+            def launch(*args: Any, num_warps: int, **constants: Any) -> None:
+                values = dict(zip(original.arg_names, map(argument, args), strict=False)) | constants
+                for program in range(grid[0]):
+                    _as_python(vars(module) | {kernel: original}, Device(seed + program, program, grid[0]))[kernel](**values)
+
+            return launch
+
+    monkeypatch.setattr(module, kernel, Launcher())
