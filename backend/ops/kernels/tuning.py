@@ -37,6 +37,7 @@ __all__ = [
     "skinny_linear_config",
     "takes_warp_specialized_prefill",
     "w4a16_linear_config",
+    "w4a16_skinny_config",
     "w8a8_linear_config",
 ]
 
@@ -166,6 +167,15 @@ class W4A16LinearConfig:
     num_splits: int  # programs that share a tile's inputs
     num_warps: int  # each takes 16 outputs
     num_stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class W4A16SkinnyConfig:
+    strips: int  # of 16 outputs a program
+    block_k: int  # inputs of a warp's step; it divides a group
+    num_warps: int  # they share a strip's inputs
+    programs_per_sm: int  # that take tile after tile
+    zero_after: bool  # zeros are taken away after the product, in fp32
 
 
 @dataclass(frozen=True, slots=True)
@@ -409,6 +419,12 @@ def w4a16_linear_config(num_rows: int, n: int, k: int, group_size: int, num_sms:
     places = (3 if block_m < 64 else 2 if block_m == 64 else 1) * num_sms
     num_splits = _clamp((places + tiles // 2) // tiles, 1, _clamp(k // (2 * block_k), 1, 16))
     return W4A16LinearConfig(block_m, block_k, num_splits, num_warps, num_stages=6 if block_m == 64 else 4)
+
+
+def w4a16_skinny_config(n: int, k: int, group_size: int, is_bf16: bool) -> W4A16SkinnyConfig:
+    """n must be a multiple of 64, group_size one of 64."""
+    block_k = 128 if group_size % 128 == 0 else 64
+    return W4A16SkinnyConfig(2, block_k, num_warps=8, programs_per_sm=2, zero_after=is_bf16)
 
 
 def quantize_rows_config(n: int) -> QuantizeRowsConfig:

@@ -7,9 +7,6 @@ memory: `packing.pack_fragments` stores it so that the 16 bytes that a thread lo
 
     strip of 16 outputs   | 64 inputs: 32 lanes x 4 words | next 64 | ...        W16 strips a program, a warp each
     program               y^T tile [16 W16, BLOCK_M] += W tile [16 W16, 64 R] x^T tile; NUM_SPLITS programs share the inputs
-
-A nibble becomes a number by its bits: 0x4300 | v is 128 + v in bf16, 0x6400 | v is 1024 + v in fp16; less offset + zero it is exact.
-Two numbers sit in a register and are shifted, subtracted and scaled together.
 """
 
 import torch
@@ -22,100 +19,22 @@ from turbotriton.backend.ops.operands import W4A16Tiles
 from .launch import has_pdl, launch_options, num_sms, wait_for_previous
 from .split_sum import sum_of_splits, workspace
 from .tuning import ceil_div, w4a16_linear_config
+from .w4a16_words import widen
 
 __all__ = ["dequantize_w4a16", "w4a16_gate_up", "w4a16_linear"]
 
-#: $0..$7: the 16 numbers of the words $8 (outputs 0..7 of a strip) and $9 (8..15); $10, $12 their negated offset zeros, $14, $16 scales.
-#: Operands come in pairs since two words are taken at once; zeros and scales are the same for both.
-_SPREAD = """
-    lop3.b32 $0, $8, 0x000F000F, OFFSET, 0xEA;
-    shr.b32 w, $8, 4;
-    lop3.b32 $1, w, 0x000F000F, OFFSET, 0xEA;
-    shr.b32 w, $8, 8;
-    lop3.b32 $2, w, 0x000F000F, OFFSET, 0xEA;
-    shr.b32 w, $8, 12;
-    lop3.b32 $3, w, 0x000F000F, OFFSET, 0xEA;
-    lop3.b32 $4, $9, 0x000F000F, OFFSET, 0xEA;
-    shr.b32 w, $9, 4;
-    lop3.b32 $5, w, 0x000F000F, OFFSET, 0xEA;
-    shr.b32 w, $9, 8;
-    lop3.b32 $6, w, 0x000F000F, OFFSET, 0xEA;
-    shr.b32 w, $9, 12;
-    lop3.b32 $7, w, 0x000F000F, OFFSET, 0xEA;
-"""
-
-
-def _widen_asm(kind: str, offset: str, one: str) -> tl.constexpr:
-    """Sub and mul as fused multiply-adds, which sm_80 has for both types; -0 leaves a product as it is."""
-    scaled = "".join(
-        f"    fma.rn.{kind} ${i}, ${i}, one, ${10 if i < 4 else 12};\n    fma.rn.{kind} ${i}, ${i}, ${14 if i < 4 else 16}, none;\n"
-        for i in range(8)
-    )
-    head = f"{{\n    .reg .b32 w, one, none;\n    mov.b32 one, {one};\n    mov.b32 none, 0x80008000;\n"
-    return tl.constexpr(head + _SPREAD.replace("OFFSET", offset) + scaled + "}\n")
-
-
-_WIDEN_BF16 = _widen_asm("bf16x2", "0x43004300", "0x3F803F80")
-_WIDEN_FP16 = _widen_asm("f16x2", "0x64006400", "0x3C003C00")
-_WIDEN_CONSTRAINTS = tl.constexpr(",".join(["=r"] * 8 + ["r"] * 10))
-
 
 @triton.jit
-def _twice(half):
-    """The low 16 bits in both halves of a word."""
-    return (half & 0xFFFF) * 0x10001
-
-
-@triton.jit
-def _widen(words, low, high, dtype: tl.constexpr, ASM: tl.constexpr):
+def _weights(words, low, high, dtype: tl.constexpr, ASM: tl.constexpr):
     """The weights of a tile: [16 W16, 64 R] in `dtype`.
 
     words: [R, 32 W16, 4], int32; low, high: [32 W16], int32: scale << 16 | negated offset zero of outputs 0..7 and 8..15 of a strip
     """
     R: tl.constexpr = words.shape[0]
     STRIPS: tl.constexpr = words.shape[1] // 32
-    if ASM:
-        zero_low = tl.broadcast_to(_twice(low)[None, :, None], words.shape)
-        zero_high = tl.broadcast_to(_twice(high)[None, :, None], words.shape)
-        scale_low = tl.broadcast_to(_twice(low >> 16)[None, :, None], words.shape)
-        scale_high = tl.broadcast_to(_twice(high >> 16)[None, :, None], words.shape)
-        if dtype == tl.bfloat16:
-            a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
-                _WIDEN_BF16,
-                _WIDEN_CONSTRAINTS,
-                [words, zero_low, zero_high, scale_low, scale_high],
-                (tl.bfloat16,) * 8,
-                is_pure=True,
-                pack=2,
-            )
-        else:
-            tl.static_assert(dtype == tl.float16, "weights are widened to 16 bit floats")
-            a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
-                _WIDEN_FP16,
-                _WIDEN_CONSTRAINTS,
-                [words, zero_low, zero_high, scale_low, scale_high],
-                (tl.float16,) * 8,
-                is_pure=True,
-                pack=2,
-            )
-        # [R, 32 W16, (k32, k1), k16, k8, m8]: the asm takes pairs of words (m8) and gives pairs of inputs (k1)
-        numbers = tl.join(tl.join(tl.join(a, b), tl.join(c, d)), tl.join(tl.join(e, f), tl.join(g, h)))
-        numbers = tl.reshape(numbers, (R, STRIPS, 8, 4, 2, 2, 2, 2, 2))
-        numbers = tl.permute(numbers, (1, 8, 2, 0, 4, 6, 7, 3, 5))
-    else:
-        # [R, 32 W16, (k32, m8), (k1, k8, k16)] by plain shifts
-        places = tl.arange(0, 8)
-        shifts = (places // 4) * 16 + (places % 4) * 4
-        nibbles = (words[:, :, :, None] >> shifts[None, None, None, :]) & 15
-        is_high = (tl.arange(0, 4) % 2)[None, None, :, None] == 1
-        params = tl.where(is_high, high[None, :, None, None], low[None, :, None, None])
-        OFFSET: tl.constexpr = 128 if dtype == tl.bfloat16 else 1024
-        zero = params.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
-        scale = (params >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
-        numbers = ((nibbles.to(tl.float32) + OFFSET + zero) * scale).to(dtype)
-        numbers = tl.reshape(numbers, (R, STRIPS, 8, 4, 2, 2, 2, 2, 2))  # R strip g t k32 m8 k1 k8 k16
-        numbers = tl.permute(numbers, (1, 5, 2, 0, 4, 8, 7, 3, 6))
-    return tl.reshape(numbers, (16 * STRIPS, 64 * R))
+    numbers = widen(words, low[None, :], high[None, :], dtype, "weights", ASM)
+    numbers = tl.reshape(numbers, (R, STRIPS, 8, 4, 2, 2, 2, 2, 2))  # R strip g t k32 k1 k16 k8 m8
+    return tl.reshape(tl.permute(numbers, (1, 8, 2, 0, 4, 6, 7, 3, 5)), (16 * STRIPS, 64 * R))
 
 
 @triton.jit
@@ -177,7 +96,7 @@ def _w4a16_linear_kernel(
         group = step * BLOCK_K // GROUP_SIZE
         low = tl.load(params_ptr + group * N)
         high = tl.load(params_ptr + group * N + 8)
-        acc = tl.dot(_widen(words, low, high, dtype, ASM), x, acc=acc)
+        acc = tl.dot(_weights(words, low, high, dtype, ASM), x, acc=acc)
         if ASM:
             acc = _finished(acc)
     is_last = True
@@ -228,7 +147,7 @@ def _dequantize_w4a16_kernel(
     lane_ptr = words_ptr + strip.to(tl.int64)[None, :, None] * (2 * K) + (thread % 32)[None, :, None] * 4
     lane_ptr += (step * R + tl.arange(0, R))[:, None, None] * 128 + tl.arange(0, 4)[None, None, :]
     params_ptr += step * BLOCK_K // GROUP_SIZE * N + strip * 16 + thread % 32 // 4
-    weight = _widen(tl.load(lane_ptr), tl.load(params_ptr), tl.load(params_ptr + 8), out_ptr.dtype.element_ty, ASM)
+    weight = _weights(tl.load(lane_ptr), tl.load(params_ptr), tl.load(params_ptr + 8), out_ptr.dtype.element_ty, ASM)
     place = tile * 16 * W16 + tl.arange(0, 16 * W16)
     column = place
     if GATED:
