@@ -165,8 +165,17 @@ class W4A16LinearConfig:
     block_m: int  # rows of x a program, padded
     block_k: int  # inputs a step; it divides a group
     num_splits: int  # programs that share a tile's inputs
-    num_warps: int  # each takes 16 outputs
+    num_warps: int
     num_stages: int
+    strips: int = 1  # of 16 outputs a warp
+    prefetch: bool = False  # two steps of weights ahead in registers, the first before the wait; needs inputs for pairs of steps
+    scale_after: bool = False  # scales come after the product, in fp32
+    descriptors: bool = False  # x is fetched by the copy engine (sm_90 on; rows at multiples of 16 bytes)
+    num_programs: int = 0  # so many take equal shares of all tiles' steps, whose num_splits is 1; 0: whole tiles or splits
+
+    @property
+    def block_n(self) -> int:
+        return 16 * self.num_warps * self.strips
 
 
 @dataclass(frozen=True, slots=True)

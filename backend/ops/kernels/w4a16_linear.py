@@ -13,11 +13,12 @@ import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from turbotriton.backend.ops.operands import W4A16Tiles
 
 from .launch import has_pdl, launch_options, num_sms, wait_for_previous
-from .split_sum import sum_of_splits, workspace
+from .split_sum import sum_of_parts, sum_of_splits, workspace
 from .tuning import ceil_div, w4a16_linear_config
 from .w4a16_words import widen
 
@@ -25,16 +26,50 @@ __all__ = ["dequantize_w4a16", "w4a16_gate_up", "w4a16_linear"]
 
 
 @triton.jit
-def _weights(words, low, high, dtype: tl.constexpr, ASM: tl.constexpr):
-    """The weights of a tile: [16 W16, 64 R] in `dtype`.
+def _load_weights(
+    words_ptr,
+    params_ptr,
+    first_strip,
+    step,
+    is_needed,
+    N,
+    K,
+    GROUP_SIZE: tl.constexpr,
+    W: tl.constexpr,
+    S: tl.constexpr,
+    R: tl.constexpr,
+):
+    """(words [32 W, S R, 4], params [32 W, 2 S]) of a step: a warp's strips are W apart. is_needed: None, or
+    whether to load at all."""
+    thread = tl.arange(0, 32 * W)
+    part = tl.arange(0, S * R)
+    strip = first_strip + thread // 32
+    lanes = strip.to(tl.int64) * (2 * K) + thread % 32 * 4
+    parts = part // R * (2 * W * K) + part % R * 128
+    ptrs = words_ptr + step * (128 * R) + lanes[:, None, None] + parts[None, :, None] + tl.arange(0, 4)[None, None, :]
+    half = tl.arange(0, 2 * S)
+    group = step * (64 * R) // GROUP_SIZE
+    outputs = (strip * 16 + thread % 32 // 4)[:, None] + (half // 2 * (16 * W) + half % 2 * 8)[None, :]
+    if is_needed is None:
+        words, params = tl.load(ptrs), tl.load(params_ptr + group * N + outputs)
+    else:
+        mask = thread < tl.where(is_needed, 32 * W, 0)
+        words = tl.load(ptrs, mask=mask[:, None, None])
+        params = tl.load(params_ptr + group * N + outputs, mask=mask[:, None])
+    return words, params
 
-    words: [R, 32 W16, 4], int32; low, high: [32 W16], int32: scale << 16 | negated offset zero of outputs 0..7 and 8..15 of a strip
-    """
-    R: tl.constexpr = words.shape[0]
-    STRIPS: tl.constexpr = words.shape[1] // 32
-    numbers = widen(words, low[None, :], high[None, :], dtype, "weights", ASM)
-    numbers = tl.reshape(numbers, (R, STRIPS, 8, 4, 2, 2, 2, 2, 2))  # R strip g t k32 k1 k16 k8 m8
-    return tl.reshape(tl.permute(numbers, (1, 8, 2, 0, 4, 6, 7, 3, 5)), (16 * STRIPS, 64 * R))
+
+@triton.jit
+def _weights(words, params, dtype: tl.constexpr, FORM: tl.constexpr, ASM: tl.constexpr):
+    """The numbers of a step in `dtype`: [16 W S, 64 R], a matrix instruction's left operand without another move."""
+    W: tl.constexpr = words.shape[0] // 32
+    S: tl.constexpr = params.shape[1] // 2
+    R: tl.constexpr = words.shape[1] // S
+    low, high = tl.split(tl.reshape(params, (32 * W, S, 2)))
+    low = tl.reshape(tl.broadcast_to(low[:, :, None], (32 * W, S, R)), (32 * W, S * R))
+    high = tl.reshape(tl.broadcast_to(high[:, :, None], (32 * W, S, R)), (32 * W, S * R))
+    numbers = tl.reshape(widen(words, low, high, dtype, FORM, ASM), (W, 8, 4, S, R, 2, 2, 2, 2, 2))  # W g t S R k32 k1 k16 k8 m8
+    return tl.reshape(tl.permute(numbers, (3, 0, 9, 1, 4, 5, 7, 8, 2, 6)), (16 * W * S, 64 * R))
 
 
 @triton.jit
@@ -42,6 +77,95 @@ def _finished(acc):
     """acc, when the matrix instructions have ended: they read the weights from registers that the next step writes, and triton 3.6 lets
     the last of them run on beyond a step (seen as wrong sums on sm_90). No instruction by itself."""
     return tl.inline_asm_elementwise("", "=f,0", [acc], tl.float32, is_pure=False, pack=1)
+
+
+@triton.jit
+def _multiply(acc, words, params, x, dtype: tl.constexpr, SCALE_AFTER: tl.constexpr, ASM: tl.constexpr):
+    """acc + a step's products: [16 W S, BLOCK_M], fp32."""
+    if SCALE_AFTER:
+        W: tl.constexpr = words.shape[0] // 32
+        S: tl.constexpr = params.shape[1] // 2
+        M8: tl.constexpr = acc.shape[1] // 8
+        part = tl.dot(_weights(words, params, dtype, "steps", ASM), x)
+        if ASM:
+            part = _finished(part)
+        # a thread's scales are those of the outputs whose sums it has: lane 4 g + t, outputs g and 8 + g, rows 2 t and 2 t + 1 of 8
+        scale = (params >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+        scale = tl.reshape(tl.broadcast_to(scale[:, :, None], (32 * W, 2 * S, 2 * M8)), (W, 8, 4, S, 2, M8, 2))
+        acc += part * tl.reshape(tl.permute(scale, (3, 0, 4, 1, 5, 2, 6)), acc.shape)
+    else:
+        acc = tl.dot(_weights(words, params, dtype, "weights", ASM), x, acc=acc)
+        if ASM:
+            acc = _finished(acc)
+    return acc
+
+
+@triton.jit
+def _load_x(x_ptr, begin_m, num_rows, step, stride_row, DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """x^T of a step: [BLOCK_K, BLOCK_M]. Rows past the end repeat the last, or are zeros by a descriptor; they are not stored."""
+    if DESCRIPTORS:
+        x = x_ptr.load([begin_m, step * BLOCK_K]).T
+    else:
+        offs_m = tl.minimum(begin_m + tl.arange(0, BLOCK_M), num_rows - 1)
+        offs_k = step * BLOCK_K + tl.arange(0, BLOCK_K)
+        x = tl.load(x_ptr + offs_m[None, :] * stride_row + offs_k[:, None])
+    return x
+
+
+@triton.jit
+def _sum_of_steps(
+    x_ptr,
+    words_ptr,
+    params_ptr,
+    ahead,
+    tile,
+    num_row_blocks,
+    begin,
+    end,
+    next_tile,
+    num_rows,
+    N,
+    K,
+    stride_x_row,
+    dtype: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    SCALE_AFTER: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    W: tl.constexpr,
+    S: tl.constexpr,
+    R: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """(the products of a tile over its turns [begin, end), what is loaded ahead of the next tile's first turn)
+
+    ahead: with PREFETCH, words and params of the first turn's two steps; next_tile: < 0 where there is none
+    """
+    acc = tl.zeros((16 * W * S, BLOCK_M), tl.float32)
+    begin_m = tile % num_row_blocks * BLOCK_M
+    strip = tile // num_row_blocks * (W * S)
+    if not PREFETCH:
+        for turn in tl.range(begin, end, num_stages=NUM_STAGES):
+            words, params = _load_weights(words_ptr, params_ptr, strip, turn, None, N, K, GROUP_SIZE, W, S, R)
+            x = _load_x(x_ptr, begin_m, num_rows, turn, stride_x_row, DESCRIPTORS, BLOCK_M, 64 * R)
+            acc = _multiply(acc, words, params, x, dtype, SCALE_AFTER, ASM)
+    else:
+        words_0, params_0, words_1, params_1 = ahead
+        for turn in tl.range(begin, end, num_stages=NUM_STAGES):
+            is_last = turn + 1 == end
+            next_strip = tl.where(is_last, next_tile // num_row_blocks * (W * S), strip)
+            step = tl.where(is_last, 0, 2 * turn + 2)
+            is_needed = next_strip >= 0
+            x = _load_x(x_ptr, begin_m, num_rows, 2 * turn, stride_x_row, DESCRIPTORS, BLOCK_M, 64 * R)
+            acc = _multiply(acc, words_0, params_0, x, dtype, SCALE_AFTER, ASM)
+            words_0, params_0 = _load_weights(words_ptr, params_ptr, next_strip, step, is_needed, N, K, GROUP_SIZE, W, S, R)
+            x = _load_x(x_ptr, begin_m, num_rows, 2 * turn + 1, stride_x_row, DESCRIPTORS, BLOCK_M, 64 * R)
+            acc = _multiply(acc, words_1, params_1, x, dtype, SCALE_AFTER, ASM)
+            words_1, params_1 = _load_weights(words_ptr, params_ptr, next_strip, step + 1, is_needed, N, K, GROUP_SIZE, W, S, R)
+        ahead = (words_0, params_0, words_1, params_1)
+    return acc, ahead
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -61,8 +185,13 @@ def _w4a16_linear_kernel(
     HAS_BIAS: tl.constexpr,
     GATED: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
+    SHARES: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    SCALE_AFTER: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    W16: tl.constexpr,
+    W: tl.constexpr,
+    S: tl.constexpr,
     R: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     ASM: tl.constexpr,
@@ -70,58 +199,86 @@ def _w4a16_linear_kernel(
 ):
     if PDL:
         gdc_launch_dependents()
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
-    BLOCK_N: tl.constexpr = 16 * W16
-    BLOCK_K: tl.constexpr = 64 * R
-    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    tile = tl.program_id(1)
-    split = tl.program_id(2)
-    num_steps = K // BLOCK_K
-    steps = tl.cdiv(num_steps, NUM_SPLITS)
-    begin = split * steps
-    end = tl.minimum(begin + steps, num_steps)
-    # rows past the end repeat the last, and are not stored
-    x_rows_ptr = x_ptr + tl.minimum(offs_m, num_rows - 1)[None, :] * stride_x_row + tl.arange(0, BLOCK_K)[:, None]
-    thread = tl.arange(0, 32 * W16)
-    strip = tile * W16 + thread // 32
-    lane_ptr = words_ptr + strip.to(tl.int64)[None, :, None] * (2 * K) + (thread % 32)[None, :, None] * 4
-    lane_ptr += tl.arange(0, R)[:, None, None] * 128 + tl.arange(0, 4)[None, None, :]
-    params_ptr += strip * 16 + thread % 32 // 4
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
+    TURN: tl.constexpr = 64 * R * (2 if PREFETCH else 1)  # inputs
+    num_row_blocks = tl.cdiv(num_rows, BLOCK_M)
+    num_turns = K // TURN
+    program = tl.program_id(0)
+    if SHARES:  # turns are counted through all tiles, those of the same weights after each other
+        num_tiles = num_row_blocks * (N // (16 * W * S))
+        share = tl.cdiv(num_tiles * num_turns, tl.num_programs(0))
+        begin = program * share
+        end = tl.minimum(begin + share, num_tiles * num_turns)
+        tile = begin // num_turns
+        turn = begin % num_turns
+    else:
+        split = program // (tl.num_programs(0) // NUM_SPLITS)
+        tile = program % (tl.num_programs(0) // NUM_SPLITS)
+        turn = split * tl.cdiv(num_turns, NUM_SPLITS)
+        end = tl.minimum(turn + tl.cdiv(num_turns, NUM_SPLITS), num_turns)
+    ahead = (0,)
+    if PREFETCH:
+        strip = tile // num_row_blocks * (W * S)
+        is_needed = begin < end if SHARES else turn < end
+        words_0, params_0 = _load_weights(words_ptr, params_ptr, strip, 2 * turn, is_needed, N, K, GROUP_SIZE, W, S, R)
+        words_1, params_1 = _load_weights(words_ptr, params_ptr, strip, 2 * turn + 1, is_needed, N, K, GROUP_SIZE, W, S, R)
+        ahead = (words_0, params_0, words_1, params_1)
     if PDL:
         gdc_wait()
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for step in tl.range(begin, end, num_stages=NUM_STAGES):
-        words = tl.load(lane_ptr + step * (128 * R))
-        x = tl.load(x_rows_ptr + step * BLOCK_K)
-        group = step * BLOCK_K // GROUP_SIZE
-        low = tl.load(params_ptr + group * N)
-        high = tl.load(params_ptr + group * N + 8)
-        acc = tl.dot(_weights(words, low, high, dtype, ASM), x, acc=acc)
-        if ASM:
-            acc = _finished(acc)
-    is_last = True
-    if NUM_SPLITS > 1:
-        counter = tile * tl.num_programs(0) + tl.program_id(0)
-        acc, is_last = sum_of_splits(acc, parts_ptr, counters_ptr, counter, split, NUM_SPLITS)
-    if is_last:
-        mask_m = offs_m < num_rows
-        if GATED:  # outputs 0..7 of a strip are gates, 8..15 the ups of the same columns
-            offs_n = tile * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
-            pairs = tl.permute(tl.reshape(acc, (W16, 2, 8, BLOCK_M)), (0, 2, 3, 1))
-            gate, up = tl.split(tl.reshape(pairs, (BLOCK_N // 2, BLOCK_M, 2)))
-            if HAS_BIAS:
-                gate += tl.load(bias_ptr + offs_n).to(tl.float32)[:, None]
-                up += tl.load(bias_ptr + N // 2 + offs_n).to(tl.float32)[:, None]
-            gate = gate.to(dtype).to(tl.float32)
-            y = gate / (1.0 + tl.exp(-gate)) * up.to(dtype).to(tl.float32)
-            y_rows_ptr = y_ptr + offs_m.to(tl.int64)[None, :] * (N // 2) + offs_n[:, None]
-            tl.store(y_rows_ptr, y.to(dtype), mask=mask_m[None, :])
-        else:
-            offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-            if HAS_BIAS:
-                acc += tl.load(bias_ptr + offs_n).to(tl.float32)[:, None]
-            y_rows_ptr = y_ptr + offs_m.to(tl.int64)[None, :] * N + offs_n[:, None]
-            tl.store(y_rows_ptr, acc.to(dtype), mask=mask_m[None, :])
+    if SHARES:
+        for tile in tl.range(tile, tl.cdiv(end, num_turns), num_stages=1):
+            turn = tl.maximum(begin - tile * num_turns, 0)
+            last = tl.minimum(end - tile * num_turns, num_turns)
+            next_tile = tl.where((tile + 1) * num_turns < end, tile + 1, -num_row_blocks)
+            acc, ahead = _sum_of_steps(
+                x_ptr, words_ptr, params_ptr, ahead, tile, num_row_blocks, turn, last, next_tile, num_rows, N, K, stride_x_row,
+                dtype, GROUP_SIZE, PREFETCH, SCALE_AFTER, DESCRIPTORS, BLOCK_M, W, S, R, NUM_STAGES, ASM,
+            )  # fmt: skip
+            sharer = tile * num_turns // share  # the first program of this tile, which may have begun with another
+            num_parts = ((tile + 1) * num_turns - 1) // share + 1 - sharer
+            slot = 2 * sharer + (sharer * share < tile * num_turns).to(tl.int32)
+            acc, is_last = sum_of_parts(acc, parts_ptr, counters_ptr + tile, program - sharer, num_parts, slot, 2 * sharer + 2)
+            if is_last:
+                _store(acc, bias_ptr, y_ptr, tile, num_row_blocks, num_rows, N, HAS_BIAS, GATED, dtype)
+    else:
+        acc, ahead = _sum_of_steps(
+            x_ptr, words_ptr, params_ptr, ahead, tile, num_row_blocks, turn, end, -num_row_blocks, num_rows, N, K, stride_x_row,
+            dtype, GROUP_SIZE, PREFETCH, SCALE_AFTER, DESCRIPTORS, BLOCK_M, W, S, R, NUM_STAGES, ASM,
+        )  # fmt: skip
+        is_last = True
+        if NUM_SPLITS > 1:
+            acc, is_last = sum_of_splits(acc, parts_ptr, counters_ptr, tile, split, NUM_SPLITS)
+        if is_last:
+            _store(acc, bias_ptr, y_ptr, tile, num_row_blocks, num_rows, N, HAS_BIAS, GATED, dtype)
+
+
+@triton.jit
+def _store(
+    acc, bias_ptr, y_ptr, tile, num_row_blocks, num_rows, N, HAS_BIAS: tl.constexpr, GATED: tl.constexpr, dtype: tl.constexpr
+):
+    """The sums of a tile, [BLOCK_N, BLOCK_M], as rows of y."""
+    BLOCK_N: tl.constexpr = acc.shape[0]
+    BLOCK_M: tl.constexpr = acc.shape[1]
+    begin_n = tile // num_row_blocks * BLOCK_N
+    offs_m = tile % num_row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < num_rows
+    if GATED:  # outputs 0..7 of a strip are gates, 8..15 the ups of the same columns
+        offs_n = begin_n // 2 + tl.arange(0, BLOCK_N // 2)
+        pairs = tl.permute(tl.reshape(acc, (BLOCK_N // 16, 2, 8, BLOCK_M)), (0, 2, 3, 1))
+        gate, up = tl.split(tl.reshape(pairs, (BLOCK_N // 2, BLOCK_M, 2)))
+        if HAS_BIAS:
+            gate += tl.load(bias_ptr + offs_n).to(tl.float32)[:, None]
+            up += tl.load(bias_ptr + N // 2 + offs_n).to(tl.float32)[:, None]
+        gate = gate.to(dtype).to(tl.float32)
+        y = gate / (1.0 + tl.exp(-gate)) * up.to(dtype).to(tl.float32)
+        y_rows_ptr = y_ptr + offs_m.to(tl.int64)[None, :] * (N // 2) + offs_n[:, None]
+        tl.store(y_rows_ptr, y.to(dtype), mask=mask_m[None, :])
+    else:
+        offs_n = begin_n + tl.arange(0, BLOCK_N)
+        if HAS_BIAS:
+            acc += tl.load(bias_ptr + offs_n).to(tl.float32)[:, None]
+        y_rows_ptr = y_ptr + offs_m.to(tl.int64)[None, :] * N + offs_n[:, None]
+        tl.store(y_rows_ptr, acc.to(dtype), mask=mask_m[None, :])
 
 
 @triton.jit
@@ -133,7 +290,7 @@ def _dequantize_w4a16_kernel(
     K,
     GROUP_SIZE: tl.constexpr,
     GATED: tl.constexpr,
-    W16: tl.constexpr,
+    W: tl.constexpr,
     R: tl.constexpr,
     ASM: tl.constexpr,
     PDL: tl.constexpr,
@@ -142,13 +299,9 @@ def _dequantize_w4a16_kernel(
     BLOCK_K: tl.constexpr = 64 * R
     step = tl.program_id(0)
     tile = tl.program_id(1)
-    thread = tl.arange(0, 32 * W16)
-    strip = tile * W16 + thread // 32
-    lane_ptr = words_ptr + strip.to(tl.int64)[None, :, None] * (2 * K) + (thread % 32)[None, :, None] * 4
-    lane_ptr += (step * R + tl.arange(0, R))[:, None, None] * 128 + tl.arange(0, 4)[None, None, :]
-    params_ptr += step * BLOCK_K // GROUP_SIZE * N + strip * 16 + thread % 32 // 4
-    weight = _weights(tl.load(lane_ptr), tl.load(params_ptr), tl.load(params_ptr + 8), out_ptr.dtype.element_ty, ASM)
-    place = tile * 16 * W16 + tl.arange(0, 16 * W16)
+    words, params = _load_weights(words_ptr, params_ptr, tile * W, step, None, N, K, GROUP_SIZE, W, 1, R)
+    weight = _weights(words, params, out_ptr.dtype.element_ty, "weights", ASM)
+    place = tile * 16 * W + tl.arange(0, 16 * W)
     column = place
     if GATED:
         column = place // 16 * 8 + place % 8 + place % 16 // 8 * (N // 2)
@@ -183,10 +336,18 @@ def _linear(x: torch.Tensor, weight: W4A16Tiles) -> torch.Tensor:
     if num_rows == 0:
         return y
     config = w4a16_linear_config(num_rows, n, k, weight.group_size, num_sms(x.device))
-    parts, counters = workspace(x.device) if config.num_splits > 1 else (None, None)
-    grid = (ceil_div(num_rows, config.block_m), n // (16 * config.num_warps), config.num_splits)
-    _w4a16_linear_kernel[grid](
-        x,
+    rows = x
+    if config.descriptors:
+        if x.stride(0) % 8 or x.data_ptr() % 16:
+            x = x.clone(memory_format=torch.contiguous_format)
+        rows = TensorDescriptor.from_tensor(x, [config.block_m, config.block_k])
+    num_programs = config.num_programs
+    if not num_programs:
+        num_programs = ceil_div(num_rows, config.block_m) * (n // config.block_n) * config.num_splits
+    is_shared = config.num_programs > 0 or config.num_splits > 1
+    parts, counters = workspace(x.device) if is_shared else (None, None)
+    _w4a16_linear_kernel[(num_programs,)](
+        rows,
         weight.words,
         weight.params,
         weight.bias,
@@ -201,8 +362,13 @@ def _linear(x: torch.Tensor, weight: W4A16Tiles) -> torch.Tensor:
         HAS_BIAS=weight.bias is not None,
         GATED=weight.gated,
         NUM_SPLITS=config.num_splits,
+        SHARES=config.num_programs > 0,
+        PREFETCH=config.prefetch,
+        SCALE_AFTER=config.scale_after,
+        DESCRIPTORS=config.descriptors,
         BLOCK_M=config.block_m,
-        W16=config.num_warps,
+        W=config.num_warps,
+        S=config.strips,
         R=config.block_k // 64,
         NUM_STAGES=config.num_stages,
         ASM=x.is_cuda,
@@ -225,7 +391,7 @@ def dequantize_w4a16(weight: W4A16Tiles) -> torch.Tensor:
         k,
         GROUP_SIZE=weight.group_size,
         GATED=weight.gated,
-        W16=4,
+        W=4,
         R=rounds,
         ASM=out.is_cuda,
         num_warps=4,

@@ -31,29 +31,29 @@ MAX_W4A16_SKINNY_ROWS = 4
 
 
 @triton.jit
-def _load_share(words_ptr, params_ptr, tile, k_step, is_needed, N, K, GROUP_SIZE: tl.constexpr, S: tl.constexpr, R: tl.constexpr):
-    """(words [32 W, S R, 4], params [32 W, 2 S]) of a tile's strips at each warp's step; zeros where not needed.
+def _load_share(words_ptr, params_ptr, tile, k_step, end, N, K, GROUP_SIZE: tl.constexpr, S: tl.constexpr, R: tl.constexpr):
+    """(words [32 W, S R, 4], params [32 W, 2 S]) of a tile's strips at each warp's step; zeros from step `end` on.
 
-    k_step, is_needed: [32 W], of a thread's warp
+    k_step: [32 W], of a thread's warp
     """
     lane = tl.arange(0, k_step.shape[0]) % 32
     part = tl.arange(0, S * R)
     inputs = k_step * (128 * R) + lane * 4  # int32 words of 32 lanes for 64 inputs
     strips = (tile * S + part // R).to(tl.int64) * (2 * K) + part % R * 128
     ptrs = words_ptr + inputs[:, None, None] + strips[None, :, None] + tl.arange(0, 4)[None, None, :]
-    words = tl.load(ptrs, mask=is_needed[:, None, None], other=0)
+    words = tl.load(ptrs, mask=(k_step < end)[:, None, None], other=0)
     halves = tile * (16 * S) + tl.arange(0, 2 * S) * 8
     group = k_step * (64 * R) // GROUP_SIZE
     ptrs = params_ptr + (group * N + lane // 4)[:, None] + halves[None, :]
-    return words, tl.load(ptrs, mask=is_needed[:, None], other=0)
+    return words, tl.load(ptrs, mask=(k_step < end)[:, None], other=0)
 
 
 @triton.jit
-def _load_x(pairs_ptr, row_starts, k_step, is_needed, R: tl.constexpr):
-    """Pairs of inputs [32 W, 8 R], int32, as the matrix instruction's lanes hold them; row_starts: [32 W]."""
+def _load_x(pairs_ptr, row_starts, k_step, end, R: tl.constexpr):
+    """Pairs of inputs [32 W, 8 R], int32, as the matrix instruction's lanes hold them; row_starts, k_step: [32 W]."""
     lane = tl.arange(0, k_step.shape[0]) % 32
     starts = row_starts + k_step * (32 * R) + lane % 4
-    return tl.load(pairs_ptr + starts[:, None] + (tl.arange(0, 8 * R) * 4)[None, :], mask=is_needed[:, None], other=0)
+    return tl.load(pairs_ptr + starts[:, None] + (tl.arange(0, 8 * R) * 4)[None, :], mask=(k_step < end)[:, None], other=0)
 
 
 @triton.jit
@@ -104,7 +104,6 @@ def _w4a16_skinny_kernel(
     GROUP_SIZE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     GATED: tl.constexpr,
-    EVEN: tl.constexpr,
     ZERO_AFTER: tl.constexpr,
     W: tl.constexpr,
     S: tl.constexpr,
@@ -123,30 +122,25 @@ def _w4a16_skinny_kernel(
     warp = thread // 32
     # the instruction's columns past the last row repeat it, and are not stored
     row_starts = tl.minimum(thread % 32 // 4, num_rows - 1) * stride_pairs_row
-    is_in = thread >= 0
-    words_0, params_0 = _load_share(words_ptr, params_ptr, first, warp, is_in if EVEN else warp < num_k_steps, N, K, GROUP_SIZE, S, R)
-    words_1, params_1 = _load_share(
-        words_ptr, params_ptr, first, W + warp, is_in if EVEN else W + warp < num_k_steps, N, K, GROUP_SIZE, S, R
-    )
+    words_0, params_0 = _load_share(words_ptr, params_ptr, first, warp, num_k_steps, N, K, GROUP_SIZE, S, R)
+    words_1, params_1 = _load_share(words_ptr, params_ptr, first, W + warp, num_k_steps, N, K, GROUP_SIZE, S, R)
     if PDL:
         gdc_wait()
-    x_0 = _load_x(pairs_ptr, row_starts, warp, is_in if EVEN else warp < num_k_steps, R)
-    x_1 = _load_x(pairs_ptr, row_starts, W + warp, is_in if EVEN else W + warp < num_k_steps, R)
+    x_0 = _load_x(pairs_ptr, row_starts, warp, num_k_steps, R)
+    x_1 = _load_x(pairs_ptr, row_starts, W + warp, num_k_steps, R)
     for tile in tl.range(first, num_tiles, tl.num_programs(0), num_stages=1):
         acc = tl.zeros((32 * W, 2 * S, 2), tl.float32)
         for pair in tl.range(num_pairs, num_stages=1):
-            is_last = pair == num_pairs - 1
+            is_last = pair == num_pairs - 1  # then the next tile's first pair, if there is one
             next_tile = tl.where(is_last, tile + tl.num_programs(0), tile)
             k_step = tl.where(is_last, 0, pair + 1) * (2 * W) + warp
-            is_needed = is_in & (next_tile < num_tiles)
+            end = tl.where(next_tile < num_tiles, num_k_steps, 0)
             acc = _multiply(acc, words_0, params_0, x_0, dtype, S, R, ZERO_AFTER, ASM)
-            needs = is_needed if EVEN else is_needed & (k_step < num_k_steps)
-            words_0, params_0 = _load_share(words_ptr, params_ptr, next_tile, k_step, needs, N, K, GROUP_SIZE, S, R)
-            x_0 = _load_x(pairs_ptr, row_starts, k_step, needs, R)
+            words_0, params_0 = _load_share(words_ptr, params_ptr, next_tile, k_step, end, N, K, GROUP_SIZE, S, R)
+            x_0 = _load_x(pairs_ptr, row_starts, k_step, end, R)
             acc = _multiply(acc, words_1, params_1, x_1, dtype, S, R, ZERO_AFTER, ASM)
-            needs = is_needed if EVEN else is_needed & (k_step + W < num_k_steps)
-            words_1, params_1 = _load_share(words_ptr, params_ptr, next_tile, k_step + W, needs, N, K, GROUP_SIZE, S, R)
-            x_1 = _load_x(pairs_ptr, row_starts, k_step + W, needs, R)
+            words_1, params_1 = _load_share(words_ptr, params_ptr, next_tile, W + k_step, end, N, K, GROUP_SIZE, S, R)
+            x_1 = _load_x(pairs_ptr, row_starts, W + k_step, end, R)
         y = tl.sum(tl.reshape(acc, (W, 32, 2 * S, 2)), axis=0)
         y = tl.permute(tl.reshape(y, (8, 4, S, 2, 2)), (2, 3, 0, 1, 4))  # S m8 g t row
         offs_m = tl.arange(0, 8)
@@ -180,8 +174,8 @@ def linear(x: torch.Tensor, weight: W4A16Tiles) -> torch.Tensor:
     assert 1 <= num_rows <= MAX_W4A16_SKINNY_ROWS, f"{num_rows} rows are outside [1, {MAX_W4A16_SKINNY_ROWS}]"
     n = weight.out_features
     y = torch.empty((num_rows, n // 2 if weight.gated else n), dtype=x.dtype, device=x.device)
-    if x.stride(0) % 2 or x.storage_offset() % 2:
-        x = x.contiguous()
+    if x.stride(0) % 2 or x.data_ptr() % 4:
+        x = x.clone(memory_format=torch.contiguous_format)
     pairs = x.view(torch.int32)
     config = w4a16_skinny_config(n, k, weight.group_size, x.dtype is torch.bfloat16)
     num_tiles = n // (16 * config.strips)
@@ -199,7 +193,6 @@ def linear(x: torch.Tensor, weight: W4A16Tiles) -> torch.Tensor:
         GROUP_SIZE=weight.group_size,
         HAS_BIAS=weight.bias is not None,
         GATED=weight.gated,
-        EVEN=k % (2 * config.num_warps * config.block_k) == 0,
         ZERO_AFTER=config.zero_after,
         W=config.num_warps,
         S=config.strips,

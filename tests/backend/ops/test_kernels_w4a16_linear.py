@@ -3,6 +3,7 @@
 Tolerance: the weights are those of the formula bit for bit and sums are fp32, so the result's one rounding decides: eps / 2.
 """
 
+import itertools
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -11,6 +12,8 @@ import torch
 from tests.backend.ops.conftest import TARGETS, Target
 
 from turbotriton.backend.ops.kernels import w4a16_linear as module
+from turbotriton.backend.ops.kernels import w4a16_skinny as skinny
+from turbotriton.backend.ops.kernels.tuning import W4A16LinearConfig, W4A16SkinnyConfig
 from turbotriton.backend.ops.kernels.w4a16_linear import dequantize_w4a16, w4a16_gate_up, w4a16_linear
 from turbotriton.backend.ops.operands import W4A16Tiles, W4A16Weight
 from turbotriton.backend.ops.packing import fragment_params, interleave_gate_up, pack_fragments, pack_rows
@@ -31,6 +34,9 @@ SHAPES = [
     Shape(3, 384, 128, 128, bias=True),
     Shape(70, 192, 64, 64),
 ]
+
+OPTION_NAMES = ("strips", "prefetch", "scale_after", "descriptors")
+OPTIONS = [tuple(names) for count in range(5) for names in itertools.combinations(OPTION_NAMES, count)]
 
 
 @pytest.fixture(params=[case for case in TARGETS if "fp32" not in str(case.id)])
@@ -87,6 +93,69 @@ def test_gate_and_up_are_joined(target, num_splits, assert_close, guarded_output
     gate, up = (x.double() @ values + weight.bias.double()).to(target.dtype).double().chunk(2, dim=1)
     wanted = torch.nn.functional.silu(gate) * up
     assert_close(w4a16_gate_up(x, weight), wanted, max_error=8 * target.eps, rms_error=1.5 * target.eps)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("shared_by", [{"num_splits": 1}, {"num_splits": 2}, {"num_splits": 1, "num_programs": 3}], ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids="-".join)
+def test_every_option_of_a_tile(target, options, shared_by, gated, assert_close, guarded_outputs, monkeypatch):
+    shape = Shape(19, 256, 128, 128, bias=True)
+    weight, values = weight_of(target, shape, gated=gated)
+    choice = {"block_m": 16, "block_k": 64, "num_warps": 2, "num_stages": 3} | shared_by
+    choice |= {name: 2 if name == "strips" else True for name in options}
+    monkeypatch.setattr(module, "w4a16_linear_config", lambda *args: W4A16LinearConfig(**choice))
+    x = target.randn(shape.num_rows, shape.k + 8)[:, :-8]
+    y = (w4a16_gate_up if gated else w4a16_linear)(x, weight)
+    wanted = x.double() @ values + weight.bias.double()
+    tolerance = {"max_error": 2 * target.eps + 2e-6, "rms_error": 0.6 * target.eps + 1e-6}
+    if gated:
+        gate, up = wanted.to(target.dtype).double().chunk(2, dim=1)
+        wanted, tolerance = torch.nn.functional.silu(gate) * up, {"max_error": 8 * target.eps, "rms_error": 1.5 * target.eps}
+    assert_close(y, wanted, **tolerance)
+    assert torch.equal((w4a16_gate_up if gated else w4a16_linear)(x, weight), y), "counters did not return to zero"
+
+
+@pytest.mark.parametrize("num_programs", [1, 4, 5, 27])
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_equal_shares_cover_every_tile_once(target, num_programs, prefetch, assert_close, monkeypatch):
+    """8 tiles of 3 turns, or 6: shares that end inside a tile, at its end, hold several tiles, are one turn; programs without work."""
+    shape = Shape(20, 384, 128, 64)
+    weight, values = weight_of(target, shape)
+    config = W4A16LinearConfig(16, 64, 1, num_warps=2, num_stages=2, prefetch=prefetch, num_programs=num_programs)
+    monkeypatch.setattr(module, "w4a16_linear_config", lambda *args: config)
+    x = target.randn(shape.num_rows, shape.k)
+    y = w4a16_linear(x, weight)
+    assert_close(y, x.double() @ values, max_error=2 * target.eps + 2e-6, rms_error=0.6 * target.eps + 1e-6)
+    assert torch.equal(w4a16_linear(x, weight), y)
+
+
+@pytest.mark.parametrize("zero_after", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "strips", "num_warps", "gated"),
+    [
+        (Shape(1, 1024, 128, 128), 2, 4, False),  # four even steps of four warps
+        (Shape(4, 640, 192, 128, bias=True), 1, 4, False),  # warps without a last step
+        (Shape(3, 320, 256, 64, bias=True), 4, 2, True),
+        (Shape(2, 128, 64, 128), 1, 8, False),  # one step in all
+        (Shape(4, 512, 192, 64), 2, 1, True),
+    ],
+    ids=str,
+)
+def test_few_rows_by_warps_that_share_the_inputs(
+    target, shape, strips, num_warps, gated, zero_after, assert_close, guarded_outputs, monkeypatch
+):
+    weight, values = weight_of(target, shape, gated=gated)
+    block_k = min(shape.group_size, 128)
+    config = W4A16SkinnyConfig(strips, block_k, num_warps, programs_per_sm=1, zero_after=zero_after)
+    monkeypatch.setattr(skinny, "w4a16_skinny_config", lambda *args: config)
+    x = target.randn(shape.num_rows, shape.k + 7)[:, :-7]  # rows that do not begin at words
+    y = skinny.linear(x, weight)
+    wanted = x.double() @ values + (0 if weight.bias is None else weight.bias.double())
+    tolerance = {"max_error": 2 * target.eps + 2e-6, "rms_error": 0.6 * target.eps + 1e-6}
+    if gated:
+        gate, up = wanted.to(target.dtype).double().chunk(2, dim=1)
+        wanted, tolerance = torch.nn.functional.silu(gate) * up, {"max_error": 8 * target.eps, "rms_error": 1.5 * target.eps}
+    assert_close(y, wanted, **tolerance)
 
 
 @pytest.mark.gpu
