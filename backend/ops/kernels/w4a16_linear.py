@@ -226,20 +226,20 @@ def _w4a16_linear_kernel(
     if PDL:
         gdc_wait()
     if SHARES:
-        for tile in tl.range(tile, tl.cdiv(end, num_turns), num_stages=1):
-            turn = tl.maximum(begin - tile * num_turns, 0)
-            last = tl.minimum(end - tile * num_turns, num_turns)
-            next_tile = tl.where((tile + 1) * num_turns < end, tile + 1, -num_row_blocks)
+        for shared in tl.range(tile, tl.cdiv(end, num_turns), num_stages=1):
+            turn = tl.maximum(begin - shared * num_turns, 0)
+            last = tl.minimum(end - shared * num_turns, num_turns)
+            next_tile = tl.where((shared + 1) * num_turns < end, shared + 1, -num_row_blocks)
             acc, ahead = _sum_of_steps(
-                x_ptr, words_ptr, params_ptr, ahead, tile, num_row_blocks, turn, last, next_tile, num_rows, N, K, stride_x_row,
+                x_ptr, words_ptr, params_ptr, ahead, shared, num_row_blocks, turn, last, next_tile, num_rows, N, K, stride_x_row,
                 dtype, GROUP_SIZE, PREFETCH, SCALE_AFTER, DESCRIPTORS, BLOCK_M, W, S, R, NUM_STAGES, ASM,
             )  # fmt: skip
-            sharer = tile * num_turns // share  # the first program of this tile, which may have begun with another
-            num_parts = ((tile + 1) * num_turns - 1) // share + 1 - sharer
-            slot = 2 * sharer + (sharer * share < tile * num_turns).to(tl.int32)
-            acc, is_last = sum_of_parts(acc, parts_ptr, counters_ptr + tile, program - sharer, num_parts, slot, 2 * sharer + 2)
+            sharer = shared * num_turns // share  # the first program of this tile, which may have begun with another
+            num_parts = ((shared + 1) * num_turns - 1) // share + 1 - sharer
+            slot = 2 * sharer + (sharer * share < shared * num_turns).to(tl.int32)
+            acc, is_last = sum_of_parts(acc, parts_ptr, counters_ptr + shared, program - sharer, num_parts, slot, 2 * sharer + 2)
             if is_last:
-                _store(acc, bias_ptr, y_ptr, tile, num_row_blocks, num_rows, N, HAS_BIAS, GATED, dtype)
+                _store(acc, bias_ptr, y_ptr, shared, num_row_blocks, num_rows, N, HAS_BIAS, GATED, dtype)
     else:
         acc, ahead = _sum_of_steps(
             x_ptr, words_ptr, params_ptr, ahead, tile, num_row_blocks, turn, end, -num_row_blocks, num_rows, N, K, stride_x_row,

@@ -1,11 +1,12 @@
 """4 bit words become 16 bit numbers in registers (operands.W4A16Tiles): what both kernels over 4 bit weights share.
 
-A nibble becomes a number by its bits: 0x4300 | v is 128 + v in bf16, 0x6400 | v is 1024 + v in fp16. Two numbers sit in a register:
-they are shifted, then the offset and the zero are taken away together, which is exact, then they are scaled, which rounds:
+A nibble becomes a number by its bits: 0x4300 | v is 128 + v in bf16, 0x6400 | v is 1024 + v and 0x5400 | v << 4 is 64 + v in fp16, whose
+ten bits hold a nibble in two places and save two shifts of three. Two numbers sit in a register: they are masked, then the offset and
+the zero are taken away together, which is exact, then they are scaled, which rounds:
 
-    FORM "offset"    128 + v  or  1024 + v         7 instructions for the 8 numbers of a word
-    FORM "steps"     v - zero                      11
-    FORM "weights"   round((v - zero) * scale)     15
+    FORM "offset"    128 + v (bf16 only)           7 instructions for the 8 numbers of a word
+    FORM "steps"     v - zero                      11, in fp16 9
+    FORM "weights"   round((v - zero) * scale)     15, in fp16 13
 """
 
 import triton
@@ -13,43 +14,37 @@ import triton.language as tl
 
 __all__ = ["widen"]
 
-#: $0..$7: the 16 numbers of the words $8 (outputs 0..7 of a strip) and $9 (8..15); $10, $12 their negated offset zeros, $14, $16 scales.
-#: Operands come in pairs since two words are taken at once; zeros and scales are the same for both.
-_SPREAD = """
-    lop3.b32 $0, $8, 0x000F000F, OFFSET, 0xEA;
-    shr.b32 w, $8, 4;
-    lop3.b32 $1, w, 0x000F000F, OFFSET, 0xEA;
-    shr.b32 w, $8, 8;
-    lop3.b32 $2, w, 0x000F000F, OFFSET, 0xEA;
-    shr.b32 w, $8, 12;
-    lop3.b32 $3, w, 0x000F000F, OFFSET, 0xEA;
-    lop3.b32 $4, $9, 0x000F000F, OFFSET, 0xEA;
-    shr.b32 w, $9, 4;
-    lop3.b32 $5, w, 0x000F000F, OFFSET, 0xEA;
-    shr.b32 w, $9, 8;
-    lop3.b32 $6, w, 0x000F000F, OFFSET, 0xEA;
-    shr.b32 w, $9, 12;
-    lop3.b32 $7, w, 0x000F000F, OFFSET, 0xEA;
-"""
+
+def _asm(kind: str, form: str) -> str:
+    """$0..$7: the 16 numbers of the words $8 (outputs 0..7 of a strip) and $9 (8..15); after them, in pairs since two words are taken
+    at once, negated offset zeros for low and high outputs (fp16: those of the second offset too), and scales.
+
+    Sub and mul are fused multiply-adds, which sm_80 has for both types; -0 leaves a product as it is.
+    """
+    is_fp16 = kind == "f16x2"
+    offsets, one = (("0x64006400", "0x54005400"), "0x3C003C00") if is_fp16 else (("0x43004300",), "0x3F803F80")
+    lines = [".reg .b32 w, one, none;", f"mov.b32 one, {one};", "mov.b32 none, 0x80008000;"]
+    for i in range(8):
+        word, place = 8 + i // 4, i % 4
+        is_second = is_fp16 and place % 2 == 1
+        shift = 4 * (place - is_second)
+        if shift and not is_second:
+            lines.append(f"shr.b32 w, ${word}, {shift};")
+        mask = "0x00F000F0" if is_second else "0x000F000F"
+        lines.append(f"lop3.b32 ${i}, {'w' if shift else f'${word}'}, {mask}, {offsets[is_second]}, 0xEA;")
+    for i in range(8) if form != "offset" else ():
+        zero = 10 + 2 * (i // 4) + 4 * (is_fp16 and i % 2)
+        lines.append(f"fma.rn.{kind} ${i}, ${i}, one, ${zero};")
+    for i in range(8) if form == "weights" else ():
+        lines.append(f"fma.rn.{kind} ${i}, ${i}, ${(18 if is_fp16 else 14) + 2 * (i // 4)}, none;")
+    return "{\n    " + "\n    ".join(lines) + "\n}\n"
 
 
-def _asm(kind: str, offset: str, one: str, form: str) -> tl.constexpr:
-    """Sub and mul as fused multiply-adds, which sm_80 has for both types; -0 leaves a product as it is."""
-    less_zero = "".join(f"    fma.rn.{kind} ${i}, ${i}, one, ${10 if i < 4 else 12};\n" for i in range(8))
-    scaled = "".join(f"    fma.rn.{kind} ${i}, ${i}, ${14 if i < 4 else 16}, none;\n" for i in range(8))
-    head = f"{{\n    .reg .b32 w, one, none;\n    mov.b32 one, {one};\n    mov.b32 none, 0x80008000;\n"
-    steps = {"offset": "", "steps": less_zero, "weights": less_zero + scaled}
-    return tl.constexpr(head + _SPREAD.replace("OFFSET", offset) + steps[form] + "}\n")
-
-
-_BF16 = ("bf16x2", "0x43004300", "0x3F803F80")
-_FP16 = ("f16x2", "0x64006400", "0x3C003C00")
-_OFFSET_BF16, _OFFSET_FP16 = _asm(*_BF16, "offset"), _asm(*_FP16, "offset")
-_STEPS_BF16, _STEPS_FP16 = _asm(*_BF16, "steps"), _asm(*_FP16, "steps")
-_WEIGHTS_BF16, _WEIGHTS_FP16 = _asm(*_BF16, "weights"), _asm(*_FP16, "weights")
-_TAKES_WORDS = tl.constexpr(",".join(["=r"] * 8 + ["r"] * 2))
-_TAKES_ZEROS = tl.constexpr(",".join(["=r"] * 8 + ["r"] * 6))
-_TAKES_SCALES = tl.constexpr(",".join(["=r"] * 8 + ["r"] * 10))
+_OFFSET_BF16 = tl.constexpr(_asm("bf16x2", "offset"))
+_STEPS_BF16, _STEPS_FP16 = tl.constexpr(_asm("bf16x2", "steps")), tl.constexpr(_asm("f16x2", "steps"))
+_WEIGHTS_BF16, _WEIGHTS_FP16 = tl.constexpr(_asm("bf16x2", "weights")), tl.constexpr(_asm("f16x2", "weights"))
+#: by the number of operands after the words
+_TAKES_0, _TAKES_2, _TAKES_4, _TAKES_6 = (tl.constexpr(",".join(["=r"] * 8 + ["r"] * (2 + 2 * count))) for count in (0, 2, 4, 6))
 
 
 @triton.jit
@@ -72,25 +67,34 @@ def widen(words, low, high, dtype: tl.constexpr, FORM: tl.constexpr, ASM: tl.con
         zero_high = tl.broadcast_to(_twice(high)[:, :, None], words.shape)
         scale_low = tl.broadcast_to(_twice(low >> 16)[:, :, None], words.shape)
         scale_high = tl.broadcast_to(_twice(high >> 16)[:, :, None], words.shape)
-        if FORM == "offset":
-            operands = (words,)
-            takes: tl.constexpr = _TAKES_WORDS
-            of_bf16: tl.constexpr = _OFFSET_BF16
-            of_fp16: tl.constexpr = _OFFSET_FP16
-        elif FORM == "steps":
-            operands = (words, zero_low, zero_high)
-            takes: tl.constexpr = _TAKES_ZEROS
-            of_bf16: tl.constexpr = _STEPS_BF16
-            of_fp16: tl.constexpr = _STEPS_FP16
-        else:
-            operands = (words, zero_low, zero_high, scale_low, scale_high)
-            takes: tl.constexpr = _TAKES_SCALES
-            of_bf16: tl.constexpr = _WEIGHTS_BF16
-            of_fp16: tl.constexpr = _WEIGHTS_FP16
         if dtype == tl.bfloat16:
-            results = tl.inline_asm_elementwise(of_bf16, takes, operands, (tl.bfloat16,) * 8, is_pure=True, pack=2)
+            if FORM == "offset":
+                asm: tl.constexpr = _OFFSET_BF16
+                takes: tl.constexpr = _TAKES_0
+                operands = (words,)
+            elif FORM == "steps":
+                asm: tl.constexpr = _STEPS_BF16
+                takes: tl.constexpr = _TAKES_2
+                operands = (words, zero_low, zero_high)
+            else:
+                asm: tl.constexpr = _WEIGHTS_BF16
+                takes: tl.constexpr = _TAKES_4
+                operands = (words, zero_low, zero_high, scale_low, scale_high)
+            results = tl.inline_asm_elementwise(asm, takes, operands, (tl.bfloat16,) * 8, is_pure=True, pack=2)
         else:
-            results = tl.inline_asm_elementwise(of_fp16, takes, operands, (tl.float16,) * 8, is_pure=True, pack=2)
+            # bits of -(64 + zero) from those of -(1024 + zero)
+            second_low = tl.broadcast_to(_twice(low << 4 & 0xF0 | 0xD400)[:, :, None], words.shape)
+            second_high = tl.broadcast_to(_twice(high << 4 & 0xF0 | 0xD400)[:, :, None], words.shape)
+            if FORM == "steps":
+                asm: tl.constexpr = _STEPS_FP16
+                takes: tl.constexpr = _TAKES_4
+                operands = (words, zero_low, zero_high, second_low, second_high)
+            else:
+                tl.static_assert(FORM == "weights", "1024 + nibble would leave too few bits of a sum")
+                asm: tl.constexpr = _WEIGHTS_FP16
+                takes: tl.constexpr = _TAKES_6
+                operands = (words, zero_low, zero_high, second_low, second_high, scale_low, scale_high)
+            results = tl.inline_asm_elementwise(asm, takes, operands, (tl.float16,) * 8, is_pure=True, pack=2)
         a, b, c, d, e, f, g, h = results
         # [A, B, (k32, k1), k16, k8, m8]: the asm takes pairs of words (m8) and gives pairs of inputs (k1)
         numbers = tl.join(tl.join(tl.join(a, b), tl.join(c, d)), tl.join(tl.join(e, f), tl.join(g, h)))

@@ -13,6 +13,7 @@ from tests.backend.ops.conftest import TARGETS, Target
 
 from turbotriton.backend.ops.kernels import w4a16_linear as module
 from turbotriton.backend.ops.kernels import w4a16_skinny as skinny
+from turbotriton.backend.ops.kernels import w4a16_words as words_module
 from turbotriton.backend.ops.kernels.tuning import W4A16LinearConfig, W4A16SkinnyConfig
 from turbotriton.backend.ops.kernels.w4a16_linear import dequantize_w4a16, w4a16_gate_up, w4a16_linear
 from turbotriton.backend.ops.operands import W4A16Tiles, W4A16Weight
@@ -115,11 +116,11 @@ def test_every_option_of_a_tile(target, options, shared_by, gated, assert_close,
     assert torch.equal((w4a16_gate_up if gated else w4a16_linear)(x, weight), y), "counters did not return to zero"
 
 
-@pytest.mark.parametrize("num_programs", [1, 4, 5, 27])
+@pytest.mark.parametrize("num_programs", [2, 5, 25])
 @pytest.mark.parametrize("prefetch", [False, True])
 def test_equal_shares_cover_every_tile_once(target, num_programs, prefetch, assert_close, monkeypatch):
-    """8 tiles of 3 turns, or 6: shares that end inside a tile, at its end, hold several tiles, are one turn; programs without work."""
-    shape = Shape(20, 384, 128, 64)
+    """4 tiles of 3 turns, or 6: shares that end inside a tile, at its end, hold several tiles, are one turn; programs without work."""
+    shape = Shape(20, 384, 64, 64)
     weight, values = weight_of(target, shape)
     config = W4A16LinearConfig(16, 64, 1, num_warps=2, num_stages=2, prefetch=prefetch, num_programs=num_programs)
     monkeypatch.setattr(module, "w4a16_linear_config", lambda *args: config)
@@ -191,6 +192,53 @@ def test_words_by_index():
             lane = m % 8 * 4 + k % 8 // 2
             word = int(words[m // 16, k // 64, lane, k % 64 // 32 * 2 + m % 16 // 8])
             assert word >> (k % 2 * 16 + k % 16 // 8 * 8 + k % 32 // 16 * 4) & 15 == nibbles[k, m]
+
+
+@pytest.mark.parametrize(("kind", "dtype", "offset"), [("bf16x2", torch.bfloat16, 128), ("f16x2", torch.float16, 1024)])
+@pytest.mark.parametrize("form", ["offset", "steps", "weights"])
+def test_the_instructions_that_widen_give_the_numbers(kind, dtype, offset, form):
+    """No GPU runs them here: they are carried out line by line, a register as two numbers."""
+    if form == "offset" and kind == "f16x2":
+        return  # not offered
+    generator = torch.Generator().manual_seed(2)
+    words = torch.randint(-(2**31), 2**31, (2, 500), generator=generator)
+    zeros = torch.randint(0, 16, (2, 500), generator=generator)
+    scales = (torch.rand((2, 500), generator=generator) + 0.01).to(dtype)
+
+    def twice(number):
+        bits = number.to(dtype).view(torch.int16).long() & 0xFFFF
+        return bits << 16 | bits
+
+    def halves(register):
+        return [(register >> shift & 0xFFFF).to(torch.int16).view(dtype).double() for shift in (0, 16)]
+
+    operands = [twice(-(zero + offset)) for zero in zeros] if form != "offset" else []
+    if kind == "f16x2" and form != "offset":
+        operands += [twice(-(zero + 64)) for zero in zeros]
+    operands += [twice(scale) for scale in scales] if form == "weights" else []
+    registers = {"$8": words[0] & 0xFFFFFFFF, "$9": words[1] & 0xFFFFFFFF}
+    registers |= {f"${10 + 2 * i + j}": operand for i, operand in enumerate(operands) for j in (0, 1)}
+    for line in words_module._asm(kind, form).splitlines()[2:-1]:
+        name, into, *sources = line.strip().rstrip(";").replace(",", "").split()
+        values = [registers[text] if text in registers else torch.tensor(int(text, 0)) for text in sources]
+        if name == "mov.b32":
+            registers[into] = values[0]
+        elif name == "shr.b32":
+            registers[into] = values[0] >> values[1]
+        elif name == "lop3.b32":
+            assert sources[3] == "0xEA", "(a and b) or c"
+            registers[into] = values[0] & values[1] | values[2]
+        else:
+            assert name == f"fma.rn.{kind}"
+            low, high = (twice(a * b + c) & 0xFFFF for a, b, c in zip(*map(halves, values), strict=True))
+            registers[into] = high << 16 | low
+    for i in range(8):
+        word, k8, k16 = i // 4, i % 4 // 2, i % 2
+        for k1, number in enumerate(halves(registers[f"${i}"])):
+            nibble = words[word] >> (k1 * 16 + k8 * 8 + k16 * 4) & 15
+            wanted = nibble + offset if form == "offset" else nibble - zeros[word]
+            wanted = (wanted.double() * scales[word].double()).to(dtype) if form == "weights" else wanted
+            assert torch.equal(number, wanted.double()), f"output {i}, half {k1}"
 
 
 def test_gates_and_ups_by_index():
