@@ -5,8 +5,18 @@
 W is the left operand of the matrix instruction and goes from its packed words into the instruction's registers, through no shared
 memory: `packing.pack_fragments` stores it so that the 16 bytes that a thread loads are its share of four 16 x 16 operand tiles.
 
-    strip of 16 outputs   | 64 inputs: 32 lanes x 4 words | next 64 | ...        W16 strips a program, a warp each
-    program               y^T tile [16 W16, BLOCK_M] += W tile [16 W16, 64 R] x^T tile; NUM_SPLITS programs share the inputs
+    strip of 16 outputs   | 64 inputs: 32 lanes x 4 words | next 64 | ...        S strips a warp
+    program               y^T tile [16 W S, BLOCK_M] += W tile [16 W S, 64 R] x^T tile, step after step
+
+NUM_SPLITS programs share the inputs of a tile. With SHARES there are as many programs as places instead, and each takes an equal number
+of turns (a turn: one step, or two), counted through all tiles; the last of those that have a part of a tile adds the parts up in order:
+
+    turns       tile 0: 0 1 2 3 | tile 1: 0 1 2 3 | tile 2: 0 1 2 3
+    programs            0 0 0 1           1 1 2 2           2 3 3 3
+
+With PREFETCH the weights of the next two steps are in registers, and the first are asked for before the wait for the kernel before this
+one; else they come with x through the pipeline in shared memory. With SCALE_AFTER the matrix instruction multiplies by nibble - zero,
+and each step's sums by the scale, in fp32: nearer to the formula without its rounding, and cheaper up to 32 rows.
 """
 
 import torch
@@ -17,9 +27,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from turbotriton.backend.ops.operands import W4A16Tiles
 
+from . import w4a16_skinny
 from .launch import has_pdl, launch_options, num_sms, wait_for_previous
 from .split_sum import sum_of_parts, sum_of_splits, workspace
-from .tuning import ceil_div, w4a16_linear_config
+from .tuning import MAX_PARTS, MAX_W4A16_SKINNY_ROWS, ceil_div, w4a16_linear_config
 from .w4a16_words import widen
 
 __all__ = ["dequantize_w4a16", "w4a16_gate_up", "w4a16_linear"]
@@ -331,6 +342,8 @@ def _linear(x: torch.Tensor, weight: W4A16Tiles) -> torch.Tensor:
     assert x.stride(1) == 1, "x must be contiguous inside a row"
     assert k == weight.in_features, f"x has {k} columns"
     assert x.dtype is weight.dtype, f"the weight was packed for {weight.dtype}"
+    if 0 < num_rows <= MAX_W4A16_SKINNY_ROWS:
+        return w4a16_skinny.linear(x, weight)
     n = weight.out_features
     y = torch.empty((num_rows, n // 2 if weight.gated else n), dtype=x.dtype, device=x.device)
     if num_rows == 0:
@@ -344,6 +357,7 @@ def _linear(x: torch.Tensor, weight: W4A16Tiles) -> torch.Tensor:
     num_programs = config.num_programs
     if not num_programs:
         num_programs = ceil_div(num_rows, config.block_m) * (n // config.block_n) * config.num_splits
+    assert 2 * config.num_programs * config.block_n * config.block_m <= MAX_PARTS, "no room for the parts of so many programs"
     is_shared = config.num_programs > 0 or config.num_splits > 1
     parts, counters = workspace(x.device) if is_shared else (None, None)
     _w4a16_linear_kernel[(num_programs,)](

@@ -1,4 +1,4 @@
-"""The layers of w4a16_linear.py for one to four rows, bound by reading the 4 bit weights once.
+"""The layers of w4a16_linear.py for a few rows, bound by reading the 4 bit weights once.
 
     y[m, n] = sum over groups g of scale[g, n] * (sum over k in g of (nibble[k, n] - zero[g, n]) * x[m, k])     sums in fp32
 
@@ -25,9 +25,9 @@ from .launch import has_pdl, launch_options, num_sms
 from .tuning import w4a16_skinny_config
 from .w4a16_words import widen
 
-__all__ = ["MAX_W4A16_SKINNY_ROWS", "linear"]
+__all__ = ["linear"]
 
-MAX_W4A16_SKINNY_ROWS = 4
+MAX_ROWS = 8  # columns of the matrix instruction
 
 
 @triton.jit
@@ -166,18 +166,18 @@ def _w4a16_skinny_kernel(
 def linear(x: torch.Tensor, weight: W4A16Tiles) -> torch.Tensor:
     """Launch on the current device and stream.
 
-    x: [1 to 4 rows, in_features], the weight's dtype, contiguous inside a row; copied if its rows do not begin at multiples of 4 bytes
+    x: [1 to 8 rows, in_features], the weight's dtype, contiguous inside a row; copied if its rows do not begin at multiples of 4 bytes
 
     Returns [num_rows, out_features], new, contiguous, in x's dtype; of a gated weight silu(gate) * up: [num_rows, out_features / 2].
     """
     num_rows, k = x.shape
-    assert 1 <= num_rows <= MAX_W4A16_SKINNY_ROWS, f"{num_rows} rows are outside [1, {MAX_W4A16_SKINNY_ROWS}]"
+    assert 1 <= num_rows <= MAX_ROWS, f"{num_rows} rows are outside [1, {MAX_ROWS}]"
     n = weight.out_features
     y = torch.empty((num_rows, n // 2 if weight.gated else n), dtype=x.dtype, device=x.device)
     if x.stride(0) % 2 or x.data_ptr() % 4:
         x = x.clone(memory_format=torch.contiguous_format)
     pairs = x.view(torch.int32)
-    config = w4a16_skinny_config(n, k, weight.group_size, x.dtype is torch.bfloat16)
+    config = w4a16_skinny_config(weight.group_size, x.dtype is torch.bfloat16)
     num_tiles = n // (16 * config.strips)
     num_programs = min(num_tiles, config.programs_per_sm * num_sms(x.device))
     _w4a16_skinny_kernel[(num_programs,)](
