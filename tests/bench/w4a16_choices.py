@@ -86,7 +86,7 @@ def choices(rows: int) -> list[Choice]:
             Tiles(after),
             Tiles(after, 2),
             Tiles(after | {"strips": 2}, 2),
-            Tiles(after, 3, shares=True),
+            Tiles(after, 2, shares=True),
         ]
         few += [Tiles(ahead | after, places) for places in (2, 3)] + [Tiles(ahead | after, 2, shares=True)]
         if rows <= 8:
