@@ -90,7 +90,6 @@ def choices(rows: int) -> list[Choice]:
         ]
         few += [Tiles(ahead | after, places) for places in (2, 3)] + [Tiles(ahead | after, 2, shares=True)]
         if rows <= 8:
-            few += [Tiles(after | {"block_m": 8}), Tiles(ahead | after | {"block_m": 8}, 3)]
             shapes = [(1, 8, 2), (1, 8, 3), (1, 16, 1), (1, 4, 4), (1, 4, 6), (2, 8, 1), (2, 8, 2), (2, 4, 3), (2, 4, 4)]
             few += [Skinny(*shape) for shape in shapes]
         else:

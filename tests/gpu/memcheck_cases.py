@@ -30,6 +30,7 @@ from turbotriton.backend.ops.kernels import (
     skinny_linear,
     skinny_qkv,
     stage_decode,
+    w4a16_dequantize,
     w4a16_linear,
     w4a16_skinny,
     w8a8_linear,
@@ -92,7 +93,7 @@ def quantised_linears(m: Maker) -> None:
             with mock.patch.object(w4a16_linear, "w4a16_linear_config", lambda *args, config=config: config):
                 call(m.zeros(num_rows, k), weight)
         w4a16_skinny.linear(m.zeros(3, k), weight)
-        w4a16_linear.dequantize_w4a16(weight)
+        w4a16_dequantize.dequantize_w4a16(weight)
     for num_rows, k, n in ((3, 72, 40), (33, 208, 130), (3, 2064, 33)):
         int8 = W8A8Weight(m.zeros(n, k, dtype=torch.int8).t(), m.zeros(n, dtype=torch.float32), m.zeros(n))
         fp8 = Fp8Weight(m.zeros(n, k, dtype=torch.float8_e4m3fn).t(), m.zeros(n, dtype=torch.float32))

@@ -1,4 +1,4 @@
-"""y = x W + b over 4 bit weights (AWQ, arXiv:2306.00978), and silu(gate) * up of W = [gate | up]; the weights alone for many rows.
+"""y = x W + b over 4 bit weights (AWQ, arXiv:2306.00978), and silu(gate) * up of W = [gate | up].
 
     W[k, n] = round((nibble[k, n] - zero[g, n]) * scale[g, n]),   g = k // group_size;  the bracket is exact, sums are fp32
 
@@ -28,59 +28,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from turbotriton.backend.ops.operands import W4A16Tiles
 
 from . import w4a16_skinny
-from .launch import has_pdl, launch_options, num_sms, wait_for_previous
+from .launch import has_pdl, launch_options, num_sms
 from .split_sum import sum_of_parts, sum_of_splits, workspace
 from .tuning import MAX_PARTS, MAX_W4A16_SKINNY_ROWS, ceil_div, w4a16_linear_config
-from .w4a16_words import widen
+from .w4a16_words import load_weights, numbers_of
 
-__all__ = ["dequantize_w4a16", "w4a16_gate_up", "w4a16_linear"]
-
-
-@triton.jit
-def _load_weights(
-    words_ptr,
-    params_ptr,
-    first_strip,
-    step,
-    is_needed,
-    N,
-    K,
-    GROUP_SIZE: tl.constexpr,
-    W: tl.constexpr,
-    S: tl.constexpr,
-    R: tl.constexpr,
-):
-    """(words [32 W, S R, 4], params [32 W, 2 S]) of a step: a warp's strips are W apart. is_needed: None, or
-    whether to load at all."""
-    thread = tl.arange(0, 32 * W)
-    part = tl.arange(0, S * R)
-    strip = first_strip + thread // 32
-    lanes = strip.to(tl.int64) * (2 * K) + thread % 32 * 4
-    parts = part // R * (2 * W * K) + part % R * 128
-    ptrs = words_ptr + step * (128 * R) + lanes[:, None, None] + parts[None, :, None] + tl.arange(0, 4)[None, None, :]
-    half = tl.arange(0, 2 * S)
-    group = step * (64 * R) // GROUP_SIZE
-    outputs = (strip * 16 + thread % 32 // 4)[:, None] + (half // 2 * (16 * W) + half % 2 * 8)[None, :]
-    if is_needed is None:
-        words, params = tl.load(ptrs), tl.load(params_ptr + group * N + outputs)
-    else:
-        mask = thread < tl.where(is_needed, 32 * W, 0)
-        words = tl.load(ptrs, mask=mask[:, None, None])
-        params = tl.load(params_ptr + group * N + outputs, mask=mask[:, None])
-    return words, params
-
-
-@triton.jit
-def _weights(words, params, dtype: tl.constexpr, FORM: tl.constexpr, ASM: tl.constexpr):
-    """The numbers of a step in `dtype`: [16 W S, 64 R], a matrix instruction's left operand without another move."""
-    W: tl.constexpr = words.shape[0] // 32
-    S: tl.constexpr = params.shape[1] // 2
-    R: tl.constexpr = words.shape[1] // S
-    low, high = tl.split(tl.reshape(params, (32 * W, S, 2)))
-    low = tl.reshape(tl.broadcast_to(low[:, :, None], (32 * W, S, R)), (32 * W, S * R))
-    high = tl.reshape(tl.broadcast_to(high[:, :, None], (32 * W, S, R)), (32 * W, S * R))
-    numbers = tl.reshape(widen(words, low, high, dtype, FORM, ASM), (W, 8, 4, S, R, 2, 2, 2, 2, 2))  # W g t S R k32 k1 k16 k8 m8
-    return tl.reshape(tl.permute(numbers, (3, 0, 9, 1, 4, 5, 7, 8, 2, 6)), (16 * W * S, 64 * R))
+__all__ = ["w4a16_gate_up", "w4a16_linear"]
 
 
 @triton.jit
@@ -97,7 +50,7 @@ def _multiply(acc, words, params, x, dtype: tl.constexpr, SCALE_AFTER: tl.conste
         W: tl.constexpr = words.shape[0] // 32
         S: tl.constexpr = params.shape[1] // 2
         M8: tl.constexpr = acc.shape[1] // 8
-        part = tl.dot(_weights(words, params, dtype, "steps", ASM), x)
+        part = tl.dot(numbers_of(words, params, dtype, "steps", ASM), x)
         if ASM:
             part = _finished(part)
         # a thread's scales are those of the outputs whose sums it has: lane 4 g + t, outputs g and 8 + g, rows 2 t and 2 t + 1 of 8
@@ -105,7 +58,7 @@ def _multiply(acc, words, params, x, dtype: tl.constexpr, SCALE_AFTER: tl.conste
         scale = tl.reshape(tl.broadcast_to(scale[:, :, None], (32 * W, 2 * S, 2 * M8)), (W, 8, 4, S, 2, M8, 2))
         acc += part * tl.reshape(tl.permute(scale, (3, 0, 4, 1, 5, 2, 6)), acc.shape)
     else:
-        acc = tl.dot(_weights(words, params, dtype, "weights", ASM), x, acc=acc)
+        acc = tl.dot(numbers_of(words, params, dtype, "weights", ASM), x, acc=acc)
         if ASM:
             acc = _finished(acc)
     return acc
@@ -159,7 +112,7 @@ def _sum_of_steps(
     strip = tile // num_row_blocks * (W * S)
     if not PREFETCH:
         for turn in tl.range(begin, end, num_stages=NUM_STAGES):
-            words, params = _load_weights(words_ptr, params_ptr, strip, turn, None, N, K, GROUP_SIZE, W, S, R)
+            words, params = load_weights(words_ptr, params_ptr, strip, turn, None, N, K, GROUP_SIZE, W, S, R)
             x = _load_x(x_ptr, begin_m, num_rows, turn, stride_x_row, DESCRIPTORS, BLOCK_M, 64 * R)
             acc = _multiply(acc, words, params, x, dtype, SCALE_AFTER, ASM)
     else:
@@ -171,10 +124,10 @@ def _sum_of_steps(
             is_needed = next_strip >= 0
             x = _load_x(x_ptr, begin_m, num_rows, 2 * turn, stride_x_row, DESCRIPTORS, BLOCK_M, 64 * R)
             acc = _multiply(acc, words_0, params_0, x, dtype, SCALE_AFTER, ASM)
-            words_0, params_0 = _load_weights(words_ptr, params_ptr, next_strip, step, is_needed, N, K, GROUP_SIZE, W, S, R)
+            words_0, params_0 = load_weights(words_ptr, params_ptr, next_strip, step, is_needed, N, K, GROUP_SIZE, W, S, R)
             x = _load_x(x_ptr, begin_m, num_rows, 2 * turn + 1, stride_x_row, DESCRIPTORS, BLOCK_M, 64 * R)
             acc = _multiply(acc, words_1, params_1, x, dtype, SCALE_AFTER, ASM)
-            words_1, params_1 = _load_weights(words_ptr, params_ptr, next_strip, step + 1, is_needed, N, K, GROUP_SIZE, W, S, R)
+            words_1, params_1 = load_weights(words_ptr, params_ptr, next_strip, step + 1, is_needed, N, K, GROUP_SIZE, W, S, R)
         ahead = (words_0, params_0, words_1, params_1)
     return acc, ahead
 
@@ -231,8 +184,8 @@ def _w4a16_linear_kernel(
     if PREFETCH:
         strip = tile // num_row_blocks * (W * S)
         is_needed = begin < end if SHARES else turn < end
-        words_0, params_0 = _load_weights(words_ptr, params_ptr, strip, 2 * turn, is_needed, N, K, GROUP_SIZE, W, S, R)
-        words_1, params_1 = _load_weights(words_ptr, params_ptr, strip, 2 * turn + 1, is_needed, N, K, GROUP_SIZE, W, S, R)
+        words_0, params_0 = load_weights(words_ptr, params_ptr, strip, 2 * turn, is_needed, N, K, GROUP_SIZE, W, S, R)
+        words_1, params_1 = load_weights(words_ptr, params_ptr, strip, 2 * turn + 1, is_needed, N, K, GROUP_SIZE, W, S, R)
         ahead = (words_0, params_0, words_1, params_1)
     if PDL:
         gdc_wait()
@@ -290,34 +243,6 @@ def _store(
             acc += tl.load(bias_ptr + offs_n).to(tl.float32)[:, None]
         y_rows_ptr = y_ptr + offs_m.to(tl.int64)[None, :] * N + offs_n[:, None]
         tl.store(y_rows_ptr, acc.to(dtype), mask=mask_m[None, :])
-
-
-@triton.jit
-def _dequantize_w4a16_kernel(
-    words_ptr,
-    params_ptr,
-    out_ptr,
-    N,
-    K,
-    GROUP_SIZE: tl.constexpr,
-    GATED: tl.constexpr,
-    W: tl.constexpr,
-    R: tl.constexpr,
-    ASM: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    wait_for_previous(PDL)
-    BLOCK_K: tl.constexpr = 64 * R
-    step = tl.program_id(0)
-    tile = tl.program_id(1)
-    words, params = _load_weights(words_ptr, params_ptr, tile * W, step, None, N, K, GROUP_SIZE, W, 1, R)
-    weight = _weights(words, params, out_ptr.dtype.element_ty, "weights", ASM)
-    place = tile * 16 * W + tl.arange(0, 16 * W)
-    column = place
-    if GATED:
-        column = place // 16 * 8 + place % 8 + place % 16 // 8 * (N // 2)
-    offs_k = step * BLOCK_K + tl.arange(0, BLOCK_K)
-    tl.store(out_ptr + column.to(tl.int64)[:, None] * K + offs_k[None, :], weight)
 
 
 def w4a16_linear(x: torch.Tensor, weight: W4A16Tiles) -> torch.Tensor:
@@ -390,25 +315,3 @@ def _linear(x: torch.Tensor, weight: W4A16Tiles) -> torch.Tensor:
         **launch_options(has_pdl(x.device)),
     )
     return y
-
-
-def dequantize_w4a16(weight: W4A16Tiles) -> torch.Tensor:
-    """[in_features, out_features] in the weight's dtype, new, contiguous along in_features, columns in natural order."""
-    n, k = weight.out_features, weight.in_features
-    out = torch.empty((n, k), dtype=weight.dtype, device=weight.words.device)
-    rounds = 2 if weight.group_size % 128 == 0 else 1
-    _dequantize_w4a16_kernel[(k // (64 * rounds), n // 64)](
-        weight.words,
-        weight.params,
-        out,
-        n,
-        k,
-        GROUP_SIZE=weight.group_size,
-        GATED=weight.gated,
-        W=4,
-        R=rounds,
-        ASM=out.is_cuda,
-        num_warps=4,
-        **launch_options(has_pdl(out.device)),
-    )
-    return out.t()

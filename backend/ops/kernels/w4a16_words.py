@@ -1,4 +1,4 @@
-"""4 bit words become 16 bit numbers in registers (operands.W4A16Tiles): what both kernels over 4 bit weights share.
+"""4 bit words become 16 bit numbers in registers (operands.W4A16Tiles): what the kernels over 4 bit weights share.
 
 A nibble becomes a number by its bits: 0x4300 | v is 128 + v in bf16, 0x6400 | v is 1024 + v and 0x5400 | v << 4 is 64 + v in fp16, whose
 ten bits hold a nibble in two places and save two shifts of three. Two numbers sit in a register: they are masked, then the offset and
@@ -12,7 +12,7 @@ the zero are taken away together, which is exact, then they are scaled, which ro
 import triton
 import triton.language as tl
 
-__all__ = ["widen"]
+__all__ = ["load_weights", "numbers_of", "widen"]
 
 
 def _asm(kind: str, form: str) -> str:
@@ -113,3 +113,50 @@ def widen(words, low, high, dtype: tl.constexpr, FORM: tl.constexpr, ASM: tl.con
             numbers *= (params >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
         numbers = tl.permute(tl.reshape(numbers.to(dtype), (A, B, 2, 2, 2, 2, 2)), (0, 1, 2, 4, 6, 5, 3))
     return numbers
+
+
+@triton.jit
+def load_weights(
+    words_ptr,
+    params_ptr,
+    first_strip,
+    step,
+    is_needed,
+    N,
+    K,
+    GROUP_SIZE: tl.constexpr,
+    W: tl.constexpr,
+    S: tl.constexpr,
+    R: tl.constexpr,
+):
+    """(words [32 W, S R, 4], params [32 W, 2 S]) of a step: a warp's strips are W apart. is_needed: None, or
+    whether to load at all."""
+    thread = tl.arange(0, 32 * W)
+    part = tl.arange(0, S * R)
+    strip = first_strip + thread // 32
+    lanes = strip.to(tl.int64) * (2 * K) + thread % 32 * 4
+    parts = part // R * (2 * W * K) + part % R * 128
+    ptrs = words_ptr + step * (128 * R) + lanes[:, None, None] + parts[None, :, None] + tl.arange(0, 4)[None, None, :]
+    half = tl.arange(0, 2 * S)
+    group = step * (64 * R) // GROUP_SIZE
+    outputs = (strip * 16 + thread % 32 // 4)[:, None] + (half // 2 * (16 * W) + half % 2 * 8)[None, :]
+    if is_needed is None:
+        words, params = tl.load(ptrs), tl.load(params_ptr + group * N + outputs)
+    else:
+        mask = thread < tl.where(is_needed, 32 * W, 0)
+        words = tl.load(ptrs, mask=mask[:, None, None])
+        params = tl.load(params_ptr + group * N + outputs, mask=mask[:, None])
+    return words, params
+
+
+@triton.jit
+def numbers_of(words, params, dtype: tl.constexpr, FORM: tl.constexpr, ASM: tl.constexpr):
+    """The numbers of a step in `dtype`: [16 W S, 64 R], a matrix instruction's left operand without another move."""
+    W: tl.constexpr = words.shape[0] // 32
+    S: tl.constexpr = params.shape[1] // 2
+    R: tl.constexpr = words.shape[1] // S
+    low, high = tl.split(tl.reshape(params, (32 * W, S, 2)))
+    low = tl.reshape(tl.broadcast_to(low[:, :, None], (32 * W, S, R)), (32 * W, S * R))
+    high = tl.reshape(tl.broadcast_to(high[:, :, None], (32 * W, S, R)), (32 * W, S * R))
+    numbers = tl.reshape(widen(words, low, high, dtype, FORM, ASM), (W, 8, 4, S, R, 2, 2, 2, 2, 2))  # W g t S R k32 k1 k16 k8 m8
+    return tl.reshape(tl.permute(numbers, (3, 0, 9, 1, 4, 5, 7, 8, 2, 6)), (16 * W * S, 64 * R))

@@ -21,6 +21,7 @@ from turbotriton.backend.ops.kernels import quantize_rows as rows_module
 from turbotriton.backend.ops.kernels import quantized_decode_attention as attention
 from turbotriton.backend.ops.kernels import quantized_prefill_attention as prefill
 from turbotriton.backend.ops.kernels import rotary_store_quantized_kv as store
+from turbotriton.backend.ops.kernels import w4a16_dequantize as dequantize
 from turbotriton.backend.ops.kernels import w4a16_linear as w4a16
 from turbotriton.backend.ops.kernels import w4a16_skinny as skinny
 from turbotriton.backend.ops.kernels import w8a8_linear as w8a8
@@ -42,7 +43,7 @@ CASES = [
 @pytest.fixture
 def launches(monkeypatch):
     recorded = []
-    for module in (attention, store, prefill, w4a16, skinny, w8a8, rows_module):
+    for module in (attention, store, prefill, w4a16, dequantize, skinny, w8a8, rows_module):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Recorder(getattr(module, name), recorded))
     return recorded
@@ -88,14 +89,15 @@ def test_every_kernel_compiles_without_spills(capability, dtype, head_dim, kind,
     ids=str,
 )
 def test_w4a16_kernels_compile_without_spills(capability, dtype, launches, monkeypatch, tmp_path):
-    monkeypatch.setattr(w4a16, "has_pdl", lambda device: capability >= 90)
+    for module in (w4a16, dequantize):
+        monkeypatch.setattr(module, "has_pdl", lambda device: capability >= 90)
     monkeypatch.setattr(w4a16, "num_sms", lambda device: 132)
     for k, n, gated in ((4096, 6144, False), (14336, 4096, False), (4096, 28672, True)):
         words = torch.empty((n // 16, k // 64, 32, 4), dtype=torch.int32)
         weight = W4A16Tiles(words, torch.empty((k // 128, n), dtype=torch.int32), None, dtype, gated)
         for num_rows in (1, 64, 256):
             (w4a16.w4a16_gate_up if gated else w4a16.w4a16_linear)(torch.empty((num_rows, k), dtype=dtype), weight)
-        w4a16.dequantize_w4a16(weight)
+        dequantize.dequantize_w4a16(weight)
     for _, arguments in launches:
         arguments["ASM"] = True  # as on a GPU
     for ptx in compile_all(launches, capability, tmp_path):

@@ -16,7 +16,8 @@ from turbotriton.backend.ops.kernels import w4a16_linear as module
 from turbotriton.backend.ops.kernels import w4a16_skinny as skinny
 from turbotriton.backend.ops.kernels import w4a16_words as words_module
 from turbotriton.backend.ops.kernels.tuning import W4A16LinearConfig, W4A16SkinnyConfig
-from turbotriton.backend.ops.kernels.w4a16_linear import dequantize_w4a16, w4a16_gate_up, w4a16_linear
+from turbotriton.backend.ops.kernels.w4a16_dequantize import dequantize_w4a16
+from turbotriton.backend.ops.kernels.w4a16_linear import w4a16_gate_up, w4a16_linear
 from turbotriton.backend.ops.operands import W4A16Tiles, W4A16Weight
 from turbotriton.backend.ops.packing import fragment_params, interleave_gate_up, pack_fragments, pack_rows
 from turbotriton.backend.ops.reference.linear import dequantized
