@@ -100,30 +100,23 @@ def choices(rows: int) -> list[Choice]:
         two = {"strips": 2, "num_stages": 4}
         long = {"block_k": 128, "num_stages": 3}
         return [
-            *(
-                Tiles(),
-                Tiles(fetched),
-                Tiles(fetched, 2, shares=True),
-                Tiles(long),
-                Tiles(long | fetched),
-                Tiles(ahead | fetched, 2),
-            ),
-            *(Tiles(long | fetched, 2, shares=True), Tiles(long | fetched | after, 2), Tiles(ahead | fetched, 2, shares=True)),
-            *(
-                Tiles(two, 1),
-                Tiles(two, 2),
-                Tiles(two | fetched, 1),
-                Tiles(two | fetched, 2),
-                Tiles(two | fetched, 2, shares=True),
-            ),
-            *(Tiles(two | long | fetched, 1), Tiles(two | fetched | ahead, 1), Tiles(two | fetched | ahead, 1, shares=True)),
+            *(Tiles(), Tiles(fetched), Tiles(fetched, 2, shares=True), Tiles(ahead, 3), Tiles(ahead | fetched, 3)),
+            *(Tiles(long), Tiles(long | fetched), Tiles(long, 1, shares=True), Tiles(long | fetched | {"scale_after": True}, 2)),
+            *(Tiles(two, 1), Tiles(two | fetched, 1), Tiles(two | fetched, 1, shares=True), Tiles(two | long, 1)),
+            *(Tiles(two | long | fetched, 1), Tiles(two | long | fetched, 1, shares=True)),
+            *(Tiles(two | fetched | ahead, 1), Tiles(two | fetched | ahead, 1, shares=True)),
         ]
     wide = fetched | {"block_m": 256, "num_stages": 4}
     tall = fetched | {"strips": 2, "num_stages": 4}
     small = fetched | {"num_warps": 4, "num_stages": 4}  # half a tile, two on a multiprocessor
     return [
         *(Tiles(), Tiles(fetched), Tiles(fetched, 2), Tiles(fetched, 1, shares=True)),
-        *(Tiles(wide, 1), Tiles(wide, 1, shares=True), Tiles(wide | {"num_stages": 3}, 1), Tiles(wide | {"prefetch": True}, 1)),
+        *(
+            Tiles(wide, 1),
+            Tiles(wide, 1, shares=True),
+            Tiles(wide | {"num_stages": 3}, 1),
+            Tiles(wide | {"prefetch": True, "num_stages": 3}, 1),
+        ),
         *(Tiles(tall, 1), Tiles(tall, 1, shares=True), Tiles(tall | {"block_k": 128, "num_stages": 3}, 1)),
         *(Tiles(tall | {"prefetch": True}, 1), Tiles(tall | {"descriptors": False, "num_stages": 3}, 1)),
         *(Tiles(small | {"strips": 2}, 2), Tiles(small | {"strips": 2}, 2, shares=True), Tiles(small | {"block_m": 256}, 2)),
