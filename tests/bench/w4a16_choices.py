@@ -93,7 +93,7 @@ def choices(rows: int) -> list[Choice]:
             shapes = [(1, 8, 2), (1, 8, 3), (1, 16, 1), (1, 4, 4), (1, 4, 6), (2, 8, 1), (2, 8, 2), (2, 4, 3), (2, 4, 4)]
             few += [Skinny(*shape) for shape in shapes]
         else:
-            few += [Tiles(ahead, 2), Tiles(ahead | after | {"strips": 2}, 1), Tiles(after | {"descriptors": True})]
+            few += [Tiles(ahead, 2), Tiles(ahead | after | {"strips": 2}, 1)]
         return few
     fetched = {"descriptors": True}
     if rows <= 64:
