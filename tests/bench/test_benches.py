@@ -188,7 +188,7 @@ def test_choices_of_4_bit_tiles_fit_every_layer_and_are_told_apart() -> None:
     for rows in (1, 16, 64, 256):
         mine = [line for line in lines if line.startswith(f"x {rows}: ")]
         assert mine[0].startswith(f"x {rows}: today: ")
-        assert len(mine) == len({line.partition(": programs")[0] for line in mine}) > 10
+        assert len(mine) == len({line.partition(": programs")[0] for line in mine}) >= 10
     assert "does not fit" not in plan.stdout
 
 
