@@ -169,7 +169,9 @@ class W4A16LinearConfig:
     num_warps: int
     num_stages: int
     strips: int = 1  # of 16 outputs a warp
-    prefetch: bool = False  # two steps of weights ahead in registers, the first before the wait; needs inputs for pairs of steps
+    prefetch: bool = (
+        False  # weights go to registers, two steps at once, the first before the wait; needs inputs for pairs of steps
+    )
     scale_after: bool = False  # scales come after the product, in fp32
     descriptors: bool = False  # x is fetched by the copy engine (sm_90 on; rows at multiples of 16 bytes)
     num_programs: int = 0  # so many take equal shares of all tiles' steps, whose num_splits is 1; 0: whole tiles or splits

@@ -9,7 +9,7 @@ The warps of a program share a strip's inputs, not its outputs: nothing is share
 their sums meet in shared memory. Weights and x go from memory into the registers of mma.m16n8k16 (rows of x are its 8 columns):
 
     strips     | step 0: warps 0 1 2 .. W-1 | step 1: warps 0 1 2 .. | ...        a warp's share: 16 S outputs x 64 R inputs
-    program    takes tile after tile of 16 S outputs; two steps of weights are always in flight, beyond a tile's end too
+    program    takes tile after tile of 16 S outputs, two steps a turn; a turn ends with the loads for the next, of the next tile too
 
 On sm_90 a program asks for its first two steps of weights before it waits for the kernel before it: they depend on nothing.
 """
