@@ -15,8 +15,9 @@ of turns (a turn: one step, or two), counted through all tiles; the last of thos
     programs            0 0 0 1           1 1 2 2           2 3 3 3
 
 With PREFETCH a turn is two steps and ends with the loads of the next turn's weights into registers; the first are asked for before the
-wait for the kernel before this one. Else they come with x through the pipeline in shared memory. With SCALE_AFTER the matrix instruction multiplies by nibble - zero,
-and each step's sums by the scale, in fp32: nearer to the formula without its rounding, and cheaper up to 32 rows.
+wait for the kernel before this one. Else they come with x through the pipeline in shared memory. With SCALE_AFTER the matrix instruction
+multiplies by nibble - zero, and each step's sums by the scale, in fp32: nearer to the formula, whose rounding of weights is left out, and
+cheaper up to 32 rows.
 """
 
 import torch

@@ -156,6 +156,8 @@ def test_equal_shares_cover_every_tile_once(target, num_programs, prefetch, asse
 def test_few_rows_by_warps_that_share_the_inputs(
     target, shape, strips, num_warps, gated, zero_after, assert_close, guarded_outputs, monkeypatch
 ):
+    if zero_after and target.device == "cuda" and target.dtype is torch.float16:
+        pytest.skip("the interpreter's sums are exact enough for 1024 + nibble, a GPU's are not: it is not offered there")
     weight, values = weight_of(target, shape, gated=gated)
     block_k = min(shape.group_size, 128)
     config = W4A16SkinnyConfig(strips, block_k, num_warps, programs_per_sm=1, zero_after=zero_after)
