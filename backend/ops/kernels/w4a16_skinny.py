@@ -65,7 +65,8 @@ def _multiply(
     even = (pairs & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
     odd = (pairs >> 16).to(tl.int16).to(dtype, bitcast=True)
     x = tl.reshape(tl.join(even, odd), (W, 8, 4, 2 * R, 2, 2, 2))  # W row t k32 k16 k8 k1
-    # inputs in the order in which triton's operands of 16 bit numbers made from words have them: k32 k8 t k16 k1
+    # inputs in the order in which triton 3.6 has operands made from 32 bit words: k32 k8 t k16 k1. Any order gives the same sums, but
+    # another costs shuffles, as this one does in 3.9
     columns = tl.reshape(tl.permute(x, (0, 3, 5, 2, 4, 6, 1)), (W, 64 * R, 8))
     low, high = tl.split(tl.reshape(params, (32 * W, S, 2)))
     low = tl.reshape(tl.broadcast_to(low[:, :, None], (32 * W, S, R)), (32 * W, S * R))
