@@ -16,7 +16,7 @@ from .kernels.rms_norm import rms_norm
 from .kernels.rotary_store_kv import rotary_store_kv
 from .kernels.rotary_store_quantized_kv import rotary_store_quantized_kv
 from .kernels.silu_and_mul import silu_and_mul
-from .kernels.w4a16_linear import dequantize_w4a16
+from .kernels.w4a16_dequantize import dequantize_w4a16
 from .kernels.w8a8_linear import w8a8_linear
 from .operands import AttentionBatch, DenseWeight, KvPages, LinearWeight, NormWeight, W4A16Tiles, W4A16Weight, W8A8Weight
 from .reference import units

@@ -32,7 +32,8 @@ from .kernels.tuning import (
     MIN_NARROW_SHARED_BYTES,
     next_power_of_2,
 )
-from .kernels.w4a16_linear import dequantize_w4a16, w4a16_gate_up, w4a16_linear
+from .kernels.w4a16_dequantize import dequantize_w4a16
+from .kernels.w4a16_linear import w4a16_gate_up, w4a16_linear
 from .kernels.w8a8_linear import w8a8_linear
 from .operands import (
     AttentionBatch,

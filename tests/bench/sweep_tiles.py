@@ -1,24 +1,32 @@
-"""Tile choices of the kernels that a step lives on, timed against each other: sweep_tiles.py [linear|narrow|attention|prefill]
+"""Tile choices of the kernels that a step lives on, timed against each other: sweep_tiles.py [linear|narrow|attention|prefill|w4a16]
 
 Method as in bench_ops.py: calls over weights or caches that together exceed the L2 cache, captured in one CUDA graph; the median of
-its replays. The choices stand in backend/ops/kernels/tuning.py.
+its replays. The choices stand in backend/ops/kernels/tuning.py. w4a16 compiles its choices (w4a16_choices.py) in several processes
+first and compares each result with today's; `--plan` prints them with their programs and needs no GPU.
 """
 # ruff: noqa: B023 (every closure is called before the loop goes on)
 
 import argparse
 import dataclasses
+import functools
 import itertools
+import multiprocessing
+import os
 import statistics
 from collections.abc import Callable
 
 import torch
+import w4a16_choices
 from triton.errors import TritonError
 
 from turbotriton.backend.ops.kernels import narrow_linear as narrow_module
 from turbotriton.backend.ops.kernels import paged_decode_attention as attention_module
 from turbotriton.backend.ops.kernels import paged_prefill_attention as prefill_module
 from turbotriton.backend.ops.kernels import skinny_linear as linear_module
-from turbotriton.backend.ops.kernels import tuning
+from turbotriton.backend.ops.kernels import tuning, w4a16_skinny
+from turbotriton.backend.ops.kernels import w4a16_linear as w4a16_module
+from turbotriton.backend.ops.operands import W4A16Tiles
+from turbotriton.backend.ops.packing import fragment_params
 
 SAMPLES = 15
 SHAPES = {
@@ -229,12 +237,105 @@ def prefills() -> None:
         print(f"prefill attention {heads} heads, {len(lengths)} rows to {max(lengths)}, TFLOP/s: {best}", flush=True)
 
 
+def w4a16_weight(k: int, n: int, gated: bool) -> W4A16Tiles:
+    words = torch.randint(-(2**31), 2**31 - 1, (n // 16, k // 64, 32, 4), dtype=torch.int32, device="cuda")
+    scales = torch.rand((k // w4a16_choices.GROUP_SIZE, n), device="cuda") * 0.01 + 0.001
+    zeros = torch.randint(0, 16, scales.shape, dtype=torch.uint8, device="cuda")
+    return W4A16Tiles(words, fragment_params(scales, zeros, torch.bfloat16), None, torch.bfloat16, gated)
+
+
+@functools.cache
+def w4a16_example(layer: str) -> W4A16Tiles:
+    return w4a16_weight(*w4a16_choices.LAYERS[layer])
+
+
+def w4a16_call(choice: w4a16_choices.Choice, x: torch.Tensor, weight: W4A16Tiles) -> torch.Tensor | None:
+    """None where the choice does not fit the layer."""
+    num_sms = torch.cuda.get_device_properties(0).multi_processor_count
+    config = choice.config(x.shape[0], weight.in_features, weight.out_features, num_sms)
+    if config is None:
+        return None
+    if isinstance(config, tuning.W4A16SkinnyConfig):
+        w4a16_skinny.w4a16_skinny_config = lambda *args: config
+        return w4a16_skinny.linear(x, weight)
+    w4a16_module.w4a16_linear_config = lambda *args: config
+    w4a16_module.MAX_W4A16_SKINNY_ROWS = 0
+    return (w4a16_module.w4a16_gate_up if weight.gated else w4a16_module.w4a16_linear)(x, weight)
+
+
+def w4a16_compile(job: tuple[int, str, int]) -> str:
+    """What went wrong, or nothing: compiled kernels stay in triton's cache on the disk."""
+    rows, layer, index = job
+    try:
+        w4a16_call(w4a16_choices.choices(rows)[index], randn(rows, w4a16_choices.LAYERS[layer][0]), w4a16_example(layer))
+        torch.cuda.synchronize()
+    except Exception as error:  # noqa: BLE001 (whatever keeps a choice from running: it is left out)
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return ""
+
+
+def w4a16(all_rows: list[int]) -> None:
+    jobs = [
+        (rows, layer, index)
+        for rows in all_rows
+        for index in range(len(w4a16_choices.choices(rows)))
+        for layer in w4a16_choices.LAYERS
+    ]
+    with multiprocessing.get_context("spawn").Pool(min(14, os.cpu_count() or 1)) as pool:
+        failures = dict(zip(jobs, pool.map(w4a16_compile, jobs, chunksize=1), strict=True))
+    for rows in all_rows:
+        found = w4a16_choices.choices(rows)
+        sums = [0.0] * len(found)
+        for layer, (k, n, gated) in w4a16_choices.LAYERS.items():
+            copies = max(2, min(24, (400 << 20) // (k * n // 2)))
+            weights = [w4a16_weight(k, n, gated) for _ in range(copies)]
+            x = randn(rows, k)
+            wanted = w4a16_call(found[0], x, weights[0])
+            assert wanted is not None
+            times = []
+            for index, choice in enumerate(found):
+                problem = failures[rows, layer, index]
+                y = None if problem else w4a16_call(choice, x, weights[0])
+                if y is None:
+                    print(f"{layer} x {rows}: {choice}: left out {problem}", flush=True)
+                    sums[index] = float("inf")
+                    continue
+                error = float((y.float() - wanted.float()).square().mean().sqrt() / wanted.float().square().mean().sqrt())
+                if not error < 0.01:
+                    print(f"{layer} x {rows}: {choice}: WRONG, {error:.3f} away from today's", flush=True)
+                times.append((median_us([lambda w=w: w4a16_call(choice, x, w) for w in weights]), str(choice)))
+                sums[index] += times[-1][0]
+            gigabytes = (k * n // 2 + k * n // w4a16_choices.GROUP_SIZE * 4) / 1e9
+            today = times[0][0]
+            times.sort()
+            best = ";  ".join(f"{us:.1f} us {text}" for us, text in times[:5])
+            print(f"{layer} x {rows}: today {today:.1f} us; {gigabytes / times[0][0] * 1e6:.0f} GB/s: {best}", flush=True)
+        best = ";  ".join(
+            f"{us:.1f} us {text}" for us, text in sorted((us, str(c)) for us, c in zip(sums, found, strict=True))[:5]
+        )
+        print(f"a layer's four x {rows}: today {sums[0]:.1f} us: {best}", flush=True)
+
+
+def w4a16_plan(all_rows: list[int], num_sms: int) -> None:
+    for rows in all_rows:
+        for choice in w4a16_choices.choices(rows):
+            parts = []
+            for layer, (k, n, _) in w4a16_choices.LAYERS.items():
+                fits = choice.config(rows, k, n, num_sms) is not None
+                parts.append(f"{layer} {choice.num_programs(rows, k, n, num_sms) if fits else 'does not fit'}")
+            print(f"x {rows}: {choice}: programs {', '.join(parts)}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", default=["attention", "linear", "narrow", "prefill"], help="(default: all)")
+    parser.add_argument("what", nargs="*", default=["attention", "linear", "narrow", "prefill"], help="(default: all but w4a16)")
     parser.add_argument("--narrow-rows", default="16,64", help="the same of narrow layers (default: %(default)s)")
     parser.add_argument("--rows", default="1", help="rows of x, comma-separated (default: %(default)s)")
+    parser.add_argument("--plan", action="store_true", help="print the choices of w4a16 for 132 multiprocessors")
     args = parser.parse_args()
+    all_rows = list(map(int, args.rows.split(",")))
+    if "w4a16" in args.what:
+        (functools.partial(w4a16_plan, num_sms=132) if args.plan else w4a16)(all_rows)
     if "attention" in args.what:
         attentions()
     if "prefill" in args.what:
@@ -243,7 +344,7 @@ def main() -> int:
         for rows in map(int, args.narrow_rows.split(",")):
             narrows(rows)
     if "linear" in args.what:
-        for rows in map(int, args.rows.split(",")):
+        for rows in all_rows:
             linears(rows)
     return 0
 

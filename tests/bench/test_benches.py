@@ -181,6 +181,17 @@ def test_every_command_of_the_measurements_is_one_that_its_program_takes(tmp_pat
         assert not unknown, line
 
 
+def test_choices_of_4_bit_tiles_fit_every_layer_and_are_told_apart() -> None:
+    plan = program("sweep_tiles", "w4a16", "--plan", "--rows", "1,16,64,256")
+    assert plan.returncode == 0, plan.stderr
+    lines = plan.stdout.splitlines()
+    for rows in (1, 16, 64, 256):
+        mine = [line for line in lines if line.startswith(f"x {rows}: ")]
+        assert mine[0].startswith(f"x {rows}: today: ")
+        assert len(mine) == len({line.partition(": programs")[0] for line in mine}) >= 10
+    assert "does not fit" not in plan.stdout
+
+
 @pytest.mark.parametrize("dtype", ["int4", "int8", "fp8"])
 def test_a_random_workspace_of_every_weight_type_is_served(dtype: str, tmp_path: Path) -> None:
     made = program("make_checkpoint", "--shape", "tiny", "--out", str(tmp_path), "--dtype", dtype)

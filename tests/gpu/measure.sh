@@ -49,6 +49,7 @@ steps() {
 }
 tiles() {
     run "$python" $bench/sweep_tiles.py
+    run "$python" $bench/sweep_tiles.py w4a16 --rows 1,16,64,256
     run "$python" $bench/bench_quantized.py --only linear,decode --sweep
 }
 dense() {
@@ -65,6 +66,8 @@ weights() {
     for dtype in int4 int8 fp8; do
         have 8b $dtype
         engine 8b-$dtype b1,d16,d64,d256,thr,prefill
+        [ $dtype != int4 ] || run "$python" $bench/sweep_steps.py --model "$shm/8b-int4" --batch 1,16,64,256 --context 384 \
+            --choice MAX_W4A16_SKINNY_ROWS=4 --choice w4a16_linear_config.scale_after=true
         rm -rf "${shm:?}/8b-$dtype"
     done
     run "$python" $bench/bench_auto_awq.py --layers 3

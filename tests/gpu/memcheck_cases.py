@@ -6,6 +6,7 @@ PYTORCH_NO_CUDA_MEMORY_CACHING=1 makes each tensor an allocation of its own, so 
 
 import sys
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 import triton
@@ -29,10 +30,12 @@ from turbotriton.backend.ops.kernels import (
     skinny_linear,
     skinny_qkv,
     stage_decode,
+    w4a16_dequantize,
     w4a16_linear,
+    w4a16_skinny,
     w8a8_linear,
 )
-from turbotriton.backend.ops.kernels.tuning import PrefillAttentionConfig
+from turbotriton.backend.ops.kernels.tuning import PrefillAttentionConfig, W4A16LinearConfig
 from turbotriton.backend.ops.operands import Fp8Weight, QuantizedPages, SamplingBatch, StaticInt8Pages, W4A16Tiles, W8A8Weight
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -85,7 +88,12 @@ def quantised_linears(m: Maker) -> None:
         weight = W4A16Tiles(words, params, None if gated else m.zeros(n), m.dtype, gated)
         call = w4a16_linear.w4a16_gate_up if gated else w4a16_linear.w4a16_linear
         call(m.zeros(num_rows, k), weight)
-        w4a16_linear.dequantize_w4a16(weight)
+        for options in ({"prefetch": True, "scale_after": True}, {"prefetch": True, "num_programs": 5}):
+            config = W4A16LinearConfig(16, 64, 1, num_warps=4, num_stages=3, **options)
+            with mock.patch.object(w4a16_linear, "w4a16_linear_config", lambda *args, config=config: config):
+                call(m.zeros(num_rows, k), weight)
+        w4a16_skinny.linear(m.zeros(3, k), weight)
+        w4a16_dequantize.dequantize_w4a16(weight)
     for num_rows, k, n in ((3, 72, 40), (33, 208, 130), (3, 2064, 33)):
         int8 = W8A8Weight(m.zeros(n, k, dtype=torch.int8).t(), m.zeros(n, dtype=torch.float32), m.zeros(n))
         fp8 = Fp8Weight(m.zeros(n, k, dtype=torch.float8_e4m3fn).t(), m.zeros(n, dtype=torch.float32))

@@ -1,121 +1,40 @@
-"""y = x W + b over 4 bit weights (AWQ, arXiv:2306.00978), and silu(gate) * up of W = [gate | up]; the weights alone for many rows.
+"""y = x W + b over 4 bit weights (AWQ, arXiv:2306.00978), and silu(gate) * up of W = [gate | up].
 
     W[k, n] = round((nibble[k, n] - zero[g, n]) * scale[g, n]),   g = k // group_size;  the bracket is exact, sums are fp32
 
 W is the left operand of the matrix instruction and goes from its packed words into the instruction's registers, through no shared
 memory: `packing.pack_fragments` stores it so that the 16 bytes that a thread loads are its share of four 16 x 16 operand tiles.
 
-    strip of 16 outputs   | 64 inputs: 32 lanes x 4 words | next 64 | ...        W16 strips a program, a warp each
-    program               y^T tile [16 W16, BLOCK_M] += W tile [16 W16, 64 R] x^T tile; NUM_SPLITS programs share the inputs
+    strip of 16 outputs   | 64 inputs: 32 lanes x 4 words | next 64 | ...        S strips a warp
+    program               y^T tile [16 W S, BLOCK_M] += W tile [16 W S, 64 R] x^T tile, step after step
 
-A nibble becomes a number by its bits: 0x4300 | v is 128 + v in bf16, 0x6400 | v is 1024 + v in fp16; less offset + zero it is exact.
-Two numbers sit in a register and are shifted, subtracted and scaled together.
+NUM_SPLITS programs share the inputs of a tile. With SHARES there are as many programs as places instead, and each takes an equal number
+of turns (a turn: one step, or two), counted through all tiles; the last of those that have a part of a tile adds the parts up in order:
+
+    turns       tile 0: 0 1 2 3 | tile 1: 0 1 2 3 | tile 2: 0 1 2 3
+    programs            0 0 0 1           1 1 2 2           2 3 3 3
+
+With PREFETCH a turn is two steps and ends with the loads of the next turn's weights into registers; the first are asked for before the
+wait for the kernel before this one. Else they come with x through the pipeline in shared memory. With SCALE_AFTER the matrix instruction
+multiplies by nibble - zero, and each step's sums by the scale, in fp32: nearer to the formula, whose rounding of weights is left out, and
+cheaper up to 32 rows.
 """
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from turbotriton.backend.ops.operands import W4A16Tiles
 
-from .launch import has_pdl, launch_options, num_sms, wait_for_previous
-from .split_sum import sum_of_splits, workspace
-from .tuning import ceil_div, w4a16_linear_config
+from . import w4a16_skinny
+from .launch import has_pdl, launch_options, num_sms
+from .split_sum import sum_of_parts, sum_of_splits, workspace
+from .tuning import MAX_PARTS, MAX_W4A16_SKINNY_ROWS, ceil_div, w4a16_linear_config
+from .w4a16_words import load_weights, numbers_of
 
-__all__ = ["dequantize_w4a16", "w4a16_gate_up", "w4a16_linear"]
-
-#: $0..$7: the 16 numbers of the words $8 (outputs 0..7 of a strip) and $9 (8..15); $10, $12 their negated offset zeros, $14, $16 scales.
-#: Operands come in pairs since two words are taken at once; zeros and scales are the same for both.
-_SPREAD = """
-    lop3.b32 $0, $8, 0x000F000F, OFFSET, 0xEA;
-    shr.b32 w, $8, 4;
-    lop3.b32 $1, w, 0x000F000F, OFFSET, 0xEA;
-    shr.b32 w, $8, 8;
-    lop3.b32 $2, w, 0x000F000F, OFFSET, 0xEA;
-    shr.b32 w, $8, 12;
-    lop3.b32 $3, w, 0x000F000F, OFFSET, 0xEA;
-    lop3.b32 $4, $9, 0x000F000F, OFFSET, 0xEA;
-    shr.b32 w, $9, 4;
-    lop3.b32 $5, w, 0x000F000F, OFFSET, 0xEA;
-    shr.b32 w, $9, 8;
-    lop3.b32 $6, w, 0x000F000F, OFFSET, 0xEA;
-    shr.b32 w, $9, 12;
-    lop3.b32 $7, w, 0x000F000F, OFFSET, 0xEA;
-"""
-
-
-def _widen_asm(kind: str, offset: str, one: str) -> tl.constexpr:
-    """Sub and mul as fused multiply-adds, which sm_80 has for both types; -0 leaves a product as it is."""
-    scaled = "".join(
-        f"    fma.rn.{kind} ${i}, ${i}, one, ${10 if i < 4 else 12};\n    fma.rn.{kind} ${i}, ${i}, ${14 if i < 4 else 16}, none;\n"
-        for i in range(8)
-    )
-    head = f"{{\n    .reg .b32 w, one, none;\n    mov.b32 one, {one};\n    mov.b32 none, 0x80008000;\n"
-    return tl.constexpr(head + _SPREAD.replace("OFFSET", offset) + scaled + "}\n")
-
-
-_WIDEN_BF16 = _widen_asm("bf16x2", "0x43004300", "0x3F803F80")
-_WIDEN_FP16 = _widen_asm("f16x2", "0x64006400", "0x3C003C00")
-_WIDEN_CONSTRAINTS = tl.constexpr(",".join(["=r"] * 8 + ["r"] * 10))
-
-
-@triton.jit
-def _twice(half):
-    """The low 16 bits in both halves of a word."""
-    return (half & 0xFFFF) * 0x10001
-
-
-@triton.jit
-def _widen(words, low, high, dtype: tl.constexpr, ASM: tl.constexpr):
-    """The weights of a tile: [16 W16, 64 R] in `dtype`.
-
-    words: [R, 32 W16, 4], int32; low, high: [32 W16], int32: scale << 16 | negated offset zero of outputs 0..7 and 8..15 of a strip
-    """
-    R: tl.constexpr = words.shape[0]
-    STRIPS: tl.constexpr = words.shape[1] // 32
-    if ASM:
-        zero_low = tl.broadcast_to(_twice(low)[None, :, None], words.shape)
-        zero_high = tl.broadcast_to(_twice(high)[None, :, None], words.shape)
-        scale_low = tl.broadcast_to(_twice(low >> 16)[None, :, None], words.shape)
-        scale_high = tl.broadcast_to(_twice(high >> 16)[None, :, None], words.shape)
-        if dtype == tl.bfloat16:
-            a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
-                _WIDEN_BF16,
-                _WIDEN_CONSTRAINTS,
-                [words, zero_low, zero_high, scale_low, scale_high],
-                (tl.bfloat16,) * 8,
-                is_pure=True,
-                pack=2,
-            )
-        else:
-            tl.static_assert(dtype == tl.float16, "weights are widened to 16 bit floats")
-            a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
-                _WIDEN_FP16,
-                _WIDEN_CONSTRAINTS,
-                [words, zero_low, zero_high, scale_low, scale_high],
-                (tl.float16,) * 8,
-                is_pure=True,
-                pack=2,
-            )
-        # [R, 32 W16, (k32, k1), k16, k8, m8]: the asm takes pairs of words (m8) and gives pairs of inputs (k1)
-        numbers = tl.join(tl.join(tl.join(a, b), tl.join(c, d)), tl.join(tl.join(e, f), tl.join(g, h)))
-        numbers = tl.reshape(numbers, (R, STRIPS, 8, 4, 2, 2, 2, 2, 2))
-        numbers = tl.permute(numbers, (1, 8, 2, 0, 4, 6, 7, 3, 5))
-    else:
-        # [R, 32 W16, (k32, m8), (k1, k8, k16)] by plain shifts
-        places = tl.arange(0, 8)
-        shifts = (places // 4) * 16 + (places % 4) * 4
-        nibbles = (words[:, :, :, None] >> shifts[None, None, None, :]) & 15
-        is_high = (tl.arange(0, 4) % 2)[None, None, :, None] == 1
-        params = tl.where(is_high, high[None, :, None, None], low[None, :, None, None])
-        OFFSET: tl.constexpr = 128 if dtype == tl.bfloat16 else 1024
-        zero = params.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
-        scale = (params >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
-        numbers = ((nibbles.to(tl.float32) + OFFSET + zero) * scale).to(dtype)
-        numbers = tl.reshape(numbers, (R, STRIPS, 8, 4, 2, 2, 2, 2, 2))  # R strip g t k32 m8 k1 k8 k16
-        numbers = tl.permute(numbers, (1, 5, 2, 0, 4, 8, 7, 3, 6))
-    return tl.reshape(numbers, (16 * STRIPS, 64 * R))
+__all__ = ["w4a16_gate_up", "w4a16_linear"]
 
 
 @triton.jit
@@ -123,6 +42,95 @@ def _finished(acc):
     """acc, when the matrix instructions have ended: they read the weights from registers that the next step writes, and triton 3.6 lets
     the last of them run on beyond a step (seen as wrong sums on sm_90). No instruction by itself."""
     return tl.inline_asm_elementwise("", "=f,0", [acc], tl.float32, is_pure=False, pack=1)
+
+
+@triton.jit
+def _multiply(acc, words, params, x, dtype: tl.constexpr, SCALE_AFTER: tl.constexpr, ASM: tl.constexpr):
+    """acc + a step's products: [16 W S, BLOCK_M], fp32."""
+    if SCALE_AFTER:
+        W: tl.constexpr = words.shape[0] // 32
+        S: tl.constexpr = params.shape[1] // 2
+        M8: tl.constexpr = acc.shape[1] // 8
+        part = tl.dot(numbers_of(words, params, dtype, "steps", ASM), x)
+        if ASM:
+            part = _finished(part)
+        # a thread's scales are those of the outputs whose sums it has: lane 4 g + t, outputs g and 8 + g, rows 2 t and 2 t + 1 of 8
+        scale = (params >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+        scale = tl.reshape(tl.broadcast_to(scale[:, :, None], (32 * W, 2 * S, 2 * M8)), (W, 8, 4, S, 2, M8, 2))
+        acc += part * tl.reshape(tl.permute(scale, (3, 0, 4, 1, 5, 2, 6)), acc.shape)
+    else:
+        acc = tl.dot(numbers_of(words, params, dtype, "weights", ASM), x, acc=acc)
+        if ASM:
+            acc = _finished(acc)
+    return acc
+
+
+@triton.jit
+def _load_x(x_ptr, begin_m, num_rows, step, stride_row, DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """x^T of a step: [BLOCK_K, BLOCK_M]. Rows past the end repeat the last, or are zeros by a descriptor; they are not stored."""
+    if DESCRIPTORS:
+        x = x_ptr.load([begin_m, step * BLOCK_K]).T
+    else:
+        offs_m = tl.minimum(begin_m + tl.arange(0, BLOCK_M), num_rows - 1)
+        offs_k = step * BLOCK_K + tl.arange(0, BLOCK_K)
+        x = tl.load(x_ptr + offs_m[None, :] * stride_row + offs_k[:, None])
+    return x
+
+
+@triton.jit
+def _sum_of_steps(
+    x_ptr,
+    words_ptr,
+    params_ptr,
+    ahead,
+    tile,
+    num_row_blocks,
+    begin,
+    end,
+    next_tile,
+    num_rows,
+    N,
+    K,
+    stride_x_row,
+    dtype: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    SCALE_AFTER: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    W: tl.constexpr,
+    S: tl.constexpr,
+    R: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """(the products of a tile over its turns [begin, end), what is loaded ahead of the next tile's first turn)
+
+    ahead: with PREFETCH, words and params of the first turn's two steps; next_tile: < 0 where there is none
+    """
+    acc = tl.zeros((16 * W * S, BLOCK_M), tl.float32)
+    begin_m = tile % num_row_blocks * BLOCK_M
+    strip = tile // num_row_blocks * (W * S)
+    if not PREFETCH:
+        for turn in tl.range(begin, end, num_stages=NUM_STAGES):
+            words, params = load_weights(words_ptr, params_ptr, strip, turn, None, N, K, GROUP_SIZE, W, S, R)
+            x = _load_x(x_ptr, begin_m, num_rows, turn, stride_x_row, DESCRIPTORS, BLOCK_M, 64 * R)
+            acc = _multiply(acc, words, params, x, dtype, SCALE_AFTER, ASM)
+    else:
+        words_0, params_0, words_1, params_1 = ahead
+        for turn in tl.range(begin, end, num_stages=NUM_STAGES):
+            is_last = turn + 1 == end
+            next_strip = tl.where(is_last, next_tile // num_row_blocks * (W * S), strip)
+            step = tl.where(is_last, 0, 2 * turn + 2)
+            is_needed = next_strip >= 0
+            x = _load_x(x_ptr, begin_m, num_rows, 2 * turn, stride_x_row, DESCRIPTORS, BLOCK_M, 64 * R)
+            acc = _multiply(acc, words_0, params_0, x, dtype, SCALE_AFTER, ASM)
+            words_0, params_0 = load_weights(words_ptr, params_ptr, next_strip, step, is_needed, N, K, GROUP_SIZE, W, S, R)
+            x = _load_x(x_ptr, begin_m, num_rows, 2 * turn + 1, stride_x_row, DESCRIPTORS, BLOCK_M, 64 * R)
+            acc = _multiply(acc, words_1, params_1, x, dtype, SCALE_AFTER, ASM)
+            words_1, params_1 = load_weights(words_ptr, params_ptr, next_strip, step + 1, is_needed, N, K, GROUP_SIZE, W, S, R)
+        ahead = (words_0, params_0, words_1, params_1)
+    return acc, ahead
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -142,8 +150,13 @@ def _w4a16_linear_kernel(
     HAS_BIAS: tl.constexpr,
     GATED: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
+    SHARES: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    SCALE_AFTER: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    W16: tl.constexpr,
+    W: tl.constexpr,
+    S: tl.constexpr,
     R: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     ASM: tl.constexpr,
@@ -151,90 +164,86 @@ def _w4a16_linear_kernel(
 ):
     if PDL:
         gdc_launch_dependents()
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
-    BLOCK_N: tl.constexpr = 16 * W16
-    BLOCK_K: tl.constexpr = 64 * R
-    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    tile = tl.program_id(1)
-    split = tl.program_id(2)
-    num_steps = K // BLOCK_K
-    steps = tl.cdiv(num_steps, NUM_SPLITS)
-    begin = split * steps
-    end = tl.minimum(begin + steps, num_steps)
-    # rows past the end repeat the last, and are not stored
-    x_rows_ptr = x_ptr + tl.minimum(offs_m, num_rows - 1)[None, :] * stride_x_row + tl.arange(0, BLOCK_K)[:, None]
-    thread = tl.arange(0, 32 * W16)
-    strip = tile * W16 + thread // 32
-    lane_ptr = words_ptr + strip.to(tl.int64)[None, :, None] * (2 * K) + (thread % 32)[None, :, None] * 4
-    lane_ptr += tl.arange(0, R)[:, None, None] * 128 + tl.arange(0, 4)[None, None, :]
-    params_ptr += strip * 16 + thread % 32 // 4
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
+    TURN: tl.constexpr = 64 * R * (2 if PREFETCH else 1)  # inputs
+    num_row_blocks = tl.cdiv(num_rows, BLOCK_M)
+    num_turns = K // TURN
+    program = tl.program_id(0)
+    if SHARES:  # turns are counted through all tiles, those of the same weights after each other
+        num_tiles = num_row_blocks * (N // (16 * W * S))
+        share = tl.cdiv(num_tiles * num_turns, tl.num_programs(0))
+        begin = program * share
+        end = tl.minimum(begin + share, num_tiles * num_turns)
+        tile = begin // num_turns
+        turn = begin % num_turns
+    else:
+        split = program // (tl.num_programs(0) // NUM_SPLITS)
+        tile = program % (tl.num_programs(0) // NUM_SPLITS)
+        turn = split * tl.cdiv(num_turns, NUM_SPLITS)
+        end = tl.minimum(turn + tl.cdiv(num_turns, NUM_SPLITS), num_turns)
+    ahead = (0,)
+    if PREFETCH:
+        strip = tile // num_row_blocks * (W * S)
+        is_needed = begin < end if SHARES else turn < end
+        words_0, params_0 = load_weights(words_ptr, params_ptr, strip, 2 * turn, is_needed, N, K, GROUP_SIZE, W, S, R)
+        words_1, params_1 = load_weights(words_ptr, params_ptr, strip, 2 * turn + 1, is_needed, N, K, GROUP_SIZE, W, S, R)
+        ahead = (words_0, params_0, words_1, params_1)
     if PDL:
         gdc_wait()
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for step in tl.range(begin, end, num_stages=NUM_STAGES):
-        words = tl.load(lane_ptr + step * (128 * R))
-        x = tl.load(x_rows_ptr + step * BLOCK_K)
-        group = step * BLOCK_K // GROUP_SIZE
-        low = tl.load(params_ptr + group * N)
-        high = tl.load(params_ptr + group * N + 8)
-        acc = tl.dot(_widen(words, low, high, dtype, ASM), x, acc=acc)
-        if ASM:
-            acc = _finished(acc)
-    is_last = True
-    if NUM_SPLITS > 1:
-        counter = tile * tl.num_programs(0) + tl.program_id(0)
-        acc, is_last = sum_of_splits(acc, parts_ptr, counters_ptr, counter, split, NUM_SPLITS)
-    if is_last:
-        mask_m = offs_m < num_rows
-        if GATED:  # outputs 0..7 of a strip are gates, 8..15 the ups of the same columns
-            offs_n = tile * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
-            pairs = tl.permute(tl.reshape(acc, (W16, 2, 8, BLOCK_M)), (0, 2, 3, 1))
-            gate, up = tl.split(tl.reshape(pairs, (BLOCK_N // 2, BLOCK_M, 2)))
-            if HAS_BIAS:
-                gate += tl.load(bias_ptr + offs_n).to(tl.float32)[:, None]
-                up += tl.load(bias_ptr + N // 2 + offs_n).to(tl.float32)[:, None]
-            gate = gate.to(dtype).to(tl.float32)
-            y = gate / (1.0 + tl.exp(-gate)) * up.to(dtype).to(tl.float32)
-            y_rows_ptr = y_ptr + offs_m.to(tl.int64)[None, :] * (N // 2) + offs_n[:, None]
-            tl.store(y_rows_ptr, y.to(dtype), mask=mask_m[None, :])
-        else:
-            offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-            if HAS_BIAS:
-                acc += tl.load(bias_ptr + offs_n).to(tl.float32)[:, None]
-            y_rows_ptr = y_ptr + offs_m.to(tl.int64)[None, :] * N + offs_n[:, None]
-            tl.store(y_rows_ptr, acc.to(dtype), mask=mask_m[None, :])
+    if SHARES:
+        for shared in tl.range(tile, tl.cdiv(end, num_turns), num_stages=1):
+            turn = tl.maximum(begin - shared * num_turns, 0)
+            last = tl.minimum(end - shared * num_turns, num_turns)
+            next_tile = tl.where((shared + 1) * num_turns < end, shared + 1, -num_row_blocks)
+            acc, ahead = _sum_of_steps(
+                x_ptr, words_ptr, params_ptr, ahead, shared, num_row_blocks, turn, last, next_tile, num_rows, N, K, stride_x_row,
+                dtype, GROUP_SIZE, PREFETCH, SCALE_AFTER, DESCRIPTORS, BLOCK_M, W, S, R, NUM_STAGES, ASM,
+            )  # fmt: skip
+            sharer = shared * num_turns // share  # the first program of this tile, which may have begun with another
+            num_parts = ((shared + 1) * num_turns - 1) // share + 1 - sharer
+            slot = 2 * sharer + (sharer * share < shared * num_turns).to(tl.int32)
+            acc, is_last = sum_of_parts(acc, parts_ptr, counters_ptr + shared, program - sharer, num_parts, slot, 2 * sharer + 2)
+            if is_last:
+                _store(acc, bias_ptr, y_ptr, shared, num_row_blocks, num_rows, N, HAS_BIAS, GATED, dtype)
+    else:
+        acc, ahead = _sum_of_steps(
+            x_ptr, words_ptr, params_ptr, ahead, tile, num_row_blocks, turn, end, -num_row_blocks, num_rows, N, K, stride_x_row,
+            dtype, GROUP_SIZE, PREFETCH, SCALE_AFTER, DESCRIPTORS, BLOCK_M, W, S, R, NUM_STAGES, ASM,
+        )  # fmt: skip
+        is_last = True
+        if NUM_SPLITS > 1:
+            acc, is_last = sum_of_splits(acc, parts_ptr, counters_ptr, tile, split, NUM_SPLITS)
+        if is_last:
+            _store(acc, bias_ptr, y_ptr, tile, num_row_blocks, num_rows, N, HAS_BIAS, GATED, dtype)
 
 
 @triton.jit
-def _dequantize_w4a16_kernel(
-    words_ptr,
-    params_ptr,
-    out_ptr,
-    N,
-    K,
-    GROUP_SIZE: tl.constexpr,
-    GATED: tl.constexpr,
-    W16: tl.constexpr,
-    R: tl.constexpr,
-    ASM: tl.constexpr,
-    PDL: tl.constexpr,
+def _store(
+    acc, bias_ptr, y_ptr, tile, num_row_blocks, num_rows, N, HAS_BIAS: tl.constexpr, GATED: tl.constexpr, dtype: tl.constexpr
 ):
-    wait_for_previous(PDL)
-    BLOCK_K: tl.constexpr = 64 * R
-    step = tl.program_id(0)
-    tile = tl.program_id(1)
-    thread = tl.arange(0, 32 * W16)
-    strip = tile * W16 + thread // 32
-    lane_ptr = words_ptr + strip.to(tl.int64)[None, :, None] * (2 * K) + (thread % 32)[None, :, None] * 4
-    lane_ptr += (step * R + tl.arange(0, R))[:, None, None] * 128 + tl.arange(0, 4)[None, None, :]
-    params_ptr += step * BLOCK_K // GROUP_SIZE * N + strip * 16 + thread % 32 // 4
-    weight = _widen(tl.load(lane_ptr), tl.load(params_ptr), tl.load(params_ptr + 8), out_ptr.dtype.element_ty, ASM)
-    place = tile * 16 * W16 + tl.arange(0, 16 * W16)
-    column = place
-    if GATED:
-        column = place // 16 * 8 + place % 8 + place % 16 // 8 * (N // 2)
-    offs_k = step * BLOCK_K + tl.arange(0, BLOCK_K)
-    tl.store(out_ptr + column.to(tl.int64)[:, None] * K + offs_k[None, :], weight)
+    """The sums of a tile, [BLOCK_N, BLOCK_M], as rows of y."""
+    BLOCK_N: tl.constexpr = acc.shape[0]
+    BLOCK_M: tl.constexpr = acc.shape[1]
+    begin_n = tile // num_row_blocks * BLOCK_N
+    offs_m = tile % num_row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < num_rows
+    if GATED:  # outputs 0..7 of a strip are gates, 8..15 the ups of the same columns
+        offs_n = begin_n // 2 + tl.arange(0, BLOCK_N // 2)
+        pairs = tl.permute(tl.reshape(acc, (BLOCK_N // 16, 2, 8, BLOCK_M)), (0, 2, 3, 1))
+        gate, up = tl.split(tl.reshape(pairs, (BLOCK_N // 2, BLOCK_M, 2)))
+        if HAS_BIAS:
+            gate += tl.load(bias_ptr + offs_n).to(tl.float32)[:, None]
+            up += tl.load(bias_ptr + N // 2 + offs_n).to(tl.float32)[:, None]
+        gate = gate.to(dtype).to(tl.float32)
+        y = gate / (1.0 + tl.exp(-gate)) * up.to(dtype).to(tl.float32)
+        y_rows_ptr = y_ptr + offs_m.to(tl.int64)[None, :] * (N // 2) + offs_n[:, None]
+        tl.store(y_rows_ptr, y.to(dtype), mask=mask_m[None, :])
+    else:
+        offs_n = begin_n + tl.arange(0, BLOCK_N)
+        if HAS_BIAS:
+            acc += tl.load(bias_ptr + offs_n).to(tl.float32)[:, None]
+        y_rows_ptr = y_ptr + offs_m.to(tl.int64)[None, :] * N + offs_n[:, None]
+        tl.store(y_rows_ptr, acc.to(dtype), mask=mask_m[None, :])
 
 
 def w4a16_linear(x: torch.Tensor, weight: W4A16Tiles) -> torch.Tensor:
@@ -259,15 +268,26 @@ def _linear(x: torch.Tensor, weight: W4A16Tiles) -> torch.Tensor:
     assert x.stride(1) == 1, "x must be contiguous inside a row"
     assert k == weight.in_features, f"x has {k} columns"
     assert x.dtype is weight.dtype, f"the weight was packed for {weight.dtype}"
+    if 0 < num_rows <= MAX_W4A16_SKINNY_ROWS:
+        return w4a16_skinny.linear(x, weight)
     n = weight.out_features
     y = torch.empty((num_rows, n // 2 if weight.gated else n), dtype=x.dtype, device=x.device)
     if num_rows == 0:
         return y
     config = w4a16_linear_config(num_rows, n, k, weight.group_size, num_sms(x.device))
-    parts, counters = workspace(x.device) if config.num_splits > 1 else (None, None)
-    grid = (ceil_div(num_rows, config.block_m), n // (16 * config.num_warps), config.num_splits)
-    _w4a16_linear_kernel[grid](
-        x,
+    rows = x
+    if config.descriptors:
+        if x.stride(0) % 8 or x.data_ptr() % 16:
+            x = x.clone(memory_format=torch.contiguous_format)
+        rows = TensorDescriptor.from_tensor(x, [config.block_m, config.block_k])
+    num_programs = config.num_programs
+    if not num_programs:
+        num_programs = ceil_div(num_rows, config.block_m) * (n // config.block_n) * config.num_splits
+    assert 2 * config.num_programs * config.block_n * config.block_m <= MAX_PARTS, "no room for the parts of so many programs"
+    is_shared = config.num_programs > 0 or config.num_splits > 1
+    parts, counters = workspace(x.device) if is_shared else (None, None)
+    _w4a16_linear_kernel[(num_programs,)](
+        rows,
         weight.words,
         weight.params,
         weight.bias,
@@ -282,8 +302,13 @@ def _linear(x: torch.Tensor, weight: W4A16Tiles) -> torch.Tensor:
         HAS_BIAS=weight.bias is not None,
         GATED=weight.gated,
         NUM_SPLITS=config.num_splits,
+        SHARES=config.num_programs > 0,
+        PREFETCH=config.prefetch,
+        SCALE_AFTER=config.scale_after,
+        DESCRIPTORS=config.descriptors,
         BLOCK_M=config.block_m,
-        W16=config.num_warps,
+        W=config.num_warps,
+        S=config.strips,
         R=config.block_k // 64,
         NUM_STAGES=config.num_stages,
         ASM=x.is_cuda,
@@ -291,25 +316,3 @@ def _linear(x: torch.Tensor, weight: W4A16Tiles) -> torch.Tensor:
         **launch_options(has_pdl(x.device)),
     )
     return y
-
-
-def dequantize_w4a16(weight: W4A16Tiles) -> torch.Tensor:
-    """[in_features, out_features] in the weight's dtype, new, contiguous along in_features, columns in natural order."""
-    n, k = weight.out_features, weight.in_features
-    out = torch.empty((n, k), dtype=weight.dtype, device=weight.words.device)
-    rounds = 2 if weight.group_size % 128 == 0 else 1
-    _dequantize_w4a16_kernel[(k // (64 * rounds), n // 64)](
-        weight.words,
-        weight.params,
-        out,
-        n,
-        k,
-        GROUP_SIZE=weight.group_size,
-        GATED=weight.gated,
-        W16=4,
-        R=rounds,
-        ASM=out.is_cuda,
-        num_warps=4,
-        **launch_options(has_pdl(out.device)),
-    )
-    return out.t()

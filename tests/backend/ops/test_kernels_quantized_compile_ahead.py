@@ -1,5 +1,8 @@
 """The kernels over quantised pages, compiled for real devices without one: no spills, no more shared memory than any gives."""
 
+import re
+from dataclasses import replace
+
 import pytest
 import torch
 import triton
@@ -18,13 +21,20 @@ from turbotriton.backend.ops.kernels import quantize_rows as rows_module
 from turbotriton.backend.ops.kernels import quantized_decode_attention as attention
 from turbotriton.backend.ops.kernels import quantized_prefill_attention as prefill
 from turbotriton.backend.ops.kernels import rotary_store_quantized_kv as store
+from turbotriton.backend.ops.kernels import w4a16_dequantize as dequantize
 from turbotriton.backend.ops.kernels import w4a16_linear as w4a16
+from turbotriton.backend.ops.kernels import w4a16_skinny as skinny
 from turbotriton.backend.ops.kernels import w8a8_linear as w8a8
+from turbotriton.backend.ops.kernels.tuning import W4A16SkinnyConfig
 from turbotriton.backend.ops.operands import Fp8Weight, QuantizedPages, StaticInt8Pages, W4A16Tiles, W8A8Weight
 
 NUM_HEADS, NUM_KV_HEADS, BLOCK_SIZE = 32, 8, 64
 #: 64 keys of 4 bits leave ten numbers a thread outside the registers at most, and are the fastest tile all the same (H200).
 SMALL_SPILL_BYTES = {"_quantized_split_kernel": 40}
+if not triton.__version__.startswith(
+    "3.6."
+):  # the version on the GPUs, where these spill nothing; 3.9 also shuffles the skinny kernel's operands
+    SMALL_SPILL_BYTES |= {"_w4a16_linear_kernel": 16, "_w4a16_skinny_kernel": 48}
 CASES = [
     (90, BF16, 128, "8"), (90, BF16, 128, "4"), (90, BF16, 128, "fp8"),
     *(pytest.param(*case, marks=pytest.mark.slow) for case in (
@@ -37,7 +47,7 @@ CASES = [
 @pytest.fixture
 def launches(monkeypatch):
     recorded = []
-    for module in (attention, store, prefill, w4a16, w8a8, rows_module):
+    for module in (attention, store, prefill, w4a16, dequantize, skinny, w8a8, rows_module):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Recorder(getattr(module, name), recorded))
     return recorded
@@ -83,17 +93,76 @@ def test_every_kernel_compiles_without_spills(capability, dtype, head_dim, kind,
     ids=str,
 )
 def test_w4a16_kernels_compile_without_spills(capability, dtype, launches, monkeypatch, tmp_path):
-    monkeypatch.setattr(w4a16, "has_pdl", lambda device: capability >= 90)
+    for module in (w4a16, dequantize):
+        monkeypatch.setattr(module, "has_pdl", lambda device: capability >= 90)
     monkeypatch.setattr(w4a16, "num_sms", lambda device: 132)
     for k, n, gated in ((4096, 6144, False), (14336, 4096, False), (4096, 28672, True)):
         words = torch.empty((n // 16, k // 64, 32, 4), dtype=torch.int32)
         weight = W4A16Tiles(words, torch.empty((k // 128, n), dtype=torch.int32), None, dtype, gated)
         for num_rows in (1, 64, 256):
             (w4a16.w4a16_gate_up if gated else w4a16.w4a16_linear)(torch.empty((num_rows, k), dtype=dtype), weight)
-        w4a16.dequantize_w4a16(weight)
+        dequantize.dequantize_w4a16(weight)
     for _, arguments in launches:
         arguments["ASM"] = True  # as on a GPU
-    compile_all(launches, capability, tmp_path)
+    for ptx in compile_all(launches, capability, tmp_path):
+        assert_matrix_instructions_end_in_their_step(ptx)
+
+
+#: (rows, options of W4A16LinearConfig, chips): each option alone and those that need the most registers. On sm_100 the last
+#: leaves 22 numbers a thread outside the registers.
+W4A16_TILES = [
+    (1, {"scale_after": True}, (80, 90, 100)),
+    (16, {"prefetch": True, "num_stages": 3}, (80, 90, 100)),
+    (16, {"prefetch": True, "scale_after": True, "num_stages": 3}, (80, 90, 100)),
+    (16, {"scale_after": True, "strips": 2}, (80, 90, 100)),
+    (64, {"strips": 2, "num_stages": 4}, (80, 90, 100)),
+    (64, {"num_programs": 264}, (80, 90, 100)),
+    (64, {"strips": 2, "num_stages": 4, "prefetch": True, "descriptors": True}, (90, 100)),
+    (256, {"strips": 2, "num_stages": 4, "descriptors": True}, (90, 100)),
+    (256, {"block_m": 256, "num_stages": 4, "descriptors": True, "num_splits": 4}, (90, 100)),
+    (256, {"block_m": 256, "num_stages": 4, "descriptors": True, "num_programs": 128}, (90,)),
+]
+W4A16_SKINNY = [(1, 8), (1, 16), (2, 4), (2, 8)]  # strips, warps
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [(90, BF16), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((80, FP16), (100, BF16), (90, FP16)))],
+    ids=str,
+)
+def test_every_option_of_4_bit_weights_compiles_without_spills(capability, dtype, launches, monkeypatch, tmp_path):
+    k, n = 4096, 28672
+    words, params = torch.empty((n // 16, k // 64, 32, 4), dtype=torch.int32), torch.empty((k // 128, n), dtype=torch.int32)
+    for module in (w4a16, skinny):
+        monkeypatch.setattr(module, "has_pdl", lambda device: capability >= 90)
+        monkeypatch.setattr(module, "num_sms", lambda device: 132)
+    monkeypatch.setattr(w4a16, "workspace", lambda device: (torch.empty(16), torch.empty(16, dtype=torch.int32)))
+    choose = w4a16.w4a16_linear_config
+    for num_rows, options, chips in W4A16_TILES:
+        if capability in chips:
+            monkeypatch.setattr(w4a16, "w4a16_linear_config", lambda *args, options=options: replace(choose(*args), **options))
+            w4a16.w4a16_gate_up(torch.empty((num_rows, k), dtype=dtype), W4A16Tiles(words, params, None, dtype, True))
+    for strips, num_warps in W4A16_SKINNY:
+        config = W4A16SkinnyConfig(strips, 128, num_warps, 2, zero_after=dtype is BF16)
+        monkeypatch.setattr(skinny, "w4a16_skinny_config", lambda *args, config=config: config)
+        skinny.linear(torch.empty((1, k), dtype=dtype), W4A16Tiles(words, params, None, dtype, True))
+    for _, arguments in launches:
+        arguments["ASM"] = True  # as on a GPU
+    for ptx in compile_all(launches, capability, tmp_path):
+        assert_matrix_instructions_end_in_their_step(ptx)
+
+
+def assert_matrix_instructions_end_in_their_step(ptx):
+    """What they read from registers may be written again behind the next branch, so all of them are waited for before it."""
+    are_running = False
+    for line in ptx.splitlines():
+        if "wgmma.mma_async" in line:
+            are_running = True
+        elif "wgmma.wait_group" in line:
+            assert "wgmma.wait_group.sync.aligned 0" in line, f"some may run on: {line}"
+            are_running = False
+        else:
+            assert not (are_running and re.search(r"\bbra\b|^\$L__BB", line)), f"matrix instructions run on over: {line}"
 
 
 @pytest.mark.parametrize(
@@ -123,6 +192,8 @@ def test_w8a8_kernels_compile_without_spills(capability, dtype, launches, monkey
 
 
 def compile_all(launches, capability, tmp_path):
+    """The PTX of each."""
+    texts = []
     for kernel, arguments in launches:
         options = {name: arguments[name] for name in ("num_warps", "num_stages") if name in arguments}
         compiled = triton.compile(source_of(kernel, arguments), target=GPUTarget("cuda", capability, 32), options=options)
@@ -133,3 +204,5 @@ def compile_all(launches, capability, tmp_path):
         assert compiled.metadata.shared <= SHARED_LIMIT_BYTES[capability], (
             f"{kernel.__name__}: {compiled.metadata.shared} bytes shared"
         )
+        texts.append(compiled.asm["ptx"])
+    return texts
