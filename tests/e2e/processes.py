@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .server import TritonServer
 
-#: The demo model's likeliest answer has 119 tokens, whatever the conversation was before: seconds of a throttled engine.
+#: The demo model's likeliest answer has 119 tokens, whatever the conversation was before: half a minute of a throttled engine.
 #: Sampled answers are no substitute, since one in thirty ends within five tokens.
 LONG_STORY = "Tell me a long story."
 
@@ -53,33 +53,48 @@ def _command(entry: Path) -> str:
         return ""
 
 
+class Throttle:
+    """Lets a process run `share` of the time only, in slices of 100 ms.
+
+    A slice that lasts longer, since a busy machine woke the thread late, is followed by a longer stop.
+    """
+
+    def __init__(self, pid: int, share: float) -> None:
+        self._pid, self._share = pid, share
+        self._is_released = threading.Event()
+        self._may_run = threading.Lock()
+        self._thread = threading.Thread(target=self._alternate, daemon=True)
+        self._thread.start()
+
+    def _alternate(self) -> None:
+        while not self._is_released.is_set():
+            with self._may_run:
+                began = time.monotonic()
+                os.kill(self._pid, signal.SIGCONT)
+                time.sleep(0.1 * self._share)
+                os.kill(self._pid, signal.SIGSTOP)
+                ran_s = time.monotonic() - began
+            self._is_released.wait(ran_s * (1 / self._share - 1))
+        with self._may_run:
+            os.kill(self._pid, signal.SIGCONT)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Nothing of the process runs inside the block."""
+        with self._may_run:
+            yield
+
+    def release(self) -> None:
+        """From now on the process runs as it likes."""
+        self._is_released.set()
+        self._thread.join()
+
+
 @contextmanager
-def throttled(pid: int, share: float = 0.1) -> Iterator[threading.Event]:
-    """The process runs `share` of the time only, in slices of 100 ms, until the block ends or the event is set."""
-    done = threading.Event()
-
-    def alternate() -> None:
-        while not done.is_set():
-            os.kill(pid, signal.SIGCONT)
-            time.sleep(0.1 * share)
-            os.kill(pid, signal.SIGSTOP)
-            done.wait(0.1 * (1 - share))
-        os.kill(pid, signal.SIGCONT)
-
-    thread = threading.Thread(target=alternate, daemon=True)
-    thread.start()
+def throttled(pid: int, share: float = 0.01) -> Iterator[Throttle]:
+    """The process is throttled until the block ends."""
+    throttle = Throttle(pid, share)
     try:
-        yield done
+        yield throttle
     finally:
-        done.set()
-        thread.join()
-
-
-@contextmanager
-def paused(pid: int) -> Iterator[None]:
-    """Nothing of the process runs inside the block."""
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
+        throttle.release()

@@ -1,4 +1,4 @@
-"""A real tritonserver for tests: free ports, ready per model, stopped without leftovers."""
+"""A real tritonserver for tests: ports of its own, ready per model, stopped without leftovers."""
 
 import contextlib
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from turbotriton.cli.running_server import free_ports
+from turbotriton.cli.running_server import held_ports
 from turbotriton.cli.server_runtime import find_server
 
 READY_TIMEOUT_S = 120
@@ -41,7 +41,8 @@ class TritonServer:
         self._arguments = arguments
         self._explicit = explicit
         self._wait_ready = wait_ready
-        http, grpc, metrics = free_ports(3)
+        self._held = contextlib.ExitStack()  # its ports, also between a stop and another start
+        http, grpc, metrics = self._held.enter_context(held_ports(3))
         self._ports = {"http": http, "grpc": grpc, "metrics": metrics}
         self.http_url = f"http://127.0.0.1:{http}"
         self.grpc_url = f"127.0.0.1:{grpc}"
@@ -126,7 +127,7 @@ class TritonServer:
             time.sleep(0.1)
         assert not left, f"left behind after the stop: {left}"
 
-    def _own_processes(self) -> dict[int, bytes]:
+    def processes(self) -> dict[int, bytes]:
         """pid -> command line of every process that was started with this server's runtime folder."""
         own_folder = f"TURBOTRITON_RUNTIME_DIR={self.folder / 'run'}\0".encode()
         found = {}
@@ -141,25 +142,27 @@ class TritonServer:
 
     def _leftovers(self) -> list[str]:
         left = [str(path) for path in Path("/dev/shm").glob(f"*{self.shm_prefix}*")]
-        return left + [f"pid {pid}: {command[:120]!r}" for pid, command in self._own_processes().items()]
+        return left + [f"pid {pid}: {command[:120]!r}" for pid, command in self.processes().items()]
 
     def __enter__(self) -> Self:
         return self.start()
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is None:
-            self.stop()
-            return
-        self.kill()  # the test failed already; its message matters more than a clean stop
-        print(self.log[-6000:])
+        with self._held:
+            if kind is None:
+                self.stop()
+                return
+            self.kill()  # the test failed already; its message matters more than a clean stop
+            print(self.log[-6000:])
 
     def kill(self) -> None:
         """The server and all that it started: a stub of a killed server may never leave by itself."""
         assert self._process is not None
         self._process.kill()
         self._process.wait()
-        for pid in self._own_processes():
+        for pid in self.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         for region in Path("/dev/shm").glob(f"*{self.shm_prefix}*"):
             region.unlink(missing_ok=True)
+        self._held.close()

@@ -11,6 +11,7 @@ import pytest
 
 from turbotriton.client import Client
 
+from .engine import wait_until, watched
 from .metrics import metric
 from .processes import engine_pid, throttled
 from .server import TritonServer
@@ -89,7 +90,10 @@ def test_samples_and_streams_follow_it_too(demo_server: TritonServer) -> None:
 
 
 def test_crowd_of_guided_requests_beside_free_ones_with_few_blocks(demo_workspace: Path) -> None:
-    """Room for about three at once: the others wait or are preempted, and every answer still follows its grammar."""
+    """Room for about three at once: the others wait or are preempted, and every answer still follows its grammar.
+
+    Twelve are at the engine before the first is answered, or there might never be more than there is room for.
+    """
     options = {"session_len": "192", "cache_block_seq_len": "8", "cache_max_entry_count": "24", "num_tokens_per_iter": "16"}
     regex = r"([0-9]{3} ){8}[0-9]{3}"
 
@@ -104,6 +108,10 @@ def test_crowd_of_guided_requests_beside_free_ones_with_few_blocks(demo_workspac
     with (
         TritonServer(demo_workspace / "model_repository", options=options) as server,
         ThreadPoolExecutor(12) as pool,
+        watched(server) as engine,
     ):
-        assert all(pool.map(one, range(24)))
-        assert metric(server, "turbotriton_preemptions_total") > 0
+        with throttled(engine_pid(server)):
+            follows = pool.map(one, range(24))
+            wait_until(lambda: engine.newest.num_running + engine.newest.num_waiting == 12, "twelve requests at the engine")
+        assert all(follows)
+        wait_until(lambda: metric(server, "turbotriton_preemptions_total") > 0, "a preemption")

@@ -10,7 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from turbotriton.contract.errors import CheckpointError, ConfigError, ServerErro
 
 from .leftovers import end_with_parent
 
-__all__ = ["RunningServer", "free_ports", "running_server", "served_path"]
+__all__ = ["RunningServer", "held_ports", "running_server", "served_path"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,21 +44,21 @@ def running_server(workspace: Path, log_path: Path, options: Sequence[str] = ())
     options: more flags of that command. The server's output goes to `log_path`. Raises ServerError with the log's last error
     when it does not come up.
     """
-    http, grpc, metrics = free_ports(3)
-    command = [sys.executable, "-m", "turbotriton", "serve", "tritonserver", str(workspace), *options]
-    command += [f"--http-port={http}", f"--grpc-port={grpc}", f"--metrics-port={metrics}"]
-    models = sorted(path.parent.name for path in (workspace / "model_repository").glob("*/config.pbtxt"))
-    with open(log_path, "wb") as log:
-        # its own group: Ctrl-C in a chat stops an answer, not the server
-        process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=end_with_parent
-        )
-    try:
-        _wait_ready(process, http, models, log_path)
-        yield RunningServer(f"localhost:{grpc}", f"localhost:{http}", f"localhost:{metrics}")
-    finally:
-        process.terminate()
-        process.wait(STOP_TIMEOUT_S)
+    with held_ports(3) as (http, grpc, metrics):
+        command = [sys.executable, "-m", "turbotriton", "serve", "tritonserver", str(workspace), *options]
+        command += [f"--http-port={http}", f"--grpc-port={grpc}", f"--metrics-port={metrics}"]
+        models = sorted(path.parent.name for path in (workspace / "model_repository").glob("*/config.pbtxt"))
+        with open(log_path, "wb") as log:
+            # its own group: Ctrl-C in a chat stops an answer, not the server
+            process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=end_with_parent
+            )
+        try:
+            _wait_ready(process, http, models, log_path)
+            yield RunningServer(f"localhost:{grpc}", f"localhost:{http}", f"localhost:{metrics}")
+        finally:
+            process.terminate()
+            process.wait(STOP_TIMEOUT_S)
 
 
 @contextmanager
@@ -123,12 +123,16 @@ def _last_error(log_path: Path) -> str:
     return (marked or lines or ["it said nothing"])[-1].strip()
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on at this moment."""
-    sockets = [socket.socket() for _ in range(count)]
-    for sock in sockets:
-        sock.bind(("127.0.0.1", 0))
-    ports = [int(sock.getsockname()[1]) for sock in sockets]
-    for sock in sockets:
-        sock.close()
-    return ports
+@contextmanager
+def held_ports(count: int) -> Iterator[list[int]]:
+    """Free ports of 127.0.0.1 for servers that are started meanwhile; until the end of the block nobody else is given them.
+
+    Each is bound by a socket that never listens. A server that sets SO_REUSEADDR, as tritonserver, uvicorn and gradio do, listens
+    beside it; a program that asks the kernel for any free port gets another, and so does a connection for its own end.
+    """
+    with ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for sock in sockets:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(("127.0.0.1", 0))
+        yield [int(sock.getsockname()[1]) for sock in sockets]
