@@ -38,6 +38,19 @@ class Stopwatch:
                 busy += user + nice + system + irq + softirq + steal
         for pid in (os.getpid(), *self._server.processes()):
             with contextlib.suppress(OSError):
-                fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-                self._ticks[pid] = int(fields[11]) + int(fields[12])
+                self._ticks[pid] = _ticks(pid)
         return (busy - sum(self._ticks.values())) / TICKS_A_SECOND
+
+
+def wait_quiet(server: TritonServer) -> None:
+    """Until tritonserver itself has hardly worked for a second."""
+    while True:
+        before = _ticks(server.pid)
+        time.sleep(1)
+        if _ticks(server.pid) - before <= 2:
+            return
+
+
+def _ticks(pid: int) -> int:
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return int(fields[11]) + int(fields[12])

@@ -1,12 +1,15 @@
 """How soon blocks come back: every way to end a request early, in every state, 32 and 256 at once, measured at the engine.
 
 The limits are the product's own: 200 ms plus one step with up to 32 requests, 1 s with 256. What others have of the CPUs meanwhile is
-taken off; as it can be told only roughly, the best of TRIES counts.
+taken off; as it can be told only roughly, the best of TRIES counts. With one core, on which the engine's steps, the doors, the server and
+these clients take turns, four times as long is allowed.
 """
 
 import contextlib
 import http.client
 import json
+import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,11 +21,12 @@ from tritonclient.grpc import service_pb2_grpc
 from .engine import PATIENCE_S, EngineWatch, wait_until
 from .raw_grpc import Input, infer_request
 from .server import TritonServer
-from .stopwatch import Stopwatch
+from .stopwatch import Stopwatch, wait_quiet
 
 pytestmark = pytest.mark.e2e
 
 TRIES = 4
+SLOWNESS = 1 if len(os.sched_getaffinity(0)) > 1 else 4
 OPTIONS = {"max_batch_size": "256", "cache_max_entry_count": "2400", "num_tokens_per_iter": "512"}
 DEADLINE_MS = 4000
 
@@ -56,9 +60,7 @@ class Bench:
         """How long one step takes now, from what the engine counts: while some wait, all the tokens of a step's budget, else one
         of each running request."""
         before, began = self.engine.newest, time.monotonic()
-        while (
-            now := self.engine.newest
-        ).computed_tokens_total == before.computed_tokens_total or time.monotonic() - began < 0.5:
+        while (now := self.engine.newest).computed_tokens_total == before.computed_tokens_total or time.monotonic() - began < 0.5:
             assert time.monotonic() - began < PATIENCE_S
             time.sleep(0.01)
         num_tokens = int(OPTIONS["num_tokens_per_iter"]) if now.num_waiting else now.num_running
@@ -71,8 +73,8 @@ def bench(demo_workspace: Path) -> Iterator[Bench]:
         watched = Bench(server)
         yield watched
         watched.engine.close()
-        time.sleep(
-            1
+        wait_quiet(
+            server
         )  # tritonserver 24.10 cannot stop when it has not yet told its HTTP and gRPC threads of the last answers' ends
 
 
@@ -178,7 +180,7 @@ def freed_after(bench: Bench, way: str, count: int) -> tuple[float, float]:
 
 
 def best(measure: Callable[[], tuple[float, float]], limit_s: float, *, plus_step: bool) -> None:
-    seen = []
+    seen, limit_s = [], limit_s * SLOWNESS
     for _ in range(TRIES):
         seconds, step_s = measure()
         seen.append(f"{seconds * 1000:.0f} ms with steps of {step_s * 1000:.0f} ms")
@@ -210,7 +212,8 @@ def test_a_deadline_ends_32_requests_within_200_ms_and_a_step(bench: Bench) -> N
             wait_until(lambda: bench.num_open == 32, "32 requests at the engine")
             at_engine = time.monotonic()  # the first of them were there a little earlier, the last just now
             step_s = bench.step_s()
-            assert bench.num_open == 32
+            if bench.num_open < 32:
+                return math.inf, step_s  # the machine was too busy for the deadline
             time.sleep(max(0.0, at_engine + DEADLINE_MS / 1000 - time.monotonic()))
             return bench.wait_free(Stopwatch(bench.server)), step_s
         finally:

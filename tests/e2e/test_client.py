@@ -55,10 +55,14 @@ def test_async_client_equals_the_sync_one_with_eight_at_once(demo_server: Triton
 
 
 def test_cancelling_a_stream_returns_its_blocks(demo_server: TritonServer) -> None:
-    with Client(demo_server.grpc_url) as client, cancelling(demo_server), throttled(engine_pid(demo_server)):
-        with client.stream(**ENDLESS) as stream:
-            next(stream)
-            wait_until(lambda: metric(demo_server, "turbotriton_kv_cache_usage") > 0, "blocks being held")
+    with (
+        Client(demo_server.grpc_url) as client,
+        cancelling(demo_server),
+        throttled(engine_pid(demo_server)),
+        client.stream(**ENDLESS) as stream,
+    ):
+        next(stream)
+        wait_until(lambda: metric(demo_server, "turbotriton_kv_cache_usage") > 0, "blocks being held")
     wait_idle(demo_server)
 
 

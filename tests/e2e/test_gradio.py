@@ -133,13 +133,12 @@ def test_page_on_an_openai_server_answers_and_stops(browser: Any, demo_server: T
             chat.ask_and_wait(TALK[1])
             chat.wait_status(r"^\s*\d+ tokens · .*tokens/s · first after")
             assert chat.answers.last.inner_text().strip()
-            with cancelling(demo_server):
-                with throttled(engine_pid(demo_server)) as throttle:  # an answer is over soon otherwise
-                    chat.ask(LONG_STORY)
-                    wait_until(lambda: metric(demo_server, "turbotriton_kv_cache_usage") > 0, "blocks being held")
-                    with throttle.paused():
-                        chat.stop_button.click()
-                        chat.wait_status("stopped")
+            with cancelling(demo_server), throttled(engine_pid(demo_server)) as throttle:  # an answer is over soon otherwise
+                chat.ask(LONG_STORY)
+                wait_until(lambda: metric(demo_server, "turbotriton_kv_cache_usage") > 0, "blocks being held")
+                with throttle.paused():
+                    chat.stop_button.click()
+                    chat.wait_status("stopped")
             wait_idle(demo_server)
             assert chat.foreign_requests == []
             assert chat.console_errors == []

@@ -110,9 +110,7 @@ def _kill_under_64_streams(server: TritonServer) -> tuple[float, float]:
     os.kill(engine, signal.SIGKILL)
     streams.join()
     ended_s = stopwatch.seconds()
-    assert {str(error) for error in streams.ended} == {
-        "the engine process ended while it worked on this request; send it again"
-    }
+    assert {str(error) for error in streams.ended} == {"the engine process ended while it worked on this request; send it again"}
     assert len(streams.ended) == 64
 
     def answers() -> bool:

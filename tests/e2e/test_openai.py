@@ -266,14 +266,18 @@ def test_wrong_request_gets_openais_error_object(base_url: str, path: str, body:
 
 
 def test_body_that_is_no_json_is_400(base_url: str) -> None:
-    reply = httpx.post(f"{base_url}/v1/completions", content=b"{nope", headers={"content-type": "application/json"}, timeout=PATIENCE_S)
+    reply = httpx.post(
+        f"{base_url}/v1/completions", content=b"{nope", headers={"content-type": "application/json"}, timeout=PATIENCE_S
+    )
     assert reply.status_code == 400
     assert "no JSON" in reply.json()["error"]["message"]
 
 
 def test_conversation_goes_on_and_ends(base_url: str) -> None:
     def say(**body: Any) -> dict[str, Any]:
-        reply: dict[str, Any] = httpx.post(f"{base_url}/v1/chat/interactive", json={"session_id": 11, "top_k": 1, **body}, timeout=PATIENCE_S).json()
+        reply: dict[str, Any] = httpx.post(
+            f"{base_url}/v1/chat/interactive", json={"session_id": 11, "top_k": 1, **body}, timeout=PATIENCE_S
+        ).json()
         return reply
 
     first = say(prompt="My name is Mia.", interactive_mode=True)
@@ -297,7 +301,10 @@ def test_models_health_and_metrics(client: openai.OpenAI, base_url: str) -> None
     assert [model.id for model in client.models.list()] == ["demo"]
     assert client.models.retrieve("demo").id == "demo"
     assert httpx.get(f"{base_url}/health", timeout=PATIENCE_S).status_code == 200
-    assert 'turbotriton_openai_requests_total{path="/v1/models",status="200"}' in httpx.get(f"{base_url}/metrics", timeout=PATIENCE_S).text
+    assert (
+        'turbotriton_openai_requests_total{path="/v1/models",status="200"}'
+        in httpx.get(f"{base_url}/metrics", timeout=PATIENCE_S).text
+    )
 
 
 def test_official_client_raises_its_own_errors(client: openai.OpenAI) -> None:
@@ -363,7 +370,10 @@ def test_full_queue_is_429_with_retry_after(demo_workspace: Path) -> None:
 
 def test_away_server_is_503() -> None:
     with api_server("127.0.0.1:9") as url:
-        for reply in (httpx.get(f"{url}/health", timeout=PATIENCE_S), httpx.post(f"{url}/v1/completions", json={"model": "demo", "prompt": "x"}, timeout=PATIENCE_S)):
+        for reply in (
+            httpx.get(f"{url}/health", timeout=PATIENCE_S),
+            httpx.post(f"{url}/v1/completions", json={"model": "demo", "prompt": "x"}, timeout=PATIENCE_S),
+        ):
             assert reply.status_code == 503
             assert "127.0.0.1:9" in reply.json()["error"]["message"]
             assert reply.headers["retry-after"] == "1"

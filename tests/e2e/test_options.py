@@ -5,7 +5,6 @@ import dataclasses
 import json
 import re
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

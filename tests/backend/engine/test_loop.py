@@ -15,7 +15,6 @@ from turbotriton.contract.errors import UnavailableError
 from turbotriton.contract.ini import EngineConfig
 from turbotriton.contract.wire import FinishReason, GenerateRequest, SamplingParams, TokenDelta
 
-
 #: Seconds until what has to happen counts as missing: only a test that fails waits for so long.
 PATIENCE_S = 60.0
 

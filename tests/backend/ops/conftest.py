@@ -55,7 +55,7 @@ def _repair_interpreter_of_triton_3_6() -> None:
 
 
 def _runs_in_child(item: pytest.Item) -> bool:
-    return "interpreted" in item.keywords and not os.environ.get(REPORT_VARIABLE)
+    return item.get_closest_marker("interpreted") is not None and not os.environ.get(REPORT_VARIABLE)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -65,7 +65,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     session, path = pyfuncitem.session, pyfuncitem.path
     outcomes = session.stash.setdefault(OUTCOMES, {})
     if path not in outcomes:
-        mine = [item.nodeid for item in session.items if "interpreted" in item.keywords and item.path == path]
+        mine = [item.nodeid for item in session.items if _runs_in_child(item) and item.path == path]
         outcomes[path] = _run_interpreted(mine)
     failure = outcomes[path].get(pyfuncitem.nodeid, "the child ended before this case: it crashed or ran out of time")
     if failure:

@@ -68,7 +68,10 @@ def test_cancelled_conversation_ends_with_a_reply_and_keeps_what_came(url: str, 
     asking = threading.Thread(target=ask)
     asking.start()
     wait_until(lambda: fleet.num_given == 2)
-    assert httpx.post(f"{url}/v1/chat/interactive", json=TALK | {"prompt": "", "cancel": True}, timeout=PATIENCE_S).status_code == 200
+    assert (
+        httpx.post(f"{url}/v1/chat/interactive", json=TALK | {"prompt": "", "cancel": True}, timeout=PATIENCE_S).status_code
+        == 200
+    )
     asking.join(PATIENCE_S)
     wait_until(lambda: fleet.num_open == 0)
     text = "".join(reply["text"] for reply in replies)
@@ -76,7 +79,9 @@ def test_cancelled_conversation_ends_with_a_reply_and_keeps_what_came(url: str, 
     assert replies[-1]["finish_reason"] == "stop"
     assert replies[-1]["tokens"] == len(text)
     fleet.pieces, fleet.delays_s = ["e"], (0.0,)
-    assert httpx.post(f"{url}/v1/chat/interactive", json=TALK | {"prompt": "y"}, timeout=PATIENCE_S).json()["history_tokens"] == 7 + len(text)
+    assert httpx.post(f"{url}/v1/chat/interactive", json=TALK | {"prompt": "y"}, timeout=PATIENCE_S).json()[
+        "history_tokens"
+    ] == 7 + len(text)
     assert [message["content"] for message in fleet.asked[-1][1]["messages"]] == ["x", text, "y"]
 
 
