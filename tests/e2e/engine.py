@@ -33,6 +33,10 @@ class EngineWatch:
         return self._client.info
 
     @property
+    def is_alive(self) -> bool:
+        return self._client.is_alive
+
+    @property
     def newest(self) -> EngineStats:
         """The newest snapshot that has come, which may be a fraction of a second old."""
         return self._client.stats()

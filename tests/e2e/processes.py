@@ -1,5 +1,6 @@
 """The processes behind a running server, found through /proc."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -68,14 +69,13 @@ class Throttle:
 
     def _alternate(self) -> None:
         while not self._is_released.is_set():
-            with self._may_run:
+            with self._may_run, contextlib.suppress(ProcessLookupError):  # it may end while it is throttled
                 began = time.monotonic()
                 os.kill(self._pid, signal.SIGCONT)
                 time.sleep(0.1 * self._share)
                 os.kill(self._pid, signal.SIGSTOP)
-                ran_s = time.monotonic() - began
-            self._is_released.wait(ran_s * (1 / self._share - 1))
-        with self._may_run:
+            self._is_released.wait((time.monotonic() - began) * (1 / self._share - 1))
+        with self._may_run, contextlib.suppress(ProcessLookupError):
             os.kill(self._pid, signal.SIGCONT)
 
     @contextmanager

@@ -58,6 +58,10 @@ class TritonServer:
         return self._process.pid
 
     @property
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    @property
     def log(self) -> str:
         return self.log_path.read_text(errors="replace")
 

@@ -14,7 +14,7 @@ import pytest
 from turbotriton.client import Client
 from turbotriton.contract.errors import TurbotritonError
 
-from .engine import PATIENCE_S, cancelling, wait_until
+from .engine import PATIENCE_S, cancelling, wait_until, watched
 from .metrics import metric, wait_idle
 from .processes import children, engine_pid, throttled
 from .server import TritonServer
@@ -127,18 +127,35 @@ def _kill_under_64_streams(server: TritonServer) -> tuple[float, float]:
 
 
 def test_killed_door_frees_its_blocks(demo_workspace: Path) -> None:
-    server = TritonServer(demo_workspace / "model_repository").start()
+    """tritonserver 24.10 may abort when a stub dies; the engine leaves with it then, and the try says nothing."""
+    assert any(_kill_doors(demo_workspace) for _ in range(5)), "tritonserver aborted each time"
+
+
+def _kill_doors(workspace: Path) -> bool:
+    """False when tritonserver died of it."""
+    server = TritonServer(workspace / "model_repository").start()
     try:
         stubs = [pid for pid, command in children(server.pid).items() if "/demo/1/model.py" in command]
         assert len(stubs) == 2
         client = Client(server.grpc_url)
-        with cancelling(server, 4) as engine, throttled(engine_pid(server)):  # the doors' metrics die with them
+        with watched(server) as engine, throttled(engine_pid(server)):  # the doors' metrics die with them
             streams = [client.stream(**ENDLESS) for _ in range(4)]
             for stream in streams:
                 next(stream)
             wait_until(lambda: engine.newest.num_used_blocks > 0, "blocks in use")
             for pid in stubs:
                 os.kill(pid, signal.SIGKILL)
+            wait_until(
+                lambda: not engine.is_alive or engine.newest.requests_total.get("cancelled") == 4,
+                "the dead doors' requests being cancelled",
+            )
+            if not engine.is_alive:
+                wait_until(
+                    lambda: not server.is_running, "the end of tritonserver, without which the engine had no reason to leave"
+                )
+                return False
+            assert engine.newest.num_used_blocks == 0
+            return True
     finally:
         server.kill()  # 24.10 never stops cleanly after a stub's death
 
