@@ -4,6 +4,7 @@ import asyncio
 from typing import Any
 
 import pytest
+from tests.throttle import throttled
 
 from turbotriton.cli.running_server import held_ports
 from turbotriton.client import AsyncClient, Client
@@ -11,7 +12,7 @@ from turbotriton.contract.errors import DeadlineExceededError, InvalidInputError
 
 from .engine import cancelling, wait_until
 from .metrics import metric, wait_idle
-from .processes import engine_pid, throttled
+from .processes import engine_pid
 from .server import TritonServer
 
 pytestmark = pytest.mark.e2e

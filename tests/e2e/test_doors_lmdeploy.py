@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from tests.throttle import throttled
 from tritonclient.grpc import service_pb2
 
 from .engine import PATIENCE_S, cancelling
 from .metrics import metric, settled, wait_idle
-from .processes import engine_pid, throttled
+from .processes import engine_pid
 from .raw_grpc import TIMEOUT_S, Input, RawServer, Stream, infer_request, outputs_of
 from .server import TritonServer
 

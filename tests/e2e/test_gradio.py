@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 from playwright.sync_api import expect
 from tests.client.browser import ChatPage, chat_page_server, chromium
+from tests.throttle import throttled
 
 from .engine import PATIENCE_S, cancelling, wait_until, watched
 from .metrics import metric, wait_idle
 from .openai_server import api_server
-from .processes import LONG_STORY, engine_pid, throttled
+from .processes import LONG_STORY, engine_pid
 from .server import TritonServer
 
 pytestmark = [pytest.mark.e2e, pytest.mark.browser]

@@ -8,12 +8,13 @@ from typing import Any
 
 import httpx
 import pytest
+from tests.throttle import throttled
 
 from turbotriton.client import Client
 
 from .engine import wait_until, watched
 from .metrics import metric
-from .processes import engine_pid, throttled
+from .processes import engine_pid
 from .server import TritonServer
 
 pytestmark = pytest.mark.e2e

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import httpx
 import pytest
+from tests.throttle import throttled
 
 from turbotriton.client import Client
 from turbotriton.contract.errors import TurbotritonError
 
 from .engine import PATIENCE_S, cancelling, wait_until, watched
 from .metrics import metric, wait_idle
-from .processes import children, engine_pid, throttled
+from .processes import children, engine_pid
 from .server import TritonServer
 from .stopwatch import Stopwatch
 

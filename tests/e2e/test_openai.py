@@ -10,13 +10,14 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from tests.throttle import throttled
 
 from turbotriton.client import Client
 
 from .engine import PATIENCE_S, cancelling, wait_until, watched
 from .metrics import wait_idle
 from .openai_server import api_server
-from .processes import engine_pid, throttled
+from .processes import engine_pid
 from .server import TritonServer
 
 pytestmark = pytest.mark.e2e

@@ -11,13 +11,14 @@ from typing import Any, Literal
 import openai
 import pydantic
 import pytest
+from tests.throttle import throttled
 from tokenizers import Tokenizer
 
 from turbotriton.cli.main import main
 from turbotriton.demo import checkpoint_path
 
 from .openai_server import api_server
-from .processes import engine_pid, throttled
+from .processes import engine_pid
 from .server import TritonServer
 
 pytestmark = pytest.mark.e2e

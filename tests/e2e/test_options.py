@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+from tests.throttle import throttled
 
 from turbotriton.client import Client
 from turbotriton.contract.errors import UnavailableError
@@ -18,7 +19,7 @@ from turbotriton.contract.ini import EngineConfig
 
 from .engine import PATIENCE_S, wait_until, watched
 from .metrics import metric
-from .processes import engine_pid, throttled
+from .processes import engine_pid
 from .server import TritonServer
 
 pytestmark = pytest.mark.e2e

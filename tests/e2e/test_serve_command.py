@@ -14,13 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from tests.throttle import throttled
 
 from turbotriton.cli.running_server import held_ports
 from turbotriton.client import Client, Delta
 from turbotriton.contract.errors import UnavailableError
 
 from .engine import PATIENCE_S, wait_until
-from .processes import throttled
 
 pytestmark = pytest.mark.e2e
 

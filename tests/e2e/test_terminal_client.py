@@ -7,12 +7,13 @@ import sys
 
 import pytest
 from tests.client.terminal_driver import CTRL_C, CTRL_D, TerminalProgram
+from tests.throttle import throttled
 
 from turbotriton.client import Client
 
 from .engine import PATIENCE_S, cancelling, wait_until
 from .metrics import metric, settled, wait_idle
-from .processes import LONG_STORY, engine_pid, throttled
+from .processes import LONG_STORY, engine_pid
 from .server import TritonServer
 
 pytestmark = pytest.mark.e2e
