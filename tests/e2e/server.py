@@ -17,6 +17,9 @@ from turbotriton.cli.running_server import held_ports
 from turbotriton.cli.server_runtime import find_server
 
 READY_TIMEOUT_S = 120
+#: 24.10's stub now and then reads an address that nobody wrote while it starts, and tritonserver goes down with it.
+START_TRIES = 3
+CRASHES = (-signal.SIGABRT, -signal.SIGBUS, -signal.SIGSEGV)
 STOP_TIMEOUT_S = 40
 
 
@@ -24,23 +27,12 @@ class TritonServer:
     """tritonserver on `model_repository`. As a context manager: started, ready, and stopped with its leftovers asserted away.
 
     grpc_url: host:port;  http_url, metrics_url: http://...;  pid;  log_path;  shm_prefix: of its stubs' shared memory.
-    `options`: engine options, config.ini keys;  `arguments`: further tritonserver flags.
+    `options`: engine options, config.ini keys.
     """
 
-    def __init__(
-        self,
-        model_repository: Path,
-        *,
-        options: dict[str, str] | None = None,
-        arguments: tuple[str, ...] = (),
-        explicit: bool = True,
-        wait_ready: bool = True,
-    ) -> None:
+    def __init__(self, model_repository: Path, *, options: dict[str, str] | None = None) -> None:
         self.model_repository = model_repository
         self._options = options or {}
-        self._arguments = arguments
-        self._explicit = explicit
-        self._wait_ready = wait_ready
         self._held = contextlib.ExitStack()  # its ports, also between a stop and another start
         http, grpc, metrics = self._held.enter_context(held_ports(3))
         self._ports = {"http": http, "grpc": grpc, "metrics": metrics}
@@ -82,20 +74,23 @@ class TritonServer:
             "--exit-timeout-secs=10",
             *(f"--{name}-port={port}" for name, port in self._ports.items()),
             *(f"--{name}-address=127.0.0.1" for name in self._ports),
-            *self._arguments,
+            "--model-control-mode=explicit",  # unload and load are then allowed
+            *(f"--load-model={name}" for name in self.model_names),
         ]
-        if self._explicit:  # unload and load are then allowed
-            command += ["--model-control-mode=explicit", *(f"--load-model={name}" for name in self.model_names)]
-        with open(self.log_path, "wb") as log:
-            self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-        if self._wait_ready:
+        for num_left in reversed(range(START_TRIES)):
+            with open(self.log_path, "wb") as log:
+                self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
             try:
                 for name in self.model_names:
                     self.wait_model_ready(name)
+                return self
             except BaseException:
-                self.kill()
-                raise
-        return self
+                has_crashed = self._process.poll() in CRASHES
+                self.end_processes()
+                if not (has_crashed and num_left):
+                    self._held.close()
+                    raise
+        raise AssertionError("the last try returns or raises")
 
     def wait_model_ready(self, name: str, timeout_s: float = READY_TIMEOUT_S) -> None:
         end = time.monotonic() + timeout_s
@@ -160,7 +155,12 @@ class TritonServer:
             print(self.log[-6000:])
 
     def kill(self) -> None:
-        """The server and all that it started: a stub of a killed server may never leave by itself."""
+        """The server and all that it started, for good."""
+        self.end_processes()
+        self._held.close()
+
+    def end_processes(self) -> None:
+        """Kills the server and all that it started: a stub of a killed server may never leave by itself."""
         assert self._process is not None
         self._process.kill()
         self._process.wait()
@@ -169,4 +169,3 @@ class TritonServer:
                 os.kill(pid, signal.SIGKILL)
         for region in Path("/dev/shm").glob(f"*{self.shm_prefix}*"):
             region.unlink(missing_ok=True)
-        self._held.close()

@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from turbotriton.client import Client, Delta
 from turbotriton.contract.errors import UnavailableError
 
 from .engine import PATIENCE_S, wait_until
+from .server import CRASHES, READY_TIMEOUT_S, START_TRIES
 
 pytestmark = pytest.mark.e2e
 
@@ -46,25 +48,40 @@ def served(demo_workspace: Path, tmp_path: Path, run_folder: Path, ports: list[i
     command = [sys.executable, "-m", "turbotriton", "serve", "tritonserver", str(demo_workspace)]
     command += [f"--http-port={http}", f"--grpc-port={grpc}", f"--metrics-port={metrics}", "--session-len=512"]
     command += ["--log-verbose=0"]  # not ours: passed on
-    log_path = tmp_path / "log"
     environment = os.environ | {"TURBOTRITON_RUNTIME_DIR": str(run_folder)}
-    with open(log_path, "wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-    try:
-        _wait_ready(process, http, log_path)
+    with _started(command, environment, tmp_path / "log", http) as process:
         yield process
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
 
 
-def _wait_ready(process: "subprocess.Popen[bytes]", http_port: int, log_path: Path) -> None:
-    end = time.monotonic() + 120
+@contextmanager
+def _started(
+    command: list[str], environment: dict[str, str], log_path: Path, http_port: int
+) -> Iterator["subprocess.Popen[bytes]"]:
+    """The process of `command` when the server is ready; one that crashes at its start is started again (see server.py)."""
+    for _ in range(START_TRIES):
+        with open(log_path, "wb") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        try:
+            if _is_ready_in_time(process, http_port, log_path):
+                yield process
+                return
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    pytest.fail("tritonserver crashed at each start")
+
+
+def _is_ready_in_time(process: "subprocess.Popen[bytes]", http_port: int, log_path: Path) -> bool:
+    """False when it has crashed instead."""
+    end = time.monotonic() + READY_TIMEOUT_S
     while not _ready(http_port):
+        if -(process.poll() or 0) in CRASHES:
+            return False
         assert process.poll() is None, log_path.read_text()[-3000:]
         assert time.monotonic() < end, log_path.read_text()[-3000:]
         time.sleep(0.1)
+    return True
 
 
 def _ready(http_port: int) -> bool:
@@ -112,10 +129,7 @@ def test_stop_ends_answers_that_take_longer_than_they_may_and_is_clean(
     command = [sys.executable, "-m", "turbotriton", "serve", "tritonserver", str(demo_workspace), "--max-batch-size=12"]
     command += [f"--http-port={http}", f"--grpc-port={grpc}", f"--metrics-port={metrics}", "--exit-timeout-secs=1"]
     environment = os.environ | {"TURBOTRITON_RUNTIME_DIR": str(run_folder), "OMP_NUM_THREADS": "1"}
-    with open(tmp_path / "log", "wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-    try:
-        _wait_ready(process, http, tmp_path / "log")
+    with _started(command, environment, tmp_path / "log", http) as process:
         with Client(f"127.0.0.1:{grpc}") as client, ThreadPoolExecutor(16) as pool:
             (engine,) = (pid for pid, command in _processes(run_folder).items() if "turbotriton.backend.engine" in command)
             with throttled(engine, share=0.1):
@@ -125,10 +139,6 @@ def test_stop_ends_answers_that_take_longer_than_they_may_and_is_clean(
             process.send_signal(signal.SIGTERM)
             texts = {future.result(2 * PATIENCE_S) for future in ended}
         assert process.wait(2 * PATIENCE_S) == 0
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
     assert texts == {"the server is stopping; send the request again when it is back"}
     log_text = (tmp_path / "log").read_text(errors="replace")
     for sign in ("Non-graceful", "left behind", "Exit timeout expired", "Signal (11)", "starting it again"):
