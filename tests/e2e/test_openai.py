@@ -162,10 +162,10 @@ def test_completions_take_text_ids_and_batches(client: openai.OpenAI, base_url: 
 
 def test_the_prompt_is_echoed_with_the_probabilities_that_it_had_when_it_was_made(client: openai.OpenAI, base_url: str) -> None:
     """What an evaluation by likelihood asks for: token ids, echo, no new token."""
-    ids = httpx.post(f"{base_url}/v1/encode", json={"input": "Hello there"}).json()["input_ids"]
+    ids = httpx.post(f"{base_url}/v1/encode", json={"input": "Hello there"}, timeout=PATIENCE_S).json()["input_ids"]
     made = client.completions.create(prompt=ids, logprobs=1, max_tokens=5, **GREEDY).choices[0]
     assert made.logprobs is not None
-    whole = httpx.post(f"{base_url}/v1/encode", json={"input": "Hello there" + made.text}).json()["input_ids"]
+    whole = httpx.post(f"{base_url}/v1/encode", json={"input": "Hello there" + made.text}, timeout=PATIENCE_S).json()["input_ids"]
     assert whole[: len(ids)] == ids
     scored = client.completions.create(prompt=whole, echo=True, logprobs=1, max_tokens=0, **GREEDY).choices[0]
     assert scored.text == "Hello there" + made.text
