@@ -276,7 +276,8 @@ JSON_VALUES: dict[str, Any] = {
 
 
 def test_json_keys_mean_what_the_flat_tensors_mean(door: Door) -> None:
-    without_tensor = {"include_stop_str_in_output", "logit_bias", "guided", "stream_interval"}  # the third: test_guided.py
+    elsewhere = {"guided", "prompt_logprobs"}  # test_guided.py, test_openai.py
+    without_tensor = {"include_stop_str_in_output", "logit_bias", "stream_interval"} | elsewhere
     assert set(JSON_VALUES) | without_tensor == set(JSON_NAMES)
     base = {"max_tokens": 20, "seed": 4}
     for key, value in JSON_VALUES.items():
