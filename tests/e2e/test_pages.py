@@ -15,7 +15,7 @@ from turbotriton.contract import env
 from .browsing import Visitor
 from .server import TritonServer
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]  # a page has many commands, each with a limit of its own
 
 
 @pytest.fixture(scope="module")
