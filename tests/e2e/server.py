@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -20,7 +21,7 @@ READY_TIMEOUT_S = 120
 #: 24.10's stub now and then reads an address that nobody wrote while it starts, and tritonserver goes down with it.
 START_TRIES = 3
 CRASHES = (-signal.SIGABRT, -signal.SIGBUS, -signal.SIGSEGV)
-STOP_TIMEOUT_S = 40
+STOP_TIMEOUT_S = 120
 
 
 class TritonServer:
@@ -88,7 +89,7 @@ class TritonServer:
                 has_crashed = self._process.poll() in CRASHES
                 self.end_processes()
                 if not (has_crashed and num_left):
-                    self._held.close()
+                    self._release()
                     raise
         raise AssertionError("the last try returns or raises")
 
@@ -118,10 +119,10 @@ class TritonServer:
         try:
             code = self._process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            self.kill()
+            self.end_processes()
             raise AssertionError(f"tritonserver did not stop within {STOP_TIMEOUT_S} s:\n{self.log[-4000:]}") from None
         assert code in (0, -signal.SIGTERM), f"tritonserver ended with code {code}:\n{self.log[-4000:]}"
-        end = time.monotonic() + 10
+        end = time.monotonic() + 60
         while (left := self._leftovers()) and time.monotonic() < end:
             time.sleep(0.1)
         assert not left, f"left behind after the stop: {left}"
@@ -147,17 +148,23 @@ class TritonServer:
         return self.start()
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        with self._held:
+        try:
             if kind is None:
                 self.stop()
-                return
-            self.kill()  # the test failed already; its message matters more than a clean stop
-            print(self.log[-6000:])
+            else:  # the test failed already; its message matters more than a clean stop
+                self.end_processes()
+                print(self.log[-6000:])
+        finally:
+            self._release()
 
     def kill(self) -> None:
         """The server and all that it started, for good."""
         self.end_processes()
+        self._release()
+
+    def _release(self) -> None:
         self._held.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def end_processes(self) -> None:
         """Kills the server and all that it started: a stub of a killed server may never leave by itself."""
