@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from tests.throttle import throttled
+from tests.throttle import in_parts, throttled
 
 from turbotriton.client import Client
 from turbotriton.contract.errors import UnavailableError
@@ -88,10 +88,12 @@ def _sampled(**options: Any) -> Callable[[Door], None]:
 
 
 def _stream(door: Door) -> None:
-    with throttled(engine_pid(door.server), share=0.05):  # tokens that are made faster than they are sent arrive together
-        reply = httpx.post(f"{door.url}/generate_stream", json={"text_input": PROMPT, "stream": True, **GREEDY}, timeout=60)
-    events = [json.loads(line[6:]) for line in reply.text.splitlines() if line.startswith("data: ")]
-    assert len(events) > 1
+    def ask() -> list[Any]:
+        body = {"text_input": PROMPT, "stream": True, **GREEDY}
+        reply = httpx.post(f"{door.url}/generate_stream", json=body, timeout=PATIENCE_S)
+        return [json.loads(line[6:]) for line in reply.text.splitlines() if line.startswith("data: ")]
+
+    events = in_parts(engine_pid(door.server), ask)
     assert "".join(event["text_output"] for event in events) == door.text(**GREEDY)
 
 

@@ -20,7 +20,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[3]
 REPORT_VARIABLE = "TURBOTRITON_TEST_INTERPRETED_REPORT"  # set for the child only: where it writes its outcomes
-CHILD_SECONDS = 280
+CHILD_SECONDS = 1500  # a minute or two on a machine that has nothing else to do
 OUTCOMES = pytest.StashKey[dict[Path, dict[str, str]]]()
 GUARD = 64  # elements before and after every output
 
@@ -56,6 +56,12 @@ def _repair_interpreter_of_triton_3_6() -> None:
 
 def _runs_in_child(item: pytest.Item) -> bool:
     return item.get_closest_marker("interpreted") is not None and not os.environ.get(REPORT_VARIABLE)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if _runs_in_child(item):  # the first of a file waits for all of them
+            item.add_marker(pytest.mark.timeout(CHILD_SECONDS + 60))
 
 
 @pytest.hookimpl(tryfirst=True)
