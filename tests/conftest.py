@@ -1,22 +1,36 @@
-"""Markers that skip themselves, and where the test assets are. Nothing else belongs here."""
+"""Markers that skip themselves, chance that repeats itself, and where the test assets are. Nothing else belongs here."""
 
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# the same examples in every run, however slow the machine is
+hypothesis.settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
+hypothesis.settings.load_profile("repeatable")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """By markers alone: a folder or file that is called as one is no marker."""
     import torch
 
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for item in items:
-        if "gpu" in item.keywords and num_gpus < 1:
+        if item.get_closest_marker("gpu") and num_gpus < 1:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-        if "multigpu" in item.keywords and num_gpus < 2:
+        if item.get_closest_marker("multigpu") and num_gpus < 2:
             item.add_marker(pytest.mark.skip(reason="needs two CUDA devices"))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Each test starts torch's own generators, of every device, at the same number."""
+    import torch
+
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -41,7 +41,7 @@ PORTS: dict[str, dict[str, int]] = {
     "turbotriton serve api_server": {"--server-port": 23333},
     "turbotriton serve gradio": {"--server-port": 6006},
 }
-COMMAND_TIMEOUT_S = 120.0
+COMMAND_TIMEOUT_S = 280.0
 _PARTS = re.compile(r"^```(?P<language>\w+)\n(?P<text>.*?)^```$|^(?:\d+\. )?Open <(?P<url>http://\S+)>", re.MULTILINE | re.DOTALL)
 
 
@@ -114,7 +114,7 @@ class PageRun:
             if process.poll() is None:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGTERM)
-                process.wait(60)
+                process.wait(180)
                 print(log.read_text(errors="replace")[-3000:])
 
     def run(self, page: Path) -> list[str]:
@@ -192,7 +192,7 @@ class PageRun:
         process, log = self._jobs[job - 1]
         assert process.poll() is None, f"job {job} ended by itself:\n{log.read_text(errors='replace')[-3000:]}"
         process.send_signal(signal.SIGTERM)
-        assert process.wait(90) == 0, log.read_text(errors="replace")[-3000:]
+        assert process.wait(180) == 0, log.read_text(errors="replace")[-3000:]
 
     def _talk(self, command: str, output: list[str]) -> None:
         words = shlex.split(re.sub(r"\$(\w+)", lambda name: self.environment[name[1]], command))
@@ -200,10 +200,10 @@ class PageRun:
         with contextlib.chdir(self.folder), TerminalProgram(words[1:], self.environment) as terminal:
             for line in output:
                 if line.startswith(">>> "):
-                    terminal.expect(">>> ", timeout_s=60)
+                    terminal.expect(">>> ", timeout_s=120)
                     terminal.type(line.removeprefix(">>> ") + "\r")
                 else:
-                    terminal.expect(_pattern(line), timeout_s=60)
+                    terminal.expect(_pattern(line), timeout_s=120)
             assert terminal.wait() == 0
 
     def _with_ports(self, text: str) -> str:

@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +25,7 @@ import httpx
 
 from turbotriton.backend.pipeline.options import PytorchEngineConfig, TurbomindEngineConfig, engine_options
 from turbotriton.cli.leftovers import end_with_parent
-from turbotriton.cli.running_server import free_ports
+from turbotriton.cli.running_server import held_ports
 from turbotriton.cli.tritonserver import BACKENDS, check_engine_options
 from turbotriton.client.api_client import APIClient
 from turbotriton.contract import env
@@ -92,11 +92,9 @@ def serve(
     if isinstance(config, PytorchEngineConfig):
         backend = "pytorch"
     options = engine_options(config, model_name=model_name, revision=revision, download_dir=download_dir)
-    port = _usable_port(server_name, server_port)
     keys = [api_keys] if isinstance(api_keys, str) else list(api_keys or ())
     named = {
         "--server-name": server_name,
-        "--server-port": str(port),
         "--log-level": log_level.lower(),
         "--model-name": options.model_name,
         "--model-format": options.model_format,
@@ -109,16 +107,17 @@ def serve(
     arguments += [f"{name}={os.fspath(value)}" for name, value in named.items() if value is not None]
     arguments += ["--ssl"] if ssl else []
     arguments += ["--api-keys", *keys] if keys else []
-    process = _Process(arguments)
-    logger.info("starting an OpenAI server for %s, log: %s", model_path, process.log_path)
-    host = {"0.0.0.0": "127.0.0.1", "::": "localhost"}.get(server_name, server_name)
-    url = f"{'https' if ssl else 'http'}://{host}:{port}"
-    try:
-        process.wait_answer(url)
-        return ApiServer(url, keys[0] if keys else None, process, env.ssl_certfile() if ssl else None)
-    except BaseException:
-        process.stop()
-        raise
+    with _usable_port(server_name, server_port) as port:
+        process = _Process([*arguments[:3], f"--server-port={port}", *arguments[3:]])
+        logger.info("starting an OpenAI server for %s, log: %s", model_path, process.log_path)
+        host = {"0.0.0.0": "127.0.0.1", "::": "localhost"}.get(server_name, server_name)
+        url = f"{'https' if ssl else 'http'}://{host}:{port}"
+        try:
+            process.wait_answer(url)
+            return ApiServer(url, keys[0] if keys else None, process, env.ssl_certfile() if ssl else None)
+        except BaseException:
+            process.stop()
+            raise
 
 
 def _check(
@@ -146,16 +145,20 @@ def _engine_flags(config: TurbomindEngineConfig | PytorchEngineConfig) -> list[s
     return [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
 
 
-def _usable_port(host: str, port: int) -> int:
+@contextlib.contextmanager
+def _usable_port(host: str, port: int) -> Iterator[int]:
+    """The port for a server that is started meanwhile. Raises InvalidInputError."""
     if port == 0:
-        return free_ports(1)[0]
+        with held_ports(1) as (free,):
+            yield free
+        return
     if not 0 < port < 65536:
         raise InvalidInputError(f"server_port is {port}; it must be from 1 to 65535, or 0 for a free one")
     try:
-        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
-            return port
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:
         raise InvalidInputError(f"{host}:{port} cannot be taken ({error.strerror}); choose another server_port") from None
+    yield port
 
 
 class _Process:

@@ -29,7 +29,7 @@ from make_checkpoint import SHAPES, make_checkpoint
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from turbotriton import __version__
-from turbotriton.cli.running_server import free_ports, served_path
+from turbotriton.cli.running_server import held_ports, served_path
 from turbotriton.client.bench.load import run_load
 from turbotriton.client.bench.targets import Address, Sampling, open_target
 from turbotriton.client.bench.workload import Item, LengthRange, random_items
@@ -54,22 +54,28 @@ def random_workspace(shape: str, root: Path) -> Path:
 @contextlib.contextmanager
 def api_server(grpc_url: str, stream_interval: int) -> Iterator[tuple[str, int]]:
     """Its URL and pid."""
-    (port,) = free_ports(1)
-    command = [sys.executable, "-m", "turbotriton", "serve", "api_server", grpc_url, "--server-port", str(port)]
-    process = subprocess.Popen([*command, "--log-level", "warning", "--stream-interval", str(stream_interval)])
-    url = f"http://127.0.0.1:{port}"
+    with held_ports(1) as (port,):
+        command = [sys.executable, "-m", "turbotriton", "serve", "api_server", grpc_url, "--server-port", str(port)]
+        process = subprocess.Popen([*command, "--log-level", "warning", "--stream-interval", str(stream_interval)])
+        url = f"http://127.0.0.1:{port}"
+        try:
+            _wait_answer(url, process)
+            yield url, process.pid
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
+
+
+def _wait_answer(url: str, process: "subprocess.Popen[bytes]") -> None:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        for _ in range(300):
-            try:
-                opener.open(f"{url}/health", timeout=5).close()
-                break
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.1)
-        yield url, process.pid
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(30)
+    end = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < end:
+        try:
+            opener.open(f"{url}/health", timeout=5).close()
+            return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.1)
+    sys.exit("the OpenAI server did not come up")
 
 
 def cpu_seconds(pid: int) -> float:

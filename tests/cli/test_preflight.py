@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from turbotriton.cli.preflight import check_passed_on, check_ports
-from turbotriton.cli.running_server import free_ports
+from turbotriton.cli.running_server import held_ports
 from turbotriton.cli.server_runtime import ServerRuntime
 from turbotriton.contract.errors import InvalidInputError
 
@@ -20,31 +20,46 @@ def taken() -> Iterator[int]:
         yield listening.getsockname()[1]
 
 
-def ports(**changes: int) -> dict[str, int]:
-    return dict(zip(("http", "grpc", "metrics"), free_ports(3), strict=True)) | changes
+@pytest.fixture
+def ports() -> Iterator[dict[str, int]]:
+    """Free ones."""
+    with held_ports(3) as held:
+        yield dict(zip(("http", "grpc", "metrics"), held, strict=True))
 
 
-def test_free_ports_pass() -> None:
+def test_free_ports_pass(ports: dict[str, int]) -> None:
     for host in ("127.0.0.1", "localhost", "0.0.0.0"):
-        check_ports(host, ports(), ())
+        check_ports(host, ports, ())
+
+
+def test_held_ports_are_for_their_servers_alone() -> None:
+    """A server that sets SO_REUSEADDR listens there; whoever does not, as one that takes any free port, is refused."""
+    with held_ports(2) as (first, second):
+        assert first != second
+        with socket.create_server(("127.0.0.1", first)):
+            socket.create_connection(("127.0.0.1", first)).close()
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", second))
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", second))
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
 @pytest.mark.parametrize("name", ["http", "grpc", "metrics"])
-def test_a_taken_port_is_named_with_its_option(name: str, host: str, taken: int) -> None:
+def test_a_taken_port_is_named_with_its_option(name: str, host: str, taken: int, ports: dict[str, int]) -> None:
     with pytest.raises(InvalidInputError, match=f"^--{name}-port is {taken} on {host}: another program listens there"):
-        check_ports(host, ports(**{name: taken}), ())
+        check_ports(host, ports | {name: taken}, ())
 
 
 @pytest.mark.parametrize("flag", ["--allow-http=false", "--http-address=127.0.0.9", "--reuse-http-port=1"])
-def test_a_port_that_tritonservers_own_flags_speak_of_is_left_to_it(flag: str, taken: int) -> None:
-    check_ports("127.0.0.1", ports(http=taken), (flag,))
+def test_a_port_that_tritonservers_own_flags_speak_of_is_left_to_it(flag: str, taken: int, ports: dict[str, int]) -> None:
+    check_ports("127.0.0.1", ports | {"http": taken}, (flag,))
 
 
 @pytest.mark.parametrize("port", [-1, 0, 65536, 99999])
-def test_no_port_outside_the_range_is_cut_to_another(port: int) -> None:
+def test_no_port_outside_the_range_is_cut_to_another(port: int, ports: dict[str, int]) -> None:
     with pytest.raises(InvalidInputError, match=f"^--grpc-port is {port}; it must be from 1 to 65535"):
-        check_ports("127.0.0.1", ports(grpc=port), ())
+        check_ports("127.0.0.1", ports | {"grpc": port}, ())
 
 
 def test_the_same_port_twice() -> None:
@@ -55,9 +70,9 @@ def test_the_same_port_twice() -> None:
 @pytest.mark.parametrize(
     ("host", "words"), [("203.0.113.7", "none of this machine's"), ("nobody.invalid", "no address and no name")]
 )
-def test_an_address_of_somebody_else(host: str, words: str) -> None:
+def test_an_address_of_somebody_else(host: str, words: str, ports: dict[str, int]) -> None:
     with pytest.raises(InvalidInputError, match=words):
-        check_ports(host, ports(), ())
+        check_ports(host, ports, ())
 
 
 @pytest.fixture

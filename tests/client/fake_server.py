@@ -7,6 +7,7 @@ records it. Answer to a text: "echo:" + the last question in capitals, one byte 
 import json
 import threading
 import time
+from collections.abc import Callable
 from concurrent import futures
 from dataclasses import dataclass, field
 from typing import Any
@@ -99,6 +100,8 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     def __post_init__(self) -> None:
         self._stops: dict[int, threading.Event] = {}
+        self._held_after = 10**9
+        self._may_go_on = threading.Event()
         self._server = grpc.server(futures.ThreadPoolExecutor(16))
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self, self._server)
         self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port}")
@@ -113,6 +116,21 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     def stop(self) -> None:
         self._server.stop(0).wait()
+        self.go_on()
+
+    def hold_after(self, num_tokens: int) -> None:
+        """Every answer stands still behind so many tokens, until `go_on`, or until it is cancelled."""
+        self._may_go_on.clear()
+        self._held_after = num_tokens
+
+    def go_on(self) -> None:
+        """No answer stands still any more."""
+        self._held_after = 10**9
+        self._may_go_on.set()
+
+    def _hold(self, num_tokens: int, is_over: Callable[[], bool]) -> None:
+        while num_tokens >= self._held_after and not is_over():
+            self._may_go_on.wait(0.01)
 
     def of(self, model: str) -> list[Seen]:
         return [request for request in self.seen if request.model == model]
@@ -214,7 +232,9 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
             return
         stop = self._stops[corrid] = threading.Event()
         try:
-            for token in [*encode(reply_to(seen.text), add_bos=False), EOS][: scalar("request_output_len")]:
+            answer = [*encode(reply_to(seen.text), add_bos=False), EOS][: scalar("request_output_len")]
+            for number, token in enumerate(answer):
+                self._hold(number, lambda: stop.is_set() or not context.is_active())
                 if stop.wait(self.token_delay_s) or not context.is_active():
                     break
                 session.append(token)
@@ -243,12 +263,14 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         pieces = list(answer)[:limit]
         reason = "length" if len(answer) > limit else "stop"
         if not inputs["stream"][0]:
+            self._hold(len(pieces), lambda: not context.is_active())
             time.sleep(self.token_delay_s)
             yield self._delta("".join(pieces), reason, len(seen.text), len(pieces))
             return
         for index, piece in enumerate(pieces):
             if self.fail_after is not None and index >= self.fail_after:
                 return
+            self._hold(index, lambda: not context.is_active())
             time.sleep(self.token_delay_s)
             if not context.is_active():
                 return

@@ -10,6 +10,8 @@ import time
 from collections.abc import Mapping, Sequence
 
 CTRL_C, CTRL_D = "\x03", "\x04"
+#: Seconds until what the screen has to show counts as missing: only a test that fails waits for so long.
+PATIENCE_S = 60.0
 _ESCAPES = re.compile(r"\x1b(\[[0-9;?]*[A-Za-z]|[=>])")
 
 
@@ -38,7 +40,7 @@ class TerminalProgram:
     def type(self, text: str) -> None:
         os.write(self._fd, text.encode())
 
-    def expect(self, pattern: str, timeout_s: float = 15.0) -> re.Match[str]:
+    def expect(self, pattern: str, timeout_s: float = PATIENCE_S) -> re.Match[str]:
         """Waits until pattern appears after the last match, without colours. Raises AssertionError with the screen."""
         deadline = time.monotonic() + timeout_s
         while True:
@@ -50,7 +52,7 @@ class TerminalProgram:
             if not ready or not self._read():
                 raise AssertionError(f"{pattern!r} did not appear; the screen shows:\n{self._screen}")
 
-    def wait(self, timeout_s: float = 15.0) -> int:
+    def wait(self, timeout_s: float = PATIENCE_S) -> int:
         """The exit code."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:

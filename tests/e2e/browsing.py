@@ -15,7 +15,7 @@ class Visitor:
 
     def __call__(self, url: str) -> None:
         page = ChatPage(self._browser, url)
-        page.ask("What is 2 + 3?")
+        page.ask_and_wait("What is 2 + 3?")
         page.wait_status(r"^\s*\d+ tokens")
         expect(page.answers.last).to_contain_text("5")
         assert page.foreign_requests == []

@@ -1,16 +1,10 @@
 """The processes behind a running server, found through /proc."""
 
-import os
-import signal
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from .server import TritonServer
 
-#: The demo model's likeliest answer has 119 tokens, whatever the conversation was before: seconds of a throttled engine.
+#: The demo model's likeliest answer has 119 tokens, whatever the conversation was before: half a minute of a throttled engine.
 #: Sampled answers are no substitute, since one in thirty ends within five tokens.
 LONG_STORY = "Tell me a long story."
 
@@ -51,35 +45,3 @@ def _command(entry: Path) -> str:
         return (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
     except OSError:
         return ""
-
-
-@contextmanager
-def throttled(pid: int, share: float = 0.1) -> Iterator[threading.Event]:
-    """The process runs `share` of the time only, in slices of 100 ms, until the block ends or the event is set."""
-    done = threading.Event()
-
-    def alternate() -> None:
-        while not done.is_set():
-            os.kill(pid, signal.SIGCONT)
-            time.sleep(0.1 * share)
-            os.kill(pid, signal.SIGSTOP)
-            done.wait(0.1 * (1 - share))
-        os.kill(pid, signal.SIGCONT)
-
-    thread = threading.Thread(target=alternate, daemon=True)
-    thread.start()
-    try:
-        yield done
-    finally:
-        done.set()
-        thread.join()
-
-
-@contextmanager
-def paused(pid: int) -> Iterator[None]:
-    """Nothing of the process runs inside the block."""
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)

@@ -8,7 +8,7 @@ from typing import Any, Self
 import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 120.0
 #: KServe's type -> struct's letter.
 LETTERS = {"UINT32": "I", "INT32": "i", "UINT64": "Q", "INT64": "q", "FP32": "f", "FP64": "d", "BOOL": "?", "INT8": "b"}
 

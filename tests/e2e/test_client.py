@@ -4,12 +4,15 @@ import asyncio
 from typing import Any
 
 import pytest
+from tests.throttle import throttled
 
-from turbotriton.cli.running_server import free_ports
+from turbotriton.cli.running_server import held_ports
 from turbotriton.client import AsyncClient, Client
 from turbotriton.contract.errors import DeadlineExceededError, InvalidInputError, UnavailableError
 
-from .metrics import metric, wait_idle, wait_until
+from .engine import cancelling, wait_until
+from .metrics import metric, wait_idle
+from .processes import engine_pid
 from .server import TritonServer
 
 pytestmark = pytest.mark.e2e
@@ -53,19 +56,23 @@ def test_async_client_equals_the_sync_one_with_eight_at_once(demo_server: Triton
 
 
 def test_cancelling_a_stream_returns_its_blocks(demo_server: TritonServer) -> None:
-    with Client(demo_server.grpc_url) as client:
-        with client.stream(**ENDLESS) as stream:
-            next(stream)
-            wait_until(lambda: metric(demo_server, "turbotriton_kv_cache_usage") > 0, "blocks being held")
-        wait_idle(demo_server)
+    with (
+        Client(demo_server.grpc_url) as client,
+        cancelling(demo_server),
+        throttled(engine_pid(demo_server)),
+        client.stream(**ENDLESS) as stream,
+    ):
+        next(stream)
+        wait_until(lambda: metric(demo_server, "turbotriton_kv_cache_usage") > 0, "blocks being held")
+    wait_idle(demo_server)
 
 
 def test_a_timeout_ends_the_request_at_the_engine_too(demo_server: TritonServer) -> None:
     with Client(demo_server.grpc_url) as client:
         assert client.model  # the look-up is not part of the request's time
-        with pytest.raises(DeadlineExceededError):
-            list(client.stream(**ENDLESS, timeout=0.1))
-        wait_idle(demo_server)
+        with cancelling(demo_server), throttled(engine_pid(demo_server)), pytest.raises(DeadlineExceededError):
+            list(client.stream(**ENDLESS, timeout=3.0))
+    wait_idle(demo_server)
 
 
 def test_wrong_values_are_invalid_input_with_the_doors_reason(demo_server: TritonServer) -> None:
@@ -82,8 +89,7 @@ def test_an_unknown_model_is_named(demo_server: TritonServer) -> None:
 
 
 def test_no_server_is_unavailable(demo_server: TritonServer) -> None:
-    (port,) = free_ports(1)
-    with Client(f"127.0.0.1:{port}") as client, pytest.raises(UnavailableError, match=str(port)):
+    with held_ports(1) as (port,), Client(f"127.0.0.1:{port}") as client, pytest.raises(UnavailableError, match=str(port)):
         client.generate("x")
 
 

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from tests.throttle import in_parts, throttled
 from tritonclient.grpc import service_pb2
 
+from .engine import PATIENCE_S, cancelling
 from .metrics import metric, settled, wait_idle
-from .processes import engine_pid, throttled
+from .processes import engine_pid
 from .raw_grpc import TIMEOUT_S, Input, RawServer, Stream, infer_request, outputs_of
 from .server import TritonServer
 
@@ -173,9 +175,10 @@ def test_text_survives_both_tokenizer_doors_also_from_an_offset(doors: Doors) ->
 
 
 def test_a_turn_streams_the_cumulative_sequence_until_eos_and_then_closes(doors: Doors, demo_server: TritonServer) -> None:
-    with throttled(engine_pid(demo_server), share=0.05):  # tokens that are made faster than they are sent arrive together
-        answer = read(doors.raw.stream(turn(1, doors.prompt, 200, start=True)))
-    assert len(answer.sequences) > 1
+    sequences = in_parts(
+        engine_pid(demo_server), lambda: read(doors.raw.stream(turn(1, doors.prompt, 200, start=True))).sequences
+    )
+    answer = Answer(sequences)
     assert answer.ids[: len(doors.prompt)] == doors.prompt
     assert answer.ids[-1] == doors.eos
     assert "1 2 3 4 5" in doors.decode(answer.ids, len(doors.prompt)).replace(",", "")
@@ -234,13 +237,12 @@ def test_a_later_turn_computes_only_what_the_prefix_cache_lacks(doors: Doors, de
 
 
 def test_cancel_on_a_second_stream_ends_the_first_normally_and_keeps_the_session(doors: Doors, demo_server: TritonServer) -> None:
-    stream = doors.raw.stream(turn(9, doors.prompt, 1500, start=True, bad_words=[[doors.eos]]))
     seen = threading.Event()
     lengths: list[int] = []
     errors: list[str] = []
 
     def follow() -> None:
-        for response in stream:
+        for response in doors.raw.stream(turn(9, doors.prompt, 1500, start=True, bad_words=[[doors.eos]])):
             if response.error_message:
                 errors.append(response.error_message)
             outputs = outputs_of(response.infer_response)
@@ -248,12 +250,13 @@ def test_cancel_on_a_second_stream_ends_the_first_normally_and_keeps_the_session
             seen.set()
 
     reader = threading.Thread(target=follow)
-    reader.start()
-    assert seen.wait(30)
-    assert code(3) in doors.error(9, [40], 1), "a second turn while the first runs is busy"
-    cancelled = list(doors.raw.stream(turn(9, [], 0, stop=True)))
-    assert not any(response.error_message for response in cancelled)
-    reader.join(10)
+    with cancelling(demo_server), throttled(engine_pid(demo_server), share=0.02):
+        reader.start()
+        assert seen.wait(PATIENCE_S)
+        assert code(3) in doors.error(9, [40], 1), "a second turn while the first runs is busy"
+        cancelled = list(doors.raw.stream(turn(9, [], 0, stop=True)))
+        assert not any(response.error_message for response in cancelled)
+    reader.join(PATIENCE_S)
     assert not reader.is_alive()
     assert not errors
     assert lengths == sorted(lengths)
@@ -279,10 +282,11 @@ def test_stop_with_end_erases_an_idle_session(doors: Doors) -> None:
     assert code(1) in doors.error(11, [40], 1)
 
 
-def test_stop_with_end_erases_a_running_session(doors: Doors) -> None:
-    stream = iter(doors.raw.stream(turn(12, doors.prompt, 1500, start=True, bad_words=[[doors.eos]])))
-    next(stream)
-    doors.ask(12, [], 0, stop=True, end=True)
+def test_stop_with_end_erases_a_running_session(doors: Doors, demo_server: TritonServer) -> None:
+    with cancelling(demo_server), throttled(engine_pid(demo_server), share=0.02):
+        stream = iter(doors.raw.stream(turn(12, doors.prompt, 1500, start=True, bad_words=[[doors.eos]])))
+        next(stream)
+        doors.ask(12, [], 0, stop=True, end=True)
     assert not any(response.error_message for response in stream)
     assert code(1) in doors.error(12, [40], 1)
 

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 from playwright.sync_api import expect
 from tests.client.browser import ChatPage, chat_page_server, chromium
+from tests.throttle import throttled
 
-from .metrics import metric, wait_idle, wait_until
+from .engine import PATIENCE_S, cancelling, wait_until, watched
+from .metrics import metric, wait_idle
 from .openai_server import api_server
-from .processes import LONG_STORY, engine_pid, paused, throttled
+from .processes import LONG_STORY, engine_pid
 from .server import TritonServer
 
 pytestmark = [pytest.mark.e2e, pytest.mark.browser]
@@ -44,9 +46,8 @@ def chat(browser: Any, page_url: str) -> Iterator[ChatPage]:
 def test_a_conversation_streams_with_its_speed(chat: ChatPage, demo_server: TritonServer) -> None:
     expect(chat.page.locator("#served")).to_contain_text(f"on {demo_server.grpc_url}")
     for number, question in enumerate(TALK, start=1):
-        chat.ask(question)
-        expect(chat.answers).to_have_count(number, timeout=20_000)
-        expect(chat.stop_button).to_have_count(0, timeout=20_000)
+        chat.ask_and_wait(question)
+        expect(chat.answers).to_have_count(number)
         chat.wait_status(r"^\s*\d+ tokens")
     assert all(text.strip() for text in chat.answers.all_inner_texts())
     if os.environ.get("TURBOTRITON_UPDATE_SCREENSHOTS"):
@@ -57,21 +58,22 @@ def test_a_conversation_streams_with_its_speed(chat: ChatPage, demo_server: Trit
 
 def test_stop_returns_the_answers_blocks_at_the_engine(chat: ChatPage, demo_server: TritonServer) -> None:
     """The engine is slowed down, so that the answer is still being made when Stop is clicked."""
-    with throttled(engine_pid(demo_server), share=0.03):
+    with cancelling(demo_server), throttled(engine_pid(demo_server)):
         chat.ask(LONG_STORY)
-        wait_until(lambda: metric(demo_server, "turbotriton_kv_cache_usage") > 0, "blocks being held", timeout_s=10)
+        wait_until(lambda: metric(demo_server, "turbotriton_kv_cache_usage") > 0, "blocks being held")
         chat.stop_button.click()
-    wait_idle(demo_server, timeout_s=3)
-    chat.wait_status("stopped")
+        chat.wait_status("stopped")
+    wait_idle(demo_server)
 
 
-def test_retry_replaces_the_answer_and_clear_empties_the_page(chat: ChatPage) -> None:
-    chat.ask(TALK[0])
-    chat.wait_status("tokens")
-    expect(chat.stop_button).to_have_count(0, timeout=20_000)
+def test_retry_replaces_the_answer_and_clear_empties_the_page(chat: ChatPage, demo_server: TritonServer) -> None:
+    chat.ask_and_wait(TALK[0])
     first = chat.answers.last.text_content() or ""
-    chat.page.locator("#retry").click()
-    expect(chat.stop_button).to_have_count(0, timeout=20_000)
+    with watched(demo_server) as engine:
+        ended = sum(engine.stats().requests_total.values())
+        chat.page.locator("#retry").click()
+        wait_until(lambda: sum(engine.newest.requests_total.values()) == ended + 1, "another answer")
+    expect(chat.stop_button).to_have_count(0)
     chat.wait_status("tokens")
     expect(chat.answers).to_have_count(1)
     expect(chat.answers.last).to_have_text(first)  # temperature 0
@@ -82,11 +84,11 @@ def test_retry_replaces_the_answer_and_clear_empties_the_page(chat: ChatPage) ->
 
 def test_closing_the_tab_returns_the_blocks(browser: Any, page_url: str, demo_server: TritonServer) -> None:
     chat = ChatPage(browser, page_url)
-    with throttled(engine_pid(demo_server), share=0.03):
+    with cancelling(demo_server), throttled(engine_pid(demo_server)):
         chat.ask(LONG_STORY)
-        expect(chat.answers).to_have_count(1, timeout=20_000)
+        expect(chat.answers).to_have_count(1)
         chat.context.close()
-    wait_idle(demo_server, timeout_s=3)
+    wait_idle(demo_server)
 
 
 def test_a_stopped_server_is_named_and_answers_again_when_it_is_back(browser: Any, demo_workspace: Path) -> None:
@@ -103,7 +105,7 @@ def test_a_stopped_server_is_named_and_answers_again_when_it_is_back(browser: An
             chat.page.wait_for_timeout(3000)
             return bool(chat.answers.count())
 
-        wait_until(is_answered, "an answer of the server that is back", 30)
+        wait_until(is_answered, "an answer of the server that is back", 2 * PATIENCE_S)
         chat.context.close()
 
 
@@ -111,7 +113,7 @@ def test_page_on_a_workspace_starts_and_stops_its_own_server(browser: Any, demo_
     others = _servers_of(demo_workspace)
     with chat_page_server(str(demo_workspace)) as url:
         chat = ChatPage(browser, url)
-        chat.ask(TALK[1])
+        chat.ask_and_wait(TALK[1])
         chat.wait_status(r"^\s*\d+ tokens")
         assert chat.answers.last.inner_text().strip()
         chat.context.close()
@@ -129,16 +131,16 @@ def test_page_on_an_openai_server_answers_and_stops(browser: Any, demo_server: T
         with chat_page_server(f"{openai_url}/v1", "--api-key", "secret") as url:
             chat = ChatPage(browser, url)
             expect(chat.page.locator("#served")).to_contain_text(f"demo on {openai_url}")
-            chat.ask(TALK[1])
+            chat.ask_and_wait(TALK[1])
             chat.wait_status(r"^\s*\d+ tokens · .*tokens/s · first after")
             assert chat.answers.last.inner_text().strip()
-            with throttled(engine_pid(demo_server), share=0.03):  # an answer is over soon otherwise
+            with cancelling(demo_server), throttled(engine_pid(demo_server)) as throttle:  # an answer is over soon otherwise
                 chat.ask(LONG_STORY)
-                wait_until(lambda: metric(demo_server, "turbotriton_kv_cache_usage") > 0, "blocks being held", timeout_s=10)
-            with paused(engine_pid(demo_server)):
-                chat.stop_button.click()
-                chat.wait_status("stopped")
-            wait_idle(demo_server, timeout_s=3)
+                wait_until(lambda: metric(demo_server, "turbotriton_kv_cache_usage") > 0, "blocks being held")
+                with throttle.paused():
+                    chat.stop_button.click()
+                    chat.wait_status("stopped")
+            wait_idle(demo_server)
             assert chat.foreign_requests == []
             assert chat.console_errors == []
             chat.context.close()

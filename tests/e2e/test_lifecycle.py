@@ -10,35 +10,21 @@ from pathlib import Path
 
 import httpx
 import pytest
+from tests.throttle import throttled
 
-from turbotriton.backend.engine.client import EngineClient
 from turbotriton.client import Client
 from turbotriton.contract.errors import TurbotritonError
 
+from .engine import PATIENCE_S, cancelling, wait_until, watched
+from .metrics import metric, wait_idle
 from .processes import children, engine_pid
 from .server import TritonServer
+from .stopwatch import Stopwatch
 
 pytestmark = pytest.mark.e2e
 
 QUESTION = [{"role": "user", "content": "Tell me a story."}]
 ENDLESS = {"messages": QUESTION, "max_tokens": 1900, "ignore_eos": True}  # for as long as a test lasts
-
-
-def metric(server: TritonServer, name: str) -> float:
-    """Value of the first sample of a family; raises when it is not on the page."""
-    page = httpx.get(server.metrics_url).text
-    found = re.search(rf"^{re.escape(name)}(?:{{[^}}]*}})? (\S+)$", page, re.MULTILINE)
-    assert found, f"{name} is not among the metrics"
-    return float(found.group(1))
-
-
-def wait_until(condition, timeout_s: float, what: str) -> float:
-    """Seconds until `condition()` held; fails after timeout_s."""
-    start = time.monotonic()
-    while not condition():
-        assert time.monotonic() - start < timeout_s, f"{what} did not happen within {timeout_s} s"
-        time.sleep(0.02)
-    return time.monotonic() - start
 
 
 class Streams:
@@ -47,7 +33,7 @@ class Streams:
     def __init__(self, server: TritonServer, count: int, **request) -> None:
         self.client = Client(server.grpc_url)
         self.first = threading.Semaphore(0)
-        self.ended: list[tuple[float, Exception | str | None]] = []
+        self.ended: list[Exception | str | None] = []
         self.texts: list[str] = []
         self.threads = [threading.Thread(target=self._one, kwargs=request, daemon=True) for _ in range(count)]
         for thread in self.threads:
@@ -63,10 +49,10 @@ class Streams:
                     self.first.release()
                 text += delta.text
                 reason = delta.finish_reason or reason
-            self.ended.append((time.monotonic(), reason))
+            self.ended.append(reason)
             self.texts.append(text)
         except TurbotritonError as error:
-            self.ended.append((time.monotonic(), error))
+            self.ended.append(error)
 
     def wait_first(self, count: int, timeout_s: float = 60) -> None:
         for _ in range(count):
@@ -90,23 +76,22 @@ def test_32_concurrent_streams_end_right_and_equal_one_alone(server: TritonServe
         alone = client.generate(messages=QUESTION, max_tokens=64, temperature=0.0)
     streams = Streams(server, 32, messages=QUESTION, max_tokens=64, temperature=0.0)
     streams.join()
-    assert [reason for _, reason in streams.ended] == [alone.finish_reason] * 32
+    assert streams.ended == [alone.finish_reason] * 32
     assert streams.texts == [alone.text] * 32
 
 
 def test_disconnect_frees_the_blocks(server: TritonServer) -> None:
-    with Client(server.grpc_url) as client:
+    with Client(server.grpc_url) as client, cancelling(server), throttled(engine_pid(server)):
         stream = client.stream(**ENDLESS)
         next(stream)
-        wait_until(lambda: metric(server, "turbotriton_requests_running") == 1, 5, "the request running")
+        wait_until(lambda: metric(server, "turbotriton_requests_running") == 1, "the request running")
         stream.cancel()
-        wait_until(lambda: metric(server, "turbotriton_requests_running") == 0, 5, "the request leaving")
-        assert metric(server, "turbotriton_kv_cache_usage") == 0
+    wait_idle(server)
 
 
 def test_killed_engine_fails_every_stream_at_once_and_is_started_again(server: TritonServer) -> None:
     """Within 2 s, and within the time of a start. Another program's load only adds to both: the better of two kills counts."""
-    first, second = _kill_under_64_streams(server), (0.0, 0.0)
+    first = _kill_under_64_streams(server)
     if not _is_soon(first):
         second = _kill_under_64_streams(server)
         assert _is_soon(second), f"seconds until the last stream ended, and to an answer beyond a start: {first}, then {second}"
@@ -121,12 +106,12 @@ def _kill_under_64_streams(server: TritonServer) -> tuple[float, float]:
     streams = Streams(server, 64, **ENDLESS)
     streams.wait_first(64)
     assert not streams.ended
-    killed = time.monotonic()
-    os.kill(engine_pid(server), signal.SIGKILL)
-    streams.join(30)
-    assert {str(error) for _, error in streams.ended} == {
-        "the engine process ended while it worked on this request; send it again"
-    }
+    engine = engine_pid(server)
+    stopwatch = Stopwatch(server)
+    os.kill(engine, signal.SIGKILL)
+    streams.join()
+    ended_s = stopwatch.seconds()
+    assert {str(error) for error in streams.ended} == {"the engine process ended while it worked on this request; send it again"}
     assert len(streams.ended) == 64
 
     def answers() -> bool:
@@ -136,28 +121,42 @@ def _kill_under_64_streams(server: TritonServer) -> tuple[float, float]:
         except TurbotritonError:
             return False
 
-    wait_until(answers, 60, "an answer after the restart")
-    answered = time.monotonic()
+    wait_until(answers, "an answer after the restart", 2 * PATIENCE_S)
+    answered_s = stopwatch.seconds()
     start_s = float(re.findall(r"the engine is ready after ([\d.]+) s", server.log)[-1])
-    return max(at for at, _ in streams.ended) - killed, answered - killed - start_s
+    return ended_s, answered_s - start_s
 
 
 def test_killed_door_frees_its_blocks(demo_workspace: Path) -> None:
-    server = TritonServer(demo_workspace / "model_repository").start()
+    """tritonserver 24.10 may abort when a stub dies; the engine leaves with it then, and the try says nothing."""
+    assert any(_kill_doors(demo_workspace) for _ in range(5)), "tritonserver aborted each time"
+
+
+def _kill_doors(workspace: Path) -> bool:
+    """False when tritonserver died of it."""
+    server = TritonServer(workspace / "model_repository").start()
     try:
         stubs = [pid for pid, command in children(server.pid).items() if "/demo/1/model.py" in command]
         assert len(stubs) == 2
-        socket_path = next((server.folder / "run").glob("*.sock"))
-        watcher = EngineClient.connect(socket_path)  # the doors' metrics die with them
         client = Client(server.grpc_url)
-        streams = [client.stream(**ENDLESS) for _ in range(4)]
-        for stream in streams:
-            next(stream)
-        wait_until(lambda: watcher.stats().num_used_blocks > 0, 5, "blocks in use")
-        for pid in stubs:
-            os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: watcher.stats().num_used_blocks == 0, 2, "the dead door's blocks coming back")
-        watcher.close()
+        with watched(server) as engine, throttled(engine_pid(server)):  # the doors' metrics die with them
+            streams = [client.stream(**ENDLESS) for _ in range(4)]
+            for stream in streams:
+                next(stream)
+            wait_until(lambda: engine.newest.num_used_blocks > 0, "blocks in use")
+            for pid in stubs:
+                os.kill(pid, signal.SIGKILL)
+            wait_until(
+                lambda: not engine.is_alive or engine.newest.requests_total.get("cancelled") == 4,
+                "the dead doors' requests being cancelled",
+            )
+            if not engine.is_alive:
+                wait_until(
+                    lambda: not server.is_running, "the end of tritonserver, without which the engine had no reason to leave"
+                )
+                return False
+            assert engine.newest.num_used_blocks == 0
+            return True
     finally:
         server.kill()  # 24.10 never stops cleanly after a stub's death
 
@@ -165,30 +164,29 @@ def test_killed_door_frees_its_blocks(demo_workspace: Path) -> None:
 def test_unload_and_load_leave_one_engine(server: TritonServer) -> None:
     before = engine_pid(server)
     base = server.http_url
-    repository = httpx.post(f"{base}/v2/repository/index").json()
+    repository = httpx.post(f"{base}/v2/repository/index", timeout=PATIENCE_S).json()
     names = [entry["name"] for entry in repository]
     for name in names:
-        assert httpx.post(f"{base}/v2/repository/models/{name}/unload").status_code == 200
-    wait_until(lambda: not Path(f"/proc/{before}").exists(), 15, "the engine leaving after unload")
+        assert httpx.post(f"{base}/v2/repository/models/{name}/unload", timeout=PATIENCE_S).status_code == 200
+    wait_until(lambda: not Path(f"/proc/{before}").exists(), "the engine leaving after unload")
     for name in names:
-        response = httpx.post(f"{base}/v2/repository/models/{name}/load", timeout=60)
+        response = httpx.post(f"{base}/v2/repository/models/{name}/load", timeout=PATIENCE_S)
         assert response.status_code == 200, response.text
     with Client(server.grpc_url) as client:
-        assert client.generate(messages=QUESTION, max_tokens=8).text
+        assert client.generate(messages=QUESTION, max_tokens=8, temperature=0.0).text
     assert engine_pid(server) != before
 
 
 def test_sigterm_leaves_no_process_and_no_shared_memory(demo_workspace: Path) -> None:
-    server = TritonServer(demo_workspace / "model_repository")
-    server.start()
-    engine = engine_pid(server)
-    processes = children(server.pid)
-    shared = set(Path("/dev/shm").glob(f"*{server.shm_prefix}*"))
-    assert processes
-    assert shared, "the server's shared memory was not found, so its removal proves nothing"
-    server.stop()
-    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in [engine, *processes]), 10, "every process leaving")
-    assert not [path for path in shared if path.exists()]
+    with TritonServer(demo_workspace / "model_repository") as server:
+        engine = engine_pid(server)
+        processes = children(server.pid)
+        shared = set(Path("/dev/shm").glob(f"*{server.shm_prefix}*"))
+        assert processes
+        assert shared, "the server's shared memory was not found, so its removal proves nothing"
+        server.stop()
+        wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in [engine, *processes]), "every process leaving")
+        assert not [path for path in shared if path.exists()]
 
 
 def test_metrics_page_has_every_family_and_its_aliases(server: TritonServer) -> None:
@@ -222,5 +220,5 @@ def test_metrics_page_has_every_family_and_its_aliases(server: TritonServer) -> 
         "nv_trt_llm_request_metrics",
     ):
         metric(server, name)
-    wait_until(lambda: metric(server, "turbotriton_generation_tokens_total") == 8, 5, "eight tokens counted")
+    wait_until(lambda: metric(server, "turbotriton_generation_tokens_total") == 8, "eight tokens counted")
     assert metric(server, "turbotriton_engine_up") == 1

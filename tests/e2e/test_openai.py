@@ -3,18 +3,21 @@
 import asyncio
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from tests.throttle import throttled
 
 from turbotriton.client import Client
 
-from .metrics import metric, wait_idle, wait_until
+from .engine import PATIENCE_S, cancelling, wait_until, watched
+from .metrics import wait_idle
 from .openai_server import api_server
+from .processes import engine_pid
 from .server import TritonServer
 
 pytestmark = pytest.mark.e2e
@@ -130,7 +133,7 @@ def test_stop_words_end_the_answer_before_them(client: openai.OpenAI, stop: Any)
 
 def test_logit_bias_bans_and_forces(client: openai.OpenAI, base_url: str) -> None:
     def ids(text: str) -> list[int]:
-        found: list[int] = httpx.post(f"{base_url}/v1/encode", json={"input": text}).json()["input_ids"]
+        found: list[int] = httpx.post(f"{base_url}/v1/encode", json={"input": text}, timeout=PATIENCE_S).json()["input_ids"]
         return found
 
     (forced,) = ids("Hello")
@@ -143,7 +146,7 @@ def test_logit_bias_bans_and_forces(client: openai.OpenAI, base_url: str) -> Non
 
 
 def test_completions_take_text_ids_and_batches(client: openai.OpenAI, base_url: str) -> None:
-    ids = httpx.post(f"{base_url}/v1/encode", json={"input": "Hello there"}).json()["input_ids"]
+    ids = httpx.post(f"{base_url}/v1/encode", json={"input": "Hello there"}, timeout=PATIENCE_S).json()["input_ids"]
     text = client.completions.create(prompt="Hello there", **GREEDY).choices[0]
     assert client.completions.create(prompt=ids, **GREEDY).choices[0].text == text.text
     both = client.completions.create(prompt=["Hello there", "What"], n=2, **GREEDY)
@@ -159,10 +162,10 @@ def test_completions_take_text_ids_and_batches(client: openai.OpenAI, base_url: 
 
 def test_the_prompt_is_echoed_with_the_probabilities_that_it_had_when_it_was_made(client: openai.OpenAI, base_url: str) -> None:
     """What an evaluation by likelihood asks for: token ids, echo, no new token."""
-    ids = httpx.post(f"{base_url}/v1/encode", json={"input": "Hello there"}).json()["input_ids"]
+    ids = httpx.post(f"{base_url}/v1/encode", json={"input": "Hello there"}, timeout=PATIENCE_S).json()["input_ids"]
     made = client.completions.create(prompt=ids, logprobs=1, max_tokens=5, **GREEDY).choices[0]
     assert made.logprobs is not None
-    whole = httpx.post(f"{base_url}/v1/encode", json={"input": "Hello there" + made.text}).json()["input_ids"]
+    whole = httpx.post(f"{base_url}/v1/encode", json={"input": "Hello there" + made.text}, timeout=PATIENCE_S).json()["input_ids"]
     assert whole[: len(ids)] == ids
     scored = client.completions.create(prompt=whole, echo=True, logprobs=1, max_tokens=0, **GREEDY).choices[0]
     assert scored.text == "Hello there" + made.text
@@ -190,14 +193,20 @@ def test_completion_logprobs_carry_offsets_into_the_text(client: openai.OpenAI) 
 @pytest.mark.parametrize("stream", [True, False])
 def test_caller_that_leaves_frees_the_engine(base_url: str, demo_server: TritonServer, stream: bool) -> None:
     body = {"model": "demo", "messages": SUM, "stream": stream, "max_tokens": 1500, "ignore_eos": True}
-    with httpx.Client(timeout=httpx.Timeout(30, read=None if stream else 0.5)) as http:
-        if stream:
-            with http.stream("POST", f"{base_url}/v1/chat/completions", json=body) as reply:
-                next(reply.iter_lines())
-        else:
-            with pytest.raises(httpx.ReadTimeout):
-                http.post(f"{base_url}/v1/chat/completions", json=body)
+    with cancelling(demo_server) as engine, throttled(engine_pid(demo_server)):
+        asyncio.run(_leave(f"{base_url}/v1/chat/completions", body, lambda: engine.newest.num_running == 1))
     wait_idle(demo_server)
+
+
+async def _leave(url: str, body: Any, may_leave: Callable[[], bool]) -> None:
+    """Asks, and hangs up without a look at the answer."""
+    async with httpx.AsyncClient(timeout=PATIENCE_S) as http:
+        asking = asyncio.create_task(http.post(url, json=body))
+        while not may_leave():
+            assert not asking.done(), asking.result().text
+            await asyncio.sleep(0.02)
+        asking.cancel()
+        await asyncio.wait([asking])
 
 
 def test_refused_choices_leave_nothing_behind(base_url: str, demo_server: TritonServer) -> None:
@@ -250,7 +259,7 @@ def test_refused_choices_leave_nothing_behind(base_url: str, demo_server: Triton
     ],
 )  # fmt: skip
 def test_wrong_request_gets_openais_error_object(base_url: str, path: str, body: Any, status: int, words: str) -> None:
-    reply = httpx.post(f"{base_url}/v1/{path}", json=body)
+    reply = httpx.post(f"{base_url}/v1/{path}", json=body, timeout=PATIENCE_S)
     assert reply.status_code == status, reply.text
     error = reply.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
@@ -258,14 +267,18 @@ def test_wrong_request_gets_openais_error_object(base_url: str, path: str, body:
 
 
 def test_body_that_is_no_json_is_400(base_url: str) -> None:
-    reply = httpx.post(f"{base_url}/v1/completions", content=b"{nope", headers={"content-type": "application/json"})
+    reply = httpx.post(
+        f"{base_url}/v1/completions", content=b"{nope", headers={"content-type": "application/json"}, timeout=PATIENCE_S
+    )
     assert reply.status_code == 400
     assert "no JSON" in reply.json()["error"]["message"]
 
 
 def test_conversation_goes_on_and_ends(base_url: str) -> None:
     def say(**body: Any) -> dict[str, Any]:
-        reply: dict[str, Any] = httpx.post(f"{base_url}/v1/chat/interactive", json={"session_id": 11, "top_k": 1, **body}).json()
+        reply: dict[str, Any] = httpx.post(
+            f"{base_url}/v1/chat/interactive", json={"session_id": 11, "top_k": 1, **body}, timeout=PATIENCE_S
+        ).json()
         return reply
 
     first = say(prompt="My name is Mia.", interactive_mode=True)
@@ -278,7 +291,7 @@ def test_conversation_goes_on_and_ends(base_url: str) -> None:
 
 def test_interactive_stream_is_json_lines_that_end_with_the_reason(base_url: str) -> None:
     body = {"prompt": "Spell cat.", "top_k": 1, "stream": True}
-    with httpx.stream("POST", f"{base_url}/v1/chat/interactive", json=body) as reply:
+    with httpx.stream("POST", f"{base_url}/v1/chat/interactive", json=body, timeout=PATIENCE_S) as reply:
         lines = [json.loads(line) for line in reply.iter_lines()]
     assert [line["finish_reason"] for line in lines] == [None] * (len(lines) - 1) + ["stop"]
     assert "".join(line["text"] for line in lines)
@@ -288,8 +301,11 @@ def test_interactive_stream_is_json_lines_that_end_with_the_reason(base_url: str
 def test_models_health_and_metrics(client: openai.OpenAI, base_url: str) -> None:
     assert [model.id for model in client.models.list()] == ["demo"]
     assert client.models.retrieve("demo").id == "demo"
-    assert httpx.get(f"{base_url}/health").status_code == 200
-    assert 'turbotriton_openai_requests_total{path="/v1/models",status="200"}' in httpx.get(f"{base_url}/metrics").text
+    assert httpx.get(f"{base_url}/health", timeout=PATIENCE_S).status_code == 200
+    assert (
+        'turbotriton_openai_requests_total{path="/v1/models",status="200"}'
+        in httpx.get(f"{base_url}/metrics", timeout=PATIENCE_S).text
+    )
 
 
 def test_official_client_raises_its_own_errors(client: openai.OpenAI) -> None:
@@ -303,7 +319,7 @@ def test_keys_origins_and_a_dead_neighbour(demo_server: TritonServer) -> None:
     """One server with --api-keys, CORS for one origin, and two tritonservers behind it, the first of which is not there."""
     target = f"127.0.0.1:9,{demo_server.grpc_url}"
     with api_server(target, "--api-keys", "first-key", "second-key", "--allow-origins", "https://chat.example") as url:
-        assert httpx.get(f"{url}/v1/models").status_code == 401
+        assert httpx.get(f"{url}/v1/models", timeout=PATIENCE_S).status_code == 401
         with (
             openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0) as wrong,
             pytest.raises(openai.AuthenticationError),
@@ -313,44 +329,52 @@ def test_keys_origins_and_a_dead_neighbour(demo_server: TritonServer) -> None:
             for _ in range(4):
                 assert right.chat.completions.create(messages=SUM, max_tokens=2, **GREEDY).choices[0].message.content
         headers = {"Origin": "https://chat.example", "Authorization": "Bearer first-key"}
-        allowed = httpx.get(f"{url}/v1/models", headers=headers)
+        allowed = httpx.get(f"{url}/v1/models", headers=headers, timeout=PATIENCE_S)
         assert allowed.headers["access-control-allow-origin"] == "https://chat.example"
         assert (
             "access-control-allow-origin"
-            not in httpx.get(f"{url}/v1/models", headers=headers | {"Origin": "https://evil.example"}).headers
+            not in httpx.get(f"{url}/v1/models", headers=headers | {"Origin": "https://evil.example"}, timeout=PATIENCE_S).headers
         )
-        assert httpx.get(f"{url}/health").status_code == 200
+        assert httpx.get(f"{url}/health", timeout=PATIENCE_S).status_code == 200
 
 
 def test_full_queue_is_429_with_retry_after(demo_workspace: Path) -> None:
     options = {"max_batch_size": "1", "max_queued_requests": "1"}
     body = {"model": "demo", "messages": SUM, "stream": True, "max_tokens": 1500, "ignore_eos": True}
-    with TritonServer(demo_workspace / "model_repository", options=options) as server, api_server(server.grpc_url) as url:
-        with httpx.Client(timeout=30) as http, http.stream("POST", f"{url}/v1/chat/completions", json=body) as first:
-            lines = first.iter_lines()  # held: httpx closes the stream with its iterator
-            next(lines)
+    with (
+        TritonServer(demo_workspace / "model_repository", options=options) as server,
+        api_server(server.grpc_url) as url,
+        watched(server) as engine,
+    ):
+        chat = f"{url}/v1/chat/completions"
 
-            async def fill() -> httpx.Response:
-                async with httpx.AsyncClient(timeout=30) as more:
-                    waiting = asyncio.create_task(more.post(f"{url}/v1/chat/completions", json=body))
-                    for _ in range(100):
-                        await asyncio.sleep(0.1)
-                        if metric(server, "turbotriton_requests_waiting"):
-                            break
-                    refused = await more.post(f"{url}/v1/chat/completions", json=body)
-                    waiting.cancel()
-                    return refused
+        async def fill() -> httpx.Response:
+            async with httpx.AsyncClient(timeout=PATIENCE_S) as http:
+                asking = []
+                for counts in ((1, 0), (1, 1)):  # running, waiting
+                    asking.append(asyncio.create_task(http.post(chat, json=body)))
+                    while (engine.newest.num_running, engine.newest.num_waiting) != counts:
+                        await asyncio.sleep(0.02)
+                refused = await http.post(chat, json=body)
+                for one in asking:
+                    one.cancel()
+                await asyncio.wait(asking)
+                return refused
 
-            refused = asyncio.run(fill())
+        with throttled(engine_pid(server)):
+            refused = asyncio.run(asyncio.wait_for(fill(), 2 * PATIENCE_S))
         assert refused.status_code == 429
         assert refused.headers["retry-after"] == "1"
         assert "queue is full" in refused.json()["error"]["message"]
-        wait_until(lambda: metric(server, "turbotriton_requests_running") == 0, "every request leaving", 10)
+        wait_until(lambda: engine.newest.requests_total.get("cancelled") == 2, "both requests leaving")
 
 
 def test_away_server_is_503() -> None:
     with api_server("127.0.0.1:9") as url:
-        for reply in (httpx.get(f"{url}/health"), httpx.post(f"{url}/v1/completions", json={"model": "demo", "prompt": "x"})):
+        for reply in (
+            httpx.get(f"{url}/health", timeout=PATIENCE_S),
+            httpx.post(f"{url}/v1/completions", json={"model": "demo", "prompt": "x"}, timeout=PATIENCE_S),
+        ):
             assert reply.status_code == 503
             assert "127.0.0.1:9" in reply.json()["error"]["message"]
             assert reply.headers["retry-after"] == "1"

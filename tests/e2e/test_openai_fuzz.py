@@ -9,6 +9,7 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from schemathesis import GenerationMode
 
+from .engine import PATIENCE_S
 from .openai_server import api_server
 from .server import TritonServer
 
@@ -92,4 +93,4 @@ def test_no_request_is_answered_by_a_5xx(schema: Any, base_url: str, path: str, 
     check()
     if mode is GenerationMode.POSITIVE and path in ("/v1/chat/completions", "/v1/completions", "/v1/encode"):
         assert 200 in statuses
-    assert httpx.get(f"{base_url}/health").status_code == 200
+    assert httpx.get(f"{base_url}/health", timeout=PATIENCE_S).status_code == 200

@@ -10,9 +10,11 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from tests.programs import need_program
 
 from turbotriton.client.api_client import APIClient
 
+from .engine import PATIENCE_S
 from .openai_server import api_server
 from .server import TritonServer
 
@@ -22,6 +24,7 @@ pytestmark = pytest.mark.e2e
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Key and certificate for 127.0.0.1, which signs itself."""
+    need_program("openssl")
     folder = tmp_path_factory.mktemp("tls")
     key, certificate = folder / "key.pem", folder / "cert.pem"
     subprocess.run(
@@ -47,14 +50,15 @@ def test_clients_that_trust_the_certificate_are_served_and_others_are_not(
         with openai.OpenAI(
             base_url=f"{url}/v1", api_key="none", http_client=httpx.Client(verify=context, trust_env=False)
         ) as client:
-            chunks = list(client.completions.create(model="demo", prompt="Hello", max_tokens=4, stream=True))
+            chunks = list(client.completions.create(model="demo", prompt="Hello", max_tokens=4, temperature=0, stream=True))
             assert chunks[-1].choices[0].finish_reason == "length"
         with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
-            httpx.get(f"{url}/health", trust_env=False)
+            httpx.get(f"{url}/health", trust_env=False, timeout=PATIENCE_S)
         with pytest.raises(httpx.HTTPError):
-            httpx.get(f"{url}/health".replace("https", "http"), trust_env=False)
+            httpx.get(f"{url}/health".replace("https", "http"), trust_env=False, timeout=PATIENCE_S)
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-        with APIClient(url) as ours, ours.stream(messages=[{"role": "user", "content": "Hello"}], max_tokens=4) as stream:
+        hello: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4, "temperature": 0}
+        with APIClient(url) as ours, ours.stream(**hello) as stream:
             assert "".join(delta.text for delta in stream)
 
 

@@ -5,21 +5,21 @@ import dataclasses
 import json
 import re
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from tests.throttle import in_parts, throttled
 
-from turbotriton.backend.engine.client import EngineClient
 from turbotriton.client import Client
 from turbotriton.contract.errors import UnavailableError
 from turbotriton.contract.ini import EngineConfig
 
+from .engine import PATIENCE_S, wait_until, watched
 from .metrics import metric
-from .processes import engine_pid, throttled
+from .processes import engine_pid
 from .server import TritonServer
 
 pytestmark = pytest.mark.e2e
@@ -41,6 +41,7 @@ class Door:
     """The text door over HTTP; `ask` fails the test unless the status is the wanted one."""
 
     def __init__(self, server: TritonServer) -> None:
+        self.server = server
         self.url = f"{server.http_url}/v2/models/demo"
 
     def ask(self, status: int = 200, **body: Any) -> dict[str, Any]:
@@ -87,9 +88,12 @@ def _sampled(**options: Any) -> Callable[[Door], None]:
 
 
 def _stream(door: Door) -> None:
-    reply = httpx.post(f"{door.url}/generate_stream", json={"text_input": PROMPT, "stream": True, **GREEDY}, timeout=60)
-    events = [json.loads(line[6:]) for line in reply.text.splitlines() if line.startswith("data: ")]
-    assert len(events) > 1
+    def ask() -> list[Any]:
+        body = {"text_input": PROMPT, "stream": True, **GREEDY}
+        reply = httpx.post(f"{door.url}/generate_stream", json=body, timeout=PATIENCE_S)
+        return [json.loads(line[6:]) for line in reply.text.splitlines() if line.startswith("data: ")]
+
+    events = in_parts(engine_pid(door.server), ask)
     assert "".join(event["text_output"] for event in events) == door.text(**GREEDY)
 
 
@@ -274,7 +278,8 @@ JSON_VALUES: dict[str, Any] = {
 
 
 def test_json_keys_mean_what_the_flat_tensors_mean(door: Door) -> None:
-    without_tensor = {"include_stop_str_in_output", "logit_bias", "guided", "stream_interval"}  # the third: test_guided.py
+    elsewhere = {"guided", "prompt_logprobs"}  # test_guided.py, test_openai.py
+    without_tensor = {"include_stop_str_in_output", "logit_bias", "stream_interval"} | elsewhere
     assert set(JSON_VALUES) | without_tensor == set(JSON_NAMES)
     base = {"max_tokens": 20, "seed": 4}
     for key, value in JSON_VALUES.items():
@@ -296,9 +301,8 @@ def test_json_keys_mean_what_the_flat_tensors_mean(door: Door) -> None:
 #: engine option -> (value, what is seen of it): a refusal text, or a check on the running engine.
 def _info(field: str, wanted: Any) -> Callable[[TritonServer], None]:
     def check(server: TritonServer) -> None:
-        client = EngineClient.connect(next((server.folder / "run").glob("*.sock")))
-        assert getattr(client.info, field) == wanted
-        client.close()
+        with watched(server) as engine:
+            assert getattr(engine.info, field) == wanted
 
     return check
 
@@ -307,37 +311,34 @@ def _no_prefix_hits(server: TritonServer) -> None:
     door = Door(server)
     for _ in range(2):
         door.ask(text_input="a" * 100, max_tokens=1)
-    client = EngineClient.connect(next((server.folder / "run").glob("*.sock")))
-    assert client.stats().cached_tokens_total == 0
-    client.close()
+    with watched(server) as engine:
+        stats = engine.stats()
+    assert stats.prompt_tokens_total >= 2 * 16
+    assert stats.cached_tokens_total == 0
 
 
 def _queue_is_bounded_and_ordered(server: TritonServer) -> None:
     """max_batch_size 1 and max_queued_requests 3: one runs, three wait, the next is refused; the lowest priority goes first."""
-    watcher = EngineClient.connect(next((server.folder / "run").glob("*.sock")))
-    with Client(server.grpc_url) as client, throttled(engine_pid(server)) as slowed:
+    with watched(server) as engine, Client(server.grpc_url) as client, throttled(engine_pid(server)) as throttle:
         running = client.stream(PROMPT, max_tokens=250, ignore_eos=True)
         next(running)
         ended: list[int] = []
 
         def wait_for(priority: int) -> None:
-            client.generate(PROMPT, max_tokens=2, priority=priority)
+            client.generate(PROMPT, max_tokens=40, ignore_eos=True, priority=priority)
             ended.append(priority)
 
         threads = [threading.Thread(target=wait_for, args=(priority,)) for priority in (3, 1, 2)]
         for thread in threads:
             thread.start()
-        end = time.monotonic() + 10
-        while watcher.stats().num_waiting < 3:
-            assert time.monotonic() < end
-            time.sleep(0.02)
+        wait_until(lambda: engine.newest.num_waiting == 3, "three requests waiting")
         with pytest.raises(UnavailableError, match="the queue is full"):
             client.generate(PROMPT, max_tokens=2)
-        slowed.set()
         running.cancel()
-        for thread in threads:
-            thread.join(30)
-    watcher.close()
+        throttle.release()
+        with throttled(engine_pid(server), share=0.1):  # one is told of its end long before the next one has its own
+            for thread in threads:
+                thread.join()
     assert ended == [1, 2, 3]
 
 
@@ -369,7 +370,7 @@ def test_every_engine_option_is_honoured(demo_workspace: Path) -> None:
         for _name, (_value, check) in SERVED.items():
             check(server)
         assert metric(server, "turbotriton_engine_up") == 1
-        assert not re.search(r"^(vllm:|nv_trt_llm_)", httpx.get(server.metrics_url).text, re.MULTILINE)
+        assert not re.search(r"^(vllm:|nv_trt_llm_)", httpx.get(server.metrics_url, timeout=PATIENCE_S).text, re.MULTILINE)
 
 
 @pytest.mark.parametrize(("name", "value"), [("quant_policy", 5), ("max_batch_size", 0)])

@@ -9,13 +9,13 @@ from tests.client.browser import chromium
 from tests.pages import PORTS, ROOT, PageRun, commands_of
 from tests.programs import need_program
 
-from turbotriton.cli.running_server import free_ports
+from turbotriton.cli.running_server import held_ports
 from turbotriton.contract import env
 
 from .browsing import Visitor
 from .server import TritonServer
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]  # a page has many commands, each with a limit of its own
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +25,10 @@ def visitor() -> Iterator[Visitor]:
 
 
 @pytest.fixture
-def ports() -> dict[int, int]:
+def ports() -> Iterator[dict[int, int]]:
     documented = [port for flags in PORTS.values() for port in flags.values()]
-    return dict(zip(documented, free_ports(len(documented)), strict=True))
+    with held_ports(len(documented)) as held:
+        yield dict(zip(documented, held, strict=True))
 
 
 @pytest.mark.slow

@@ -11,15 +11,18 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from tests.throttle import throttled
 
-from turbotriton.cli.running_server import free_ports
+from turbotriton.cli.running_server import held_ports
 from turbotriton.client import Client, Delta
 from turbotriton.contract.errors import UnavailableError
 
-from .metrics import wait_until
+from .engine import PATIENCE_S, wait_until
+from .server import CRASHES, READY_TIMEOUT_S, START_TRIES
 
 pytestmark = pytest.mark.e2e
 
@@ -32,31 +35,53 @@ def run_folder() -> Iterator[Path]:
 
 
 @pytest.fixture
-def served(demo_workspace: Path, tmp_path: Path, run_folder: Path) -> Iterator["subprocess.Popen[bytes]"]:
+def ports() -> Iterator[list[int]]:
+    """HTTP, gRPC, metrics."""
+    with held_ports(3) as ports:
+        yield ports
+
+
+@pytest.fixture
+def served(demo_workspace: Path, tmp_path: Path, run_folder: Path, ports: list[int]) -> Iterator["subprocess.Popen[bytes]"]:
     """`serve` with every model ready; log at tmp_path/log."""
-    http, grpc, metrics = free_ports(3)
+    http, grpc, metrics = ports
     command = [sys.executable, "-m", "turbotriton", "serve", "tritonserver", str(demo_workspace)]
     command += [f"--http-port={http}", f"--grpc-port={grpc}", f"--metrics-port={metrics}", "--session-len=512"]
     command += ["--log-verbose=0"]  # not ours: passed on
-    log_path = tmp_path / "log"
     environment = os.environ | {"TURBOTRITON_RUNTIME_DIR": str(run_folder)}
-    with open(log_path, "wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-    try:
-        _wait_ready(process, http, log_path)
+    with _started(command, environment, tmp_path / "log", http) as process:
         yield process
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
 
 
-def _wait_ready(process: "subprocess.Popen[bytes]", http_port: int, log_path: Path) -> None:
-    end = time.monotonic() + 120
+@contextmanager
+def _started(
+    command: list[str], environment: dict[str, str], log_path: Path, http_port: int
+) -> Iterator["subprocess.Popen[bytes]"]:
+    """The process of `command` when the server is ready; one that crashes at its start is started again (see server.py)."""
+    for _ in range(START_TRIES):
+        with open(log_path, "wb") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        try:
+            if _is_ready_in_time(process, http_port, log_path):
+                yield process
+                return
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    pytest.fail("tritonserver crashed at each start")
+
+
+def _is_ready_in_time(process: "subprocess.Popen[bytes]", http_port: int, log_path: Path) -> bool:
+    """False when it has crashed instead."""
+    end = time.monotonic() + READY_TIMEOUT_S
     while not _ready(http_port):
+        if -(process.poll() or 0) in CRASHES:
+            return False
         assert process.poll() is None, log_path.read_text()[-3000:]
         assert time.monotonic() < end, log_path.read_text()[-3000:]
         time.sleep(0.1)
+    return True
 
 
 def _ready(http_port: int) -> bool:
@@ -87,7 +112,7 @@ def _regions(process: "subprocess.Popen[bytes]") -> list[Path]:
 def test_sigterm_stops_everything_cleanly(served: "subprocess.Popen[bytes]", tmp_path: Path, run_folder: Path) -> None:
     assert _regions(served), "no shared memory found, so its removal would prove nothing"
     served.send_signal(signal.SIGTERM)
-    assert served.wait(60) == 0
+    assert served.wait(2 * PATIENCE_S) == 0
     log_text = (tmp_path / "log").read_text(errors="replace")
     assert "Non-graceful" not in log_text, log_text[-2000:]
     assert "left behind" not in log_text, log_text[-2000:]
@@ -97,28 +122,23 @@ def test_sigterm_stops_everything_cleanly(served: "subprocess.Popen[bytes]", tmp
 
 
 def test_stop_ends_answers_that_take_longer_than_they_may_and_is_clean(
-    demo_workspace: Path, tmp_path: Path, run_folder: Path
+    demo_workspace: Path, tmp_path: Path, run_folder: Path, ports: list[int]
 ) -> None:
     """Without the engine's help tritonserver 24.10 unloads no model that still answers, and crashes or hangs at its exit timeout."""
-    http, grpc, metrics = free_ports(3)
+    http, grpc, metrics = ports
     command = [sys.executable, "-m", "turbotriton", "serve", "tritonserver", str(demo_workspace), "--max-batch-size=12"]
     command += [f"--http-port={http}", f"--grpc-port={grpc}", f"--metrics-port={metrics}", "--exit-timeout-secs=1"]
     environment = os.environ | {"TURBOTRITON_RUNTIME_DIR": str(run_folder), "OMP_NUM_THREADS": "1"}
-    with open(tmp_path / "log", "wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-    try:
-        _wait_ready(process, http, tmp_path / "log")
+    with _started(command, environment, tmp_path / "log", http) as process:
         with Client(f"127.0.0.1:{grpc}") as client, ThreadPoolExecutor(16) as pool:
-            streams = [client.stream("Once", max_tokens=2000, ignore_eos=True) for _ in range(16)]  # four of them wait
-            ended = [pool.submit(_error_of, stream) for stream in streams]
-            wait_until(lambda: _running(metrics) == 12, "twelve answers running", 30)
+            (engine,) = (pid for pid, command in _processes(run_folder).items() if "turbotriton.backend.engine" in command)
+            with throttled(engine, share=0.1):
+                streams = [client.stream("Once", max_tokens=2000, ignore_eos=True) for _ in range(16)]  # four of them wait
+                ended = [pool.submit(_error_of, stream) for stream in streams]
+                wait_until(lambda: _running(metrics) == 12, "twelve answers running")
             process.send_signal(signal.SIGTERM)
-            texts = {future.result(60) for future in ended}
-        assert process.wait(60) == 0
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
+            texts = {future.result(2 * PATIENCE_S) for future in ended}
+        assert process.wait(2 * PATIENCE_S) == 0
     assert texts == {"the server is stopping; send the request again when it is back"}
     log_text = (tmp_path / "log").read_text(errors="replace")
     for sign in ("Non-graceful", "left behind", "Exit timeout expired", "Signal (11)", "starting it again"):
@@ -135,7 +155,7 @@ def _error_of(stream: Iterator[Delta]) -> str:
 
 
 def _running(metrics_port: int) -> float:
-    page = urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}/metrics", timeout=5).read().decode()
+    page = urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}/metrics", timeout=PATIENCE_S).read().decode()
     found = re.search(r"^turbotriton_requests_running\{.*\} (\S+)$", page, re.MULTILINE)
     return float(found[1]) if found else 0.0
 
@@ -145,7 +165,7 @@ def test_killed_server_leaves_no_process_and_no_shared_memory(served: "subproces
     assert sum("triton_python_backend_stub" in command for command in processes.values()) >= 4
     server = next(pid for pid, command in processes.items() if "--model-repository=" in command)
     os.kill(server, signal.SIGKILL)
-    assert served.wait(30) == signal.SIGKILL
+    assert served.wait(2 * PATIENCE_S) == signal.SIGKILL
     assert not _processes(run_folder)
     assert not _regions(served)
 

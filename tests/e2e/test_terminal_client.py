@@ -7,11 +7,13 @@ import sys
 
 import pytest
 from tests.client.terminal_driver import CTRL_C, CTRL_D, TerminalProgram
+from tests.throttle import throttled
 
 from turbotriton.client import Client
 
-from .metrics import metric, settled, wait_idle, wait_until
-from .processes import LONG_STORY, engine_pid, throttled
+from .engine import PATIENCE_S, cancelling, wait_until
+from .metrics import metric, settled, wait_idle
+from .processes import LONG_STORY, engine_pid
 from .server import TritonServer
 
 pytestmark = pytest.mark.e2e
@@ -46,7 +48,7 @@ def test_the_terminals_greedy_answer_equals_the_text_doors(demo_server: TritonSe
         ],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=2 * PATIENCE_S,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert done.returncode == 0, done.stderr
@@ -59,12 +61,12 @@ def test_second_turn_computes_only_what_follows_the_last_full_block(demo_server:
     with start(demo_server, "--max-tokens", "40") as terminal:
         terminal.expect(">>> ")
         terminal.type(LONG_QUESTION + "\r")
-        terminal.expect(STATS, timeout_s=60)
+        terminal.expect(STATS)
         terminal.expect(">>> ")
         prompt = settled(demo_server, "turbotriton_prompt_tokens_total")
         hits = settled(demo_server, "turbotriton_prefix_cache_hit_tokens_total")
         terminal.type("And once more?\r")
-        sent, kept = (int(number) for number in terminal.expect(STATS, timeout_s=60).groups()[1:])
+        sent, kept = (int(number) for number in terminal.expect(STATS).groups()[1:])
         terminal.expect(">>> ")
         assert kept > block_size
         assert 0 < sent < kept
@@ -79,13 +81,14 @@ def test_second_turn_computes_only_what_follows_the_last_full_block(demo_server:
 
 
 def test_ctrl_c_stops_the_answer_at_the_engine_and_the_conversation_goes_on(demo_server: TritonServer) -> None:
-    with throttled(engine_pid(demo_server), share=0.05), start(demo_server) as terminal:
+    with start(demo_server) as terminal:
         terminal.expect(">>> ")
         for _ in range(2):
-            terminal.type(LONG_STORY + "\r")
-            wait_until(lambda: metric(demo_server, "turbotriton_requests_running") == 1, "the answer running", 15)
-            terminal.type(CTRL_C)
-            kept = int(terminal.expect(r"\[cancelled, .* kept (\d+) on the server\]").group(1))
+            with cancelling(demo_server), throttled(engine_pid(demo_server)):
+                terminal.type(LONG_STORY + "\r")
+                wait_until(lambda: metric(demo_server, "turbotriton_requests_running") == 1, "the answer running")
+                terminal.type(CTRL_C)
+                kept = int(terminal.expect(r"\[cancelled, .* kept (\d+) on the server\]").group(1))
             wait_idle(demo_server)
             terminal.expect(">>> ")
         assert kept > 0
@@ -111,7 +114,7 @@ def test_piped_questions_share_one_conversation(demo_server: TritonServer) -> No
         input="Hello\nCount from 1 to 3.\n",
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=2 * PATIENCE_S,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert done.returncode == 0, done.stderr

@@ -44,7 +44,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         default=[],
         help="limits for goodput: ttft=, tpot= and e2e= in milliseconds",
     )
-    out.add_argument("--warmup", type=_count, default=1, help="requests that are sent first and not measured")
+    out.add_argument("--warmup", type=_count, metavar="INT", default=1, help="requests that are sent first and not measured")
     out.add_argument("--output-dir", type=Path, default=Path("bench"), help="folder of the three files")
     out.add_argument("--timeout", type=float, default=600.0, help="seconds after which a request counts as failed")
     parser.set_defaults(run=run)
@@ -58,7 +58,7 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dataset-path", type=Path, help="sharegpt: the JSON file; trace: a CSV with TIMESTAMP,ContextTokens,GeneratedTokens"
     )
-    group.add_argument("--num-prompts", type=_count, default=None, help="requests (unset: 100; of a trace: all)")
+    group.add_argument("--num-prompts", type=_count, metavar="INT", default=None, help="requests (unset: 100; of a trace: all)")
     group.add_argument("--input-len", type=_lengths, default="128", metavar="N|LOW:HIGH", help="random: tokens of a prompt")
     group.add_argument(
         "--output-len", type=_lengths, default="128", metavar="N|LOW:HIGH", help="random, sharegpt: tokens to ask for"
@@ -79,10 +79,16 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
 def _add_arrivals(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("when it is sent (a trace brings its own times)")
     group.add_argument(
-        "--concurrency", type=_count, default=None, help="most requests at once (unset: 16, or no limit with a rate or a trace)"
+        "--concurrency",
+        type=_count,
+        metavar="INT",
+        default=None,
+        help="most requests at once (unset: 16, or no limit with a rate or a trace)",
     )
-    group.add_argument("--request-rate", type=_rate, default=None, help="requests a second, Poisson arrivals; inf: all at once")
-    group.add_argument("--trace-speed", type=_rate, default=1.0, help="trace: 2 replays it twice as fast")
+    group.add_argument(
+        "--request-rate", type=_rate, metavar="FLOAT", default=None, help="requests a second, Poisson arrivals; inf: all at once"
+    )
+    group.add_argument("--trace-speed", type=_rate, metavar="FLOAT", default=1.0, help="trace: 2 replays it twice as fast")
 
 
 def _count(text: str) -> int:

@@ -16,6 +16,7 @@ import pytest
 from tests.backend.scheduling.fakes import VOCAB_SIZE, FakeRunner, model_config
 from tokenizers import Tokenizer
 
+from turbotriton.backend.engine import loop
 from turbotriton.backend.engine.engine import Engine, Guides
 from turbotriton.backend.engine.guided import MAX_CACHED_GRAMMARS, Grammars, MaskFiller, Matcher, find_tokenizer
 from turbotriton.backend.engine.loop import EngineLoop
@@ -25,6 +26,8 @@ from turbotriton.contract.ini import EngineConfig
 from turbotriton.contract.wire import FinishReason, GenerateRequest, SamplingParams, TokenDelta
 from turbotriton.demo import checkpoint_path
 
+#: Seconds until what has to happen counts as missing: only a test that fails waits for so long.
+PATIENCE_S = 60.0
 TOKENIZER_JSON = checkpoint_path() / "tokenizer.json"
 TOKENIZER = Tokenizer.from_file(str(TOKENIZER_JSON))
 EOS = TOKENIZER.token_to_id("<|im_end|>")
@@ -81,7 +84,7 @@ def test_any_walk_through_the_masks_ends_in_a_text_of_the_grammar(grammars: Gram
     guided, matches = KINDS[kind]
     texts = set()
     for seed in range(12):
-        dice, matcher, token_ids = random.Random(seed), grammars.open(guided).result(10), []
+        dice, matcher, token_ids = random.Random(seed), grammars.open(guided).result(PATIENCE_S), []
         while not matcher.is_complete:
             (ids,) = allowed(filler, matcher)
             assert ids
@@ -95,7 +98,7 @@ def test_any_walk_through_the_masks_ends_in_a_text_of_the_grammar(grammars: Gram
 
 
 def test_any_json_object_is_one(grammars: Grammars, filler: MaskFiller) -> None:
-    matcher, text = grammars.open(("json_object", "")).result(10), '{"a": [1, true, {"b": null}]}'
+    matcher, text = grammars.open(("json_object", "")).result(PATIENCE_S), '{"a": [1, true, {"b": null}]}'
     for token in TOKENIZER.encode(text, add_special_tokens=False).ids:
         assert token in allowed(filler, matcher)[0]
         assert matcher.accept(token) is None
@@ -103,7 +106,7 @@ def test_any_json_object_is_one(grammars: Grammars, filler: MaskFiller) -> None:
 
 
 def test_end_of_text_is_allowed_only_where_the_grammar_may_end(grammars: Grammars, filler: MaskFiller) -> None:
-    matcher = grammars.open(("regex", "ab?")).result(10)
+    matcher = grammars.open(("regex", "ab?")).result(PATIENCE_S)
     assert EOS not in allowed(filler, matcher)[0]
     assert matcher.accept(TOKENIZER.token_to_id("a")) is None
     assert set(allowed(filler, matcher)[0]) == {TOKENIZER.token_to_id("b"), EOS}
@@ -112,7 +115,7 @@ def test_end_of_text_is_allowed_only_where_the_grammar_may_end(grammars: Grammar
 
 
 def test_token_outside_the_grammar_is_told(grammars: Grammars) -> None:
-    matcher = grammars.open(("choice", '["a"]')).result(10)
+    matcher = grammars.open(("choice", '["a"]')).result(PATIENCE_S)
     reason = matcher.accept(TOKENIZER.token_to_id("b"))
     assert reason is not None
     assert "cannot go on" in reason
@@ -120,7 +123,7 @@ def test_token_outside_the_grammar_is_told(grammars: Grammars) -> None:
 
 
 def test_rows_of_one_step_have_masks_of_their_own(grammars: Grammars, filler: MaskFiller) -> None:
-    first, second = (grammars.open(("choice", choice)).result(10) for choice in ('["a"]', '["b"]'))
+    first, second = (grammars.open(("choice", choice)).result(PATIENCE_S) for choice in ('["a"]', '["b"]'))
     a, b = TOKENIZER.token_to_id("a"), TOKENIZER.token_to_id("b")
     assert allowed(filler, first, second, first) == [[a], [b], [a]]
 
@@ -137,7 +140,7 @@ def test_rows_of_one_step_have_masks_of_their_own(grammars: Grammars, filler: Ma
 )
 def test_what_cannot_be_compiled_is_refused_in_one_line(grammars: Grammars, guided: tuple[str, str], words: str) -> None:
     with pytest.raises(InvalidInputError) as refused:
-        grammars.open(guided).result(10)
+        grammars.open(guided).result(PATIENCE_S)
     assert words in str(refused.value)
     assert "\n" not in str(refused.value)
     assert len(str(refused.value)) < 400
@@ -155,10 +158,10 @@ def test_one_grammar_is_compiled_once_and_the_least_recently_used_is_dropped(mon
     monkeypatch.setattr(Grammars, "_compile", counted)
     kept = ("regex", "kept")
     for number in range(MAX_CACHED_GRAMMARS + 5):
-        grammars.open(("regex", f"x{number}")).result(10)
-        grammars.open(kept).result(10)
+        grammars.open(("regex", f"x{number}")).result(PATIENCE_S)
+        grammars.open(kept).result(PATIENCE_S)
     assert compiled.count(kept) == 1
-    grammars.open(("regex", "x0")).result(10)
+    grammars.open(("regex", "x0")).result(PATIENCE_S)
     assert compiled.count(("regex", "x0")) == 2
     grammars.close()
 
@@ -226,10 +229,10 @@ class Bench:
 
     def wait_for_grammars(self) -> None:
         """All take their places at once: who is preempted no longer hangs on the compiler's time."""
-        wait([held.opened for held in self.engine._held], 10)
+        wait([held.opened for held in self.engine._held], PATIENCE_S)
 
     def run(self, *request_ids: int) -> None:
-        end = time.monotonic() + 20
+        end = time.monotonic() + PATIENCE_S
         while not all(self.last(request_id) for request_id in request_ids):
             assert time.monotonic() < end
             self.step()
@@ -338,7 +341,7 @@ class SlowGrammars(Grammars):
         self.may_go = threading.Event()
 
     def _compile(self, guided: tuple[str, str]) -> Any:
-        self.may_go.wait(20)
+        self.may_go.wait(PATIENCE_S)
         return super()._compile(guided)
 
 
@@ -403,7 +406,7 @@ def test_masks_are_filled_while_the_forward_runs() -> None:
     original = bench.guides.filler._fill_rows
 
     def fill(*arguments: Any) -> None:
-        assert has_begun.wait(10), "the masks were waited for before the runner got the plan"
+        assert has_begun.wait(PATIENCE_S), "the masks were waited for before the runner got the plan"
         original(*arguments)
 
     bench.guides.filler._fill_rows = fill  # type: ignore[method-assign]
@@ -420,19 +423,19 @@ def test_masks_are_filled_while_the_forward_runs() -> None:
     assert bench.text(1) == "held"
 
 
-def test_loop_wakes_when_a_grammar_is_there() -> None:
-    """Nothing else happens meanwhile: the request starts long before the loop would have looked again by itself."""
+def test_loop_wakes_when_a_grammar_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing else happens meanwhile, and by itself the loop would not look again in the test's time."""
+    monkeypatch.setattr(loop, "IDLE_WAIT_S", 3600.0)
     bench = Bench()
-    ends: Future[float] = Future()
+    ends: Future[FinishReason] = Future()
 
     def deliver(owner: object, deltas: list[TokenDelta]) -> None:
         if deltas[-1].finish_reason is not None:
-            ends.set_result(time.monotonic())
+            ends.set_result(deltas[-1].finish_reason)
 
-    bench.guides.grammars.open(("choice", '["a"]')).result(10)  # the tokenizer is loaded
-    loop = EngineLoop(bench.engine, deliver, lambda stats: None, lambda reason: None)
-    loop.start()
-    began = time.monotonic()
-    loop.submit("test", GenerateRequest(1, (1,), SamplingParams(max_new_tokens=5, guided=("choice", '["a"]'))))
-    assert ends.result(10) - began < 0.15
-    loop.stop()
+    bench.guides.grammars.open(("choice", '["a"]')).result(PATIENCE_S)  # the tokenizer is loaded
+    engine_loop = EngineLoop(bench.engine, deliver, lambda stats: None, lambda reason: None)
+    engine_loop.start()
+    engine_loop.submit("test", GenerateRequest(1, (1,), SamplingParams(max_new_tokens=5, guided=("choice", '["a"]'))))
+    assert ends.result(PATIENCE_S) is FinishReason.STOP
+    engine_loop.stop()

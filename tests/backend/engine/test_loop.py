@@ -2,7 +2,6 @@
 
 import queue
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,9 @@ from turbotriton.backend.scheduling.plan import StepPlan, StepResult
 from turbotriton.contract.errors import UnavailableError
 from turbotriton.contract.ini import EngineConfig
 from turbotriton.contract.wire import FinishReason, GenerateRequest, SamplingParams, TokenDelta
+
+#: Seconds until what has to happen counts as missing: only a test that fails waits for so long.
+PATIENCE_S = 60.0
 
 
 class Harness:
@@ -43,7 +45,7 @@ class Harness:
     def collect(self, request_id: int) -> tuple[list[int], TokenDelta]:
         tokens: list[int] = []
         while True:
-            _, delta = self.deltas.get(timeout=10)
+            _, delta = self.deltas.get(timeout=PATIENCE_S)
             if delta.request_id == request_id:
                 tokens += delta.token_ids
                 if delta.finish_reason is not None:
@@ -87,7 +89,7 @@ def test_request_waiting_for_a_slot_can_be_cancelled_and_one_whose_deadline_is_o
     harness.submit(4, (4,), 60, deadline_ms=0)
     ends = {}
     while len(ends) < 4:
-        _, delta = harness.deltas.get(timeout=10)
+        _, delta = harness.deltas.get(timeout=PATIENCE_S)
         if delta.finish_reason is not None:
             ends[delta.request_id] = delta.finish_reason
     harness.loop.stop()
@@ -95,17 +97,18 @@ def test_request_waiting_for_a_slot_can_be_cancelled_and_one_whose_deadline_is_o
 
 
 def test_owner_that_is_dropped_gets_nothing_more_and_the_other_goes_on() -> None:
-    gate = threading.Event()
+    gate, is_stepping = threading.Event(), threading.Event()
     runner = FakeRunner(16, 4)
 
     def execute(plan: StepPlan) -> StepResult:
-        gate.wait(10)
+        is_stepping.set()
+        gate.wait(PATIENCE_S)
         return runner.execute(plan)
 
     harness = Harness(execute)
     harness.submit(1, (1,), 50, owner="gone")
     harness.submit(2, (2,), 20, owner="stays")
-    time.sleep(0.05)
+    assert is_stepping.wait(PATIENCE_S)
     harness.loop.drop("gone")
     gate.set()
     tokens, _ = harness.collect(2)
@@ -119,7 +122,7 @@ def test_drained_engine_ends_running_and_waiting_requests_and_refuses_those_that
     gate, runner = threading.Event(), FakeRunner(16, 4)
 
     def execute(plan: StepPlan) -> StepResult:
-        gate.wait(10)
+        gate.wait(PATIENCE_S)
         return runner.execute(plan)
 
     harness = Harness(execute)
@@ -140,10 +143,12 @@ def test_runner_that_raises_ends_the_engine_once(caplog: pytest.LogCaptureFixtur
     def execute(plan: StepPlan) -> StepResult:
         raise RuntimeError("illegal memory access")
 
-    harness = Harness(execute, watchdog_s=0.1)
+    harness = Harness(execute)
     harness.submit(1, (1,), 5)
-    assert harness.has_failed.wait(10)
-    time.sleep(0.3)  # the watchdog has looked several times
+    assert harness.has_failed.wait(PATIENCE_S)
+    harness.loop._watchdog_s = 0.0  # the step that raised counts as stuck from now on
+    harness.loop._watchdog.join(PATIENCE_S)  # it has found so
+    assert not harness.loop._watchdog.is_alive()
     harness.loop.stop()
     assert len(harness.failures) == 1
     assert "internal error" in harness.failures[0]
@@ -154,12 +159,12 @@ def test_stuck_step_trips_the_watchdog_once(capfd: pytest.CaptureFixture[str]) -
     gate = threading.Event()
 
     def execute(plan: StepPlan) -> StepResult:
-        gate.wait(10)
+        gate.wait(PATIENCE_S)
         raise RuntimeError("late")
 
     harness = Harness(execute, watchdog_s=0.2)
     harness.submit(1, (1,), 5)
-    assert harness.has_failed.wait(5)
+    assert harness.has_failed.wait(PATIENCE_S)
     gate.set()
     harness.loop.stop()
     assert len(harness.failures) == 1

@@ -20,7 +20,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[3]
 REPORT_VARIABLE = "TURBOTRITON_TEST_INTERPRETED_REPORT"  # set for the child only: where it writes its outcomes
-CHILD_SECONDS = 280
+CHILD_SECONDS = 1500  # a minute or two on a machine that has nothing else to do
 OUTCOMES = pytest.StashKey[dict[Path, dict[str, str]]]()
 GUARD = 64  # elements before and after every output
 
@@ -55,7 +55,13 @@ def _repair_interpreter_of_triton_3_6() -> None:
 
 
 def _runs_in_child(item: pytest.Item) -> bool:
-    return "interpreted" in item.keywords and not os.environ.get(REPORT_VARIABLE)
+    return item.get_closest_marker("interpreted") is not None and not os.environ.get(REPORT_VARIABLE)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if _runs_in_child(item):  # the first of a file waits for all of them
+            item.add_marker(pytest.mark.timeout(CHILD_SECONDS + 60))
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -65,7 +71,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     session, path = pyfuncitem.session, pyfuncitem.path
     outcomes = session.stash.setdefault(OUTCOMES, {})
     if path not in outcomes:
-        mine = [item.nodeid for item in session.items if "interpreted" in item.keywords and item.path == path]
+        mine = [item.nodeid for item in session.items if _runs_in_child(item) and item.path == path]
         outcomes[path] = _run_interpreted(mine)
     failure = outcomes[path].get(pyfuncitem.nodeid, "the child ended before this case: it crashed or ran out of time")
     if failure:

@@ -59,7 +59,7 @@ class Sender:
     def send(self, response: InferenceResponse | None = None, flags: int = 0) -> None:
         assert not self.is_final.is_set(), "a response after FINAL"
         self.is_sending.set()
-        assert self.gate.wait(10)
+        assert self.gate.wait(60)
         if self.fails:
             raise RuntimeError("the client's connection is gone")
         self.sent.append((response, flags))
@@ -72,7 +72,7 @@ class Sender:
         return self.is_client_gone
 
     def wait(self) -> Self:
-        assert self.is_final.wait(10), "no last response"
+        assert self.is_final.wait(60), "no last response"
         return self
 
     @property

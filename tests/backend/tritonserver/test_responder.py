@@ -1,6 +1,5 @@
 """Deltas to responses: coalescing, order, cancellation, and exactly one last response whatever breaks."""
 
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -69,7 +68,7 @@ def client(responder: Any, engine: FakeClient) -> Client:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.005)
@@ -206,11 +205,10 @@ def test_an_engine_that_is_gone_answers_through_the_mailbox(client: Client, engi
 def test_close_sends_what_waits_and_ends_the_threads(engine: FakeClient) -> None:
     from turbotriton.backend.tritonserver.responder import Responder
 
-    before = threading.active_count()
     responder = Responder()
     clients = [Client(responder, engine) for _ in range(8)]
     for client in clients:
         client.put(1, finish=FinishReason.CANCELLED)
-    responder.close()
+    responder.close(timeout_s=60)
     assert all(client.sender.is_final.is_set() for client in clients)
-    assert threading.active_count() == before
+    assert not any(thread.is_alive() for thread in responder._threads)
