@@ -24,6 +24,7 @@ models to nothing. What lies in a block past the context is read and left out; o
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -36,12 +37,13 @@ from .paged_decode_attention import REDUCE_ELEMENTS, REDUCE_TILE, _add_splits, _
 from .quantized_words import (
     block_of,
     fast_exp2,
-    fast_inverse,
     fast_log2,
-    key_rows,
+    load_keys,
     load_params,
-    load_words,
-    tile_start,
+    load_values,
+    nibbles,
+    params_of,
+    signed_bytes,
     widened,
 )
 from .split_sum import is_last_of, workspace
@@ -50,6 +52,8 @@ from .tuning import next_power_of_2, quantized_decode_attention_config
 __all__ = ["quantized_decode_attention"]
 
 Pages = QuantizedPages | StaticInt8Pages
+
+LEEWAY_BITS = 0x41000000  # of 8.0 in fp32
 
 
 @triton.jit(do_not_specialize=["stride_table_row", "num_splits"])
@@ -73,13 +77,10 @@ def _quantized_split_kernel(
     stride_q_head,
     stride_data_block,
     stride_data_head,
-    stride_data_token,
     stride_k_params_block,
     stride_k_params_head,
-    stride_k_params_token,
     stride_v_params_block,
     stride_v_params_head,
-    stride_v_params_token,
     stride_table_row,
     NUM_HEADS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
@@ -92,6 +93,12 @@ def _quantized_split_kernel(
     E4M3: tl.constexpr,
     ONE_SPLIT: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
+    STRIDE_TOKEN: tl.constexpr,
+    STRIDE_K_PARAMS: tl.constexpr,
+    STRIDE_V_PARAMS: tl.constexpr,
+    K_PARAMS: tl.constexpr,
+    V_PARAMS: tl.constexpr,
+    LEEWAY_BITS: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
     PADDED_GROUP: tl.constexpr,
@@ -117,166 +124,171 @@ def _quantized_split_kernel(
 
     q_dtype: tl.constexpr = q_ptr.dtype.element_ty
     dtype: tl.constexpr = tl.float32 if q_dtype == tl.float32 else tl.float16
-    PLUS: tl.constexpr = 0.0 if dtype == tl.float32 or E4M3 else 1024.0
+    INTEGER: tl.constexpr = dtype == tl.float16 and not E4M3  # q K^T by the integer matrix unit
+    PLUS: tl.constexpr = 0.0 if dtype == tl.float32 or E4M3 else 1024.0  # in a widened value
     UNIT: tl.constexpr = 256.0 if E4M3 else 1.0  # of a widened number
-    LEEWAY: tl.constexpr = 8.0
-    HIGH: tl.constexpr = 1 / 16 if BITS == 4 else 1.0
     HALF: tl.constexpr = HEAD_DIM // 2
-    IS_PADDED: tl.constexpr = HALF != BLOCK_HALF
-    N8: tl.constexpr = BLOCK_N // 8
-    NW: tl.constexpr = BLOCK_HALF // 16  # words of a lane: keys
-    VW: tl.constexpr = BLOCK_HALF // 32  # and values
+    ROW: tl.constexpr = HALF if BITS == 4 else HEAD_DIM  # bytes of a key
+    BLOCK_ROW: tl.constexpr = BLOCK_HALF if BITS == 4 else 2 * BLOCK_HALF
+    J: tl.constexpr = BLOCK_N // 8  # keys of a lane in the scores
+    Q: tl.constexpr = BLOCK_G // 4  # heads of a lane
+    KW: tl.constexpr = BLOCK_ROW // 16  # words of a lane: of a key
+    VW: tl.constexpr = BLOCK_ROW // 32  # and of a value
 
-    offs_g = tl.arange(0, BLOCK_G)
-    offs_n = tl.arange(0, BLOCK_N)
-    offs_half = tl.arange(0, BLOCK_HALF)
-    k_dims = (
-        offs_half // 4 % 4 * (4 * NW) + offs_half // 32 * 8 + offs_half % 2 * 4 + offs_half // 16 % 2 * 2 + offs_half // 2 % 2
-    )
-    v_dims = offs_half % 8 * (4 * VW) + offs_half // 32 * 4 + offs_half // 8 % 4
-    mask_g = offs_g < GROUP_SIZE
-    heads = kv_head * GROUP_SIZE + offs_g
-    q_ptrs = q_ptr + sequence * stride_q_row + heads[None, :] * stride_q_head + k_dims[:, None]
-    mask_q = mask_g[None, :] & (k_dims < HALF)[:, None]
-    q_lo = tl.load(q_ptrs, mask=mask_q, other=0.0).to(tl.float32)  # [BLOCK_HALF, BLOCK_G]
-    q_hi = tl.load(q_ptrs + HALF, mask=mask_q, other=0.0).to(tl.float32)
-    largest = tl.maximum(tl.max(tl.abs(q_lo), axis=0), tl.max(tl.abs(q_hi), axis=0))
+    # Columns are pairs of a head's digits.
+    k_dims = _k_dims(tl.arange(0, BLOCK_ROW), INTEGER)
+    columns = tl.arange(0, 2 * BLOCK_G)
+    q_ptrs = q_ptr + sequence * stride_q_row + (kv_head * GROUP_SIZE + columns // 2)[None, :] * stride_q_head + k_dims[:, None]
+    mask_q = (columns // 2 < GROUP_SIZE)[None, :] & (k_dims < ROW)[:, None]
+    q = tl.load(q_ptrs, mask=mask_q, other=0.0).to(tl.float32)  # [BLOCK_ROW, 2 BLOCK_G]
+    largest = tl.max(tl.abs(q), axis=0)
+    q_hi = q
+    if BITS == 4:
+        q_hi = tl.load(q_ptrs + HALF, mask=mask_q, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.max(tl.abs(q_hi), axis=0))
     largest = tl.where(largest > 0, largest, 1.0)
-    q_lo = (q_lo / largest[None, :]).to(dtype)
-    q_hi = (q_hi / largest[None, :]).to(dtype)
-    # sums over dims by the matrix unit: they stand where a product's columns stand, and need not be moved there for every tile
-    ones = tl.full((16, BLOCK_HALF), 1.0, dtype)
-    sum_lo = tl.sum(tl.dot(ones, q_lo, input_precision="ieee"), axis=0) / 16
-    sum_hi = tl.sum(tl.dot(ones, q_hi, input_precision="ieee"), axis=0) / 16
-    head_scale = largest * scale_log2
+    q, sum_lo = _digits(q / largest[None, :], INTEGER, dtype)
+    q_hi, sum_hi = _digits(q_hi / largest[None, :], INTEGER, dtype)
+    # Numbers of a (key, head) or a head stand as the products do: [J, 8, Q, 4]
+    head_scale = _of_heads(largest, Q) * (scale_log2 / (32512.0 if INTEGER else 1.0))
+    sum_lo = _of_heads(sum_lo, Q) * head_scale
+    sum_hi = _of_heads(sum_hi, Q) * head_scale
+    k_unit = head_scale * UNIT
+    high_unit = head_scale / 16
+    low_plus = 0.0 * sum_lo if BITS == 4 or E4M3 or STATIC else 128 * sum_lo
+    high_plus = 8 * sum_hi
 
     table_ptr = block_tables_ptr + sequence * stride_table_row
     k_head_ptr = k_data_ptr + kv_head * stride_data_head
     v_head_ptr = v_data_ptr + kv_head * stride_data_head
     k_params_head_ptr = k_params_ptr + kv_head * stride_k_params_head
     v_params_head_ptr = v_params_ptr + kv_head * stride_v_params_head
-    place = tl.arange(0, 32 * N8)  # lanes of 8 keys after 8 keys
-    k_places = (place % 4 * NW)[:, None] + tl.arange(0, NW)[None, :]
-    v_places = (place % 32 // 4 * VW)[:, None] + tl.arange(0, VW)[None, :]
-    k_keys = place // 4
-    v_keys = place // 64 * 16 + place % 4 * 4 + place // 32 % 2 * 2
+    offs_n = tl.reshape(tl.arange(0, 8)[None, :] * J + tl.arange(0, J)[:, None], (J, 8, 1, 1))
 
-    maximum = tl.full((BLOCK_G,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_G,), tl.float32)
-    of_zeros = tl.zeros((BLOCK_G,), tl.float32)
-    of_ones = tl.zeros((16, BLOCK_G), tl.float32)
-    acc_lo = tl.zeros((BLOCK_HALF, BLOCK_G), tl.float32)
-    acc_hi = tl.zeros((BLOCK_HALF, BLOCK_G), tl.float32)
+    maximum = tl.zeros((1, 1, Q, 4), tl.float32)
+    total = tl.zeros((8, Q, 4), tl.float32)
+    of_zeros = tl.zeros((8, Q, 4), tl.float32)
+    of_ones = tl.zeros((16, 2 * BLOCK_G), tl.float32)
+    acc = tl.zeros((16 * VW, 2 * BLOCK_G), tl.float32)
+    acc_hi = acc
     last = tl.maximum(end - 1, 0)
     block = block_of(table_ptr, start, last, BLOCK_SIZE)
     next_block = block_of(table_ptr, start + BLOCK_N, last, BLOCK_SIZE)  # ids are read two tiles ahead
-    first_rows = key_rows(table_ptr, start, k_keys, last, stride_data_block, stride_data_token, BLOCK_SIZE, BLOCK_N)
-    k_tile_ptr = k_head_ptr + tile_start(block, start, stride_data_block, stride_data_token, BLOCK_SIZE, BLOCK_N)
-    k_words = load_words(k_tile_ptr, first_rows, k_places, HALF, IS_PADDED)
-    k_words_hi = k_words
-    if BITS == 8:
-        k_words_hi = load_words(k_tile_ptr + HALF // 4, first_rows, k_places, HALF, IS_PADDED)
-    # Every tile holds at least one key that is seen, so `maximum` is finite after the first.
+    k_words = load_keys(
+        k_head_ptr, table_ptr, block, start, last, stride_data_block, STRIDE_TOKEN, BLOCK_SIZE, BLOCK_N, KW, ROW, BLOCK_ROW
+    )
+    if not STATIC:
+        k_params = load_params(
+            k_params_head_ptr, table_ptr, block, start, last, stride_k_params_block, STRIDE_K_PARAMS, BLOCK_SIZE, BLOCK_N, K_PARAMS
+        )
+        v_params = load_params(
+            v_params_head_ptr, table_ptr, block, start, last, stride_v_params_block, STRIDE_V_PARAMS, BLOCK_SIZE, BLOCK_N, V_PARAMS
+        )
+    # Every tile holds at least one key that is seen, so `maximum` is a score's after the first.
     for tile in tl.range(start, end, BLOCK_N, num_stages=1):
         block_after = block_of(table_ptr, tile + 2 * BLOCK_N, last, BLOCK_SIZE)
-        even_rows = key_rows(table_ptr, tile, v_keys, last, stride_data_block, stride_data_token, BLOCK_SIZE, BLOCK_N)
-        odd_rows = key_rows(table_ptr, tile, v_keys + 1, last, stride_data_block, stride_data_token, BLOCK_SIZE, BLOCK_N)
-        v_tile_ptr = v_head_ptr + tile_start(block, tile, stride_data_block, stride_data_token, BLOCK_SIZE, BLOCK_N)
-        v_words = tl.join(
-            load_words(v_tile_ptr, even_rows, v_places, HALF, IS_PADDED),
-            load_words(v_tile_ptr, odd_rows, v_places, HALF, IS_PADDED),
+        v_words = load_values(
+            v_head_ptr, table_ptr, block, tile, last, stride_data_block, STRIDE_TOKEN, BLOCK_SIZE, BLOCK_N, VW, ROW, BLOCK_ROW
         )
-        v_words_hi = v_words
-        if BITS == 8:
-            v_words_hi = tl.join(
-                load_words(v_tile_ptr + HALF // 4, even_rows, v_places, HALF, IS_PADDED),
-                load_words(v_tile_ptr + HALF // 4, odd_rows, v_places, HALF, IS_PADDED),
-            )
         if STATIC:
-            k_scale_lo = tl.load(k_params_ptr + kv_head + offs_n * 0)
-            k_zero_lo = tl.load(k_zero_ptr + kv_head + offs_n * 0) - 128 * k_scale_lo
+            k_scale = tl.load(k_params_ptr + kv_head + offs_n * 0)
+            k_zero = tl.load(k_zero_ptr + kv_head + offs_n * 0)
             v_scale = tl.load(v_params_ptr + kv_head + offs_n * 0)
             v_zero = tl.load(v_zero_ptr + kv_head + offs_n * 0) - 128 * v_scale
         else:
-            k_rows = key_rows(table_ptr, tile, offs_n, last, stride_k_params_block, stride_k_params_token, BLOCK_SIZE, BLOCK_N)
-            v_rows = key_rows(table_ptr, tile, offs_n, last, stride_v_params_block, stride_v_params_token, BLOCK_SIZE, BLOCK_N)
-            k_at = k_params_head_ptr + tile_start(block, tile, stride_k_params_block, stride_k_params_token, BLOCK_SIZE, BLOCK_N)
-            v_at = v_params_head_ptr + tile_start(block, tile, stride_v_params_block, stride_v_params_token, BLOCK_SIZE, BLOCK_N)
-            k_scale_lo, k_zero_lo = load_params(k_at, k_rows, 0, q_dtype)
-            v_scale, v_zero = load_params(v_at, v_rows, 0, q_dtype)
+            k_scale, k_zero = params_of(k_params, 0, K_PARAMS, J, q_dtype)
+            v_scale, v_zero = params_of(v_params, 0, V_PARAMS, J, q_dtype)
+        # scores - maximum, in log2
+        if BITS == 4:
+            k_lo, k_hi = nibbles(k_words, INTEGER, dtype, ASM)
+            products = _products(k_lo, q, J, KW, INTEGER) * k_unit
+            products_hi = _products(k_hi, q_hi, J, KW, INTEGER) * high_unit + high_plus
+            k_scale_hi, k_zero_hi = k_scale, k_zero
             if HALVES:
-                k_scale_hi, k_zero_hi = load_params(k_at, k_rows, 1, q_dtype)
-        k_lo, k_hi = widened(k_words, BITS, E4M3, dtype, ASM)  # [32 N8, NW, 2, 2]
-        if BITS == 8:
-            k_hi, _ = widened(k_words_hi, BITS, E4M3, dtype, ASM)
-        products = tl.dot(_key_operand(k_lo), q_lo, input_precision="ieee")  # [BLOCK_N, BLOCK_G]
-        if HALVES:
-            products_hi = tl.dot(_key_operand(k_hi), q_hi, input_precision="ieee")
-            scores = products * k_scale_lo[:, None] + products_hi * (k_scale_hi * HIGH)[:, None]
-            scores += sum_lo[None, :] * (k_zero_lo - PLUS * k_scale_lo)[:, None]
-            scores += sum_hi[None, :] * (k_zero_hi - PLUS * HIGH * k_scale_hi)[:, None]
+                k_scale_hi, k_zero_hi = params_of(k_params, 1, K_PARAMS, J, q_dtype)
+            scores = sum_lo * k_zero + (sum_hi * k_zero_hi - maximum)
+            scores += products * k_scale + products_hi * k_scale_hi
         else:
-            if BITS == 8:
-                products = tl.dot(_key_operand(k_hi), q_hi, acc=products, input_precision="ieee")
-            else:
-                products += HIGH * tl.dot(_key_operand(k_hi), q_hi, input_precision="ieee")
-            k_scale_lo *= UNIT
-            products -= (PLUS * (sum_lo + HIGH * sum_hi))[None, :]
-            scores = products * k_scale_lo[:, None] + (sum_lo + sum_hi)[None, :] * k_zero_lo[:, None]
-        next_tile = tl.minimum(tile + BLOCK_N, last // BLOCK_N * BLOCK_N)
-        next_rows = key_rows(table_ptr, next_tile, k_keys, last, stride_data_block, stride_data_token, BLOCK_SIZE, BLOCK_N)
-        next_start = tile_start(next_block, next_tile, stride_data_block, stride_data_token, BLOCK_SIZE, BLOCK_N)
-        k_words = load_words(k_head_ptr + next_start, next_rows, k_places, HALF, IS_PADDED)
-        k_words_hi = k_words
-        if BITS == 8:
-            k_words_hi = load_words(k_head_ptr + next_start + HALF // 4, next_rows, k_places, HALF, IS_PADDED)
+            k_numbers = signed_bytes(k_words, INTEGER, E4M3, dtype, ASM)
+            products = _products(k_numbers, q, J, KW, INTEGER) * k_unit + low_plus
+            scores = products * k_scale + (sum_lo * k_zero - maximum)
 
-        seen = (tile + offs_n >= first) & (tile + offs_n < end)
         block = next_block
         next_block = block_after
-        v_scale = tl.where(seen, tl.maximum(v_scale, 1e-20), 1.0)  # what lies in a block past the context may be NaN
-        v_zero = tl.where(seen, v_zero, 0.0)
-        scores = scores * head_scale[None, :] + fast_log2(v_scale, ASM)[:, None]
-        scores = tl.where(seen[:, None], scores, float("-inf"))
-        largest_here = tl.max(scores, axis=0)
-        # Sums stay below 2^LEEWAY keys' of the maximum that they were made with: seldom rescaled, and within fp16.
-        if tl.max(largest_here - maximum, axis=0) > LEEWAY:
-            new_maximum = tl.maximum(maximum, largest_here)
-            rescale = fast_exp2(maximum - new_maximum, ASM)
-            acc_lo *= rescale[None, :]
-            acc_hi *= rescale[None, :]
-            of_ones *= rescale[None, :]
-            total *= rescale
-            of_zeros *= rescale
-            maximum = new_maximum
-        weights = fast_exp2(scores - maximum[None, :], ASM)
-        inverse = fast_inverse(v_scale, ASM)
-        total += tl.sum(weights * inverse[:, None], axis=0)
-        of_zeros += tl.sum(weights * (v_zero * inverse)[:, None], axis=0)
-        rounded = weights.to(dtype)
-        if PLUS > 0:
-            of_ones = tl.dot(tl.full((16, BLOCK_N), 1.0, dtype), rounded, acc=of_ones)
-        v_lo, v_hi = widened(v_words, BITS, E4M3, dtype, ASM)  # [32 N8, VW, 2, 2, 2]
-        if BITS == 8:
-            v_hi, _ = widened(v_words_hi, BITS, E4M3, dtype, ASM)
-        acc_lo = tl.dot(_value_operand(v_lo), rounded, acc=acc_lo, input_precision="ieee")
-        acc_hi = tl.dot(_value_operand(v_hi), rounded, acc=acc_hi, input_precision="ieee")
+        next_tile = tl.where(tile + BLOCK_N < end, tile + BLOCK_N, tile)
+        k_words = load_keys(
+            k_head_ptr, table_ptr, block, next_tile, last, stride_data_block, STRIDE_TOKEN, BLOCK_SIZE, BLOCK_N, KW, ROW, BLOCK_ROW
+        )
+        if not STATIC:
+            k_params = load_params(
+                k_params_head_ptr, table_ptr, block, next_tile, last, stride_k_params_block, STRIDE_K_PARAMS, BLOCK_SIZE, BLOCK_N, K_PARAMS
+            )
+            v_params = load_params(
+                v_params_head_ptr, table_ptr, block, next_tile, last, stride_v_params_block, STRIDE_V_PARAMS, BLOCK_SIZE, BLOCK_N, V_PARAMS
+            )
 
-    plus = PLUS * tl.sum(of_ones, axis=0) / 16
+        v_scale = tl.maximum(v_scale, 1e-20)
+        if (tile + BLOCK_N > end) | (tile < first):  # what lies in a block past the context may be NaN
+            seen = (tile + offs_n >= first) & (tile + offs_n < end)
+            scores = tl.where(seen, scores, float("-inf"))
+            v_scale = tl.where(seen, v_scale, 1.0)
+            v_zero = tl.where(seen, v_zero, 0.0)
+        log_scale = fast_log2(v_scale, ASM)
+        # P' stays below 2^LEEWAY keys' of the maximum that they were made with: seldom rescaled, and within fp16.
+        bits = (scores + log_scale).to(tl.int32, bitcast=True)  # of numbers above 0 in their order
+        if (tl.max(tl.reshape(bits, (J * 8 * BLOCK_G,)), axis=0) > LEEWAY_BITS) | (tile == start):
+            largest_here = tl.max(tl.max(scores + log_scale, axis=0, keep_dims=True), axis=1, keep_dims=True)
+            if tile > start:
+                largest_here = tl.maximum(largest_here, 0.0)
+            scores -= largest_here
+            rescale = fast_exp2(tl.minimum(-largest_here, 0.0), ASM)
+            of_columns = tl.broadcast_to(tl.reshape(rescale, (1, BLOCK_G, 1)), (1, BLOCK_G, 2))
+            of_columns = tl.reshape(of_columns, (1, 2 * BLOCK_G))
+            acc *= of_columns
+            acc_hi *= of_columns
+            of_ones *= of_columns
+            total *= tl.reshape(rescale, (1, Q, 4))
+            of_zeros *= tl.reshape(rescale, (1, Q, 4))
+            maximum += largest_here
+        weights = fast_exp2(scores, ASM)
+        total += tl.sum(weights, axis=0)
+        of_zeros += tl.sum(weights * v_zero, axis=0)
+        rounded = _weight_operand((weights * v_scale).to(dtype))
+        if PLUS > 0:
+            ones = tl.full((16, BLOCK_N), 1.0, dtype)
+            of_ones = tl.dot(tl.reshape(tl.join(ones, ones), (16, 2 * BLOCK_N)), rounded, acc=of_ones)
+        if BITS == 4:
+            v_lo, v_hi = widened(v_words, BITS, E4M3, dtype, ASM)
+            acc_hi = tl.dot(_value_operand(v_hi, J, VW), rounded, acc=acc_hi, input_precision="ieee")
+        else:
+            v_lo, _ = widened(v_words, BITS, E4M3, dtype, ASM)
+        acc = tl.dot(_value_operand(v_lo, J, VW), rounded, acc=acc, input_precision="ieee")
+
+    heads = kv_head * GROUP_SIZE + tl.arange(0, BLOCK_G)
+    mask_g = tl.arange(0, BLOCK_G) < GROUP_SIZE
+    v_dims = _v_dims(tl.arange(0, 16 * VW), VW)[:, None, None] + 2 * tl.arange(0, 2)[None, None, :]
+    plus = PLUS * tl.sum(of_ones, axis=0, keep_dims=True) / 16
+    total = tl.reshape(tl.sum(total, axis=0), (BLOCK_G,))
     share = 1.0 / tl.where(total > 0, total, 1.0)  # total is 0 only for a sequence of no keys: zeros
-    acc_lo = ((acc_lo - plus[None, :]) * UNIT + of_zeros[None, :]) * share[None, :]
-    acc_hi = ((acc_hi - plus[None, :]) * (HIGH * UNIT) + of_zeros[None, :]) * share[None, :]
-    mask = mask_g[None, :] & (v_dims < HALF)[:, None]
+    zeros = tl.reshape(tl.sum(of_zeros, axis=0), (BLOCK_G,)) * share
+    SHAPE: tl.constexpr = (16 * VW, BLOCK_G, 2)
+    acc = tl.reshape(acc - plus, SHAPE) * (UNIT * share)[None, :, None] + zeros[None, :, None]
+    if BITS == 4:
+        acc_hi = tl.reshape(acc_hi - plus, SHAPE) * (share / 16)[None, :, None] + zeros[None, :, None]
+    mask = mask_g[None, :, None] & (v_dims < ROW)
     if num_used <= 1:
-        out_ptrs = out_ptr + ((sequence * NUM_HEADS + heads) * HEAD_DIM)[None, :] + v_dims[:, None]
-        tl.store(out_ptrs, acc_lo.to(q_dtype), mask=mask)
-        tl.store(out_ptrs + HALF, acc_hi.to(q_dtype), mask=mask)
+        out_ptrs = out_ptr + ((sequence * NUM_HEADS + heads) * HEAD_DIM)[None, :, None] + v_dims
+        tl.store(out_ptrs, acc.to(q_dtype), mask=mask)
+        if BITS == 4:
+            tl.store(out_ptrs + HALF, acc_hi.to(q_dtype), mask=mask)
     elif not ONE_SPLIT:
         partial_rows = (sequence * NUM_HEADS + heads) * num_splits + split
-        partial_ptrs = partial_ptr + (partial_rows * HEAD_DIM)[None, :] + v_dims[:, None]
-        tl.store(partial_ptrs, acc_lo, mask=mask)
-        tl.store(partial_ptrs + HALF, acc_hi, mask=mask)
-        tl.store(log_weight_ptr + partial_rows, maximum + tl.log2(total), mask=mask_g)
+        partial_ptrs = partial_ptr + (partial_rows * HEAD_DIM)[None, :, None] + v_dims
+        tl.store(partial_ptrs, acc, mask=mask)
+        if BITS == 4:
+            tl.store(partial_ptrs + HALF, acc_hi, mask=mask)
+        log_weight = tl.reshape(maximum, (BLOCK_G,)) + tl.log2(total)
+        tl.store(log_weight_ptr + partial_rows, log_weight, mask=mask_g)
         if is_last_of(counters_ptr + sequence * tl.num_programs(1) + kv_head, num_used):
             first_head = sequence * NUM_HEADS + kv_head * GROUP_SIZE
             _add_splits(
@@ -286,21 +298,81 @@ def _quantized_split_kernel(
 
 
 @triton.jit
-def _key_operand(numbers):
-    """[32 N8, NW, 2, 2] -> [BLOCK_N, BLOCK_HALF], dims in the order of `k_dims`."""
-    N8: tl.constexpr = numbers.shape[0] // 32
-    NW: tl.constexpr = numbers.shape[1]
-    parts = tl.reshape(numbers, (N8, 8, 4, NW // 2, 2, 2, 2))  # n8 g t wp k1 i_low i_high
-    return tl.reshape(tl.permute(parts, (0, 1, 3, 6, 2, 5, 4)), (8 * N8, 16 * NW))
+def _k_dims(k, INTEGER: tl.constexpr):
+    """Byte of a key, and so its dim, that stands k-th in the product."""
+    if INTEGER:
+        chunk, word, lane = k // 64, k // 32 % 2 * 2 + k // 4 % 2, k // 8 % 4
+    else:
+        chunk, word, lane = k // 64, k // 16 % 4, k // 4 % 4
+    return chunk * 64 + lane * 16 + word * 4 + k % 4
 
 
 @triton.jit
-def _value_operand(numbers):
-    """[32 N8, VW, 2, 2, 2] -> [BLOCK_HALF, BLOCK_N], dims in the order of `v_dims`."""
-    N16: tl.constexpr = numbers.shape[0] // 64
-    VW: tl.constexpr = numbers.shape[1]
-    parts = tl.reshape(numbers, (N16, 2, 8, 4, VW, 2, 2, 2))  # n16 k2 g t w k1 i_low i_high
-    return tl.reshape(tl.permute(parts, (4, 7, 6, 2, 0, 3, 1, 5)), (32 * VW, 16 * N16))
+def _v_dims(row, VW: tl.constexpr):
+    """Byte of a value that stands in the row of the product, of the first of the row's two."""
+    CHUNK: tl.constexpr = VW if VW < 4 else 4
+    word, odd, lane = row // 16, row // 8 % 2, row % 8
+    return 4 * (word // CHUNK * (8 * CHUNK) + lane * CHUNK + word % CHUNK) + odd
+
+
+@triton.jit
+def _digits(q, INTEGER: tl.constexpr, dtype: tl.constexpr):
+    """q: fp32 [BLOCK_ROW, 2 BLOCK_G] in [-1, 1], each column twice -> (its digits, whose products are added; sums over dims: [2 BLOCK_G]).
+
+    INTEGER: of round(32512 q) = 256 d0 + d1, int8. Otherwise q rounded to dtype and what that left.
+    """
+    is_first = (tl.arange(0, q.shape[1]) % 2 == 0)[None, :]
+    if INTEGER:
+        rounded = tl.floor(q * 32512.0 + 0.5)
+        number = rounded.to(tl.int32)
+        first = (number + 128) >> 8
+        digits = tl.where(is_first, first, number - first * 256).to(tl.int8)
+    else:
+        rounded = q
+        first = q.to(dtype)
+        digits = tl.where(is_first, first, (q - first.to(tl.float32)).to(dtype))
+    return digits, tl.sum(rounded, axis=0)
+
+
+@triton.jit
+def _of_heads(x, Q: tl.constexpr):
+    """[2 BLOCK_G], pairs of one number -> [1, 1, Q, 4]."""
+    return tl.reshape(tl.max(tl.reshape(x, (4 * Q, 2)), axis=1), (1, 1, Q, 4))
+
+
+@triton.jit
+def _products(numbers, q, J: tl.constexpr, KW: tl.constexpr, INTEGER: tl.constexpr):
+    """numbers: [(chunk, J, 8, 4), 4, 4] of keys' bytes; q: digits of `_digits` -> fp32 [J, 8, Q, 4]."""
+    if INTEGER:
+        parts = tl.reshape(numbers, (KW // 4, J, 8, 4, 2, 2, 4))  # chunk j g t word_high word_low byte
+        keys = tl.reshape(tl.permute(parts, (1, 2, 0, 4, 3, 5, 6)), (8 * J, 16 * KW))
+        products = tl.dot(keys, q, out_dtype=tl.int32)
+    else:
+        parts = tl.reshape(numbers, (KW // 4, J, 8, 4, 4, 4))  # chunk j g t word byte
+        keys = tl.reshape(tl.permute(parts, (1, 2, 0, 4, 3, 5)), (8 * J, 16 * KW))
+        products = tl.dot(keys, q, input_precision="ieee")
+    first, second = tl.split(tl.reshape(products, (J, 8, q.shape[1] // 8, 4, 2)))
+    return (first * 256 + second).to(tl.float32) if INTEGER else first + second
+
+
+@triton.jit
+def _value_operand(numbers, J: tl.constexpr, VW: tl.constexpr):
+    """[(chunk, J / 2, 2, 2, 8, 4), CHUNK, 4] -> [16 VW, 2 BLOCK_N]: two bytes of a key stand side by side."""
+    CHUNK: tl.constexpr = VW if VW < 4 else 4
+    parts = tl.reshape(numbers, (VW // CHUNK, J // 2, 2, 2, 8, 4, CHUNK, 2, 2))  # chunk r h c g t word i p
+    return tl.reshape(tl.permute(parts, (0, 6, 8, 4, 1, 2, 5, 3, 7)), (16 * VW, 16 * J))
+
+
+@triton.jit
+def _weight_operand(weights):
+    """[J, 8, Q, 4] -> [2 BLOCK_N, 2 BLOCK_G]: columns of a head's even and odd bytes, which take the key's one or the other."""
+    J: tl.constexpr = weights.shape[0]
+    BLOCK_G: tl.constexpr = 4 * weights.shape[2]
+    parts = tl.permute(tl.reshape(weights, (J // 2, 2, 2, 4, BLOCK_G)), (0, 2, 3, 1, 4))  # r h t c head
+    weights = tl.reshape(parts, (8 * J, 1, BLOCK_G, 1))
+    is_own = tl.arange(0, 2)[:, None] == tl.arange(0, 2)[None, :]
+    weights = tl.where(tl.reshape(is_own, (1, 2, 1, 2)), weights, 0.0)
+    return tl.reshape(weights, (16 * J, 2 * BLOCK_G))
 
 
 def quantized_decode_attention(
@@ -338,7 +410,7 @@ def quantized_decode_attention(
     assert k_pages.data.stride() == v_pages.data.stride(), "keys and values are stored alike"
     assert 1 == q.stride(2) == k_pages.data.stride(3) == block_tables.stride(1) == context_lens.stride(0)
     k_data, v_data = (pages.data.view(torch.int32) for pages in (k_pages, v_pages))
-    bits, params, param_strides = _parameters(k_pages, v_pages)
+    params, param_strides, words = _parameters(k_pages, v_pages)
     num_splits = config.num_splits
     one_split = num_splits == 1
     padded_group, block_d = next_power_of_2(num_heads // num_kv_heads), max(16, next_power_of_2(head_dim))
@@ -363,20 +435,26 @@ def quantized_decode_attention(
         scale * math.log2(math.e),
         q.stride(0),
         q.stride(1),
-        *k_data.stride()[:3],
-        *param_strides,
+        *k_data.stride()[:2],
+        *(stride for strides in param_strides for stride in strides[:2]),
         block_tables.stride(0),
         NUM_HEADS=num_heads,
         GROUP_SIZE=num_heads // num_kv_heads,
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
         SLIDING_WINDOW=sliding_window,
-        BITS=bits,
+        BITS=k_pages.bits if isinstance(k_pages, QuantizedPages) else 8,
         STATIC=isinstance(k_pages, StaticInt8Pages),
         HALVES=isinstance(k_pages, QuantizedPages) and k_pages.num_parts == 2,
         E4M3=isinstance(k_pages, QuantizedPages) and k_pages.e4m3,
         ONE_SPLIT=one_split,
         MIN_SPLIT=config.min_split_tokens,
+        STRIDE_TOKEN=k_data.stride(2),
+        STRIDE_K_PARAMS=param_strides[0][2],
+        STRIDE_V_PARAMS=param_strides[1][2],
+        K_PARAMS=words[0],
+        V_PARAMS=words[1],
+        LEEWAY_BITS=LEEWAY_BITS,
         BLOCK_G=config.block_g,
         BLOCK_S=max(1, min(REDUCE_TILE, REDUCE_ELEMENTS * config.num_warps // (padded_group * block_d))),
         PADDED_GROUP=padded_group,
@@ -391,18 +469,23 @@ def quantized_decode_attention(
     return out
 
 
-def _parameters(k_pages: Pages, v_pages: Pages) -> tuple[int, tuple[torch.Tensor | None, ...], tuple[int, ...]]:
-    """(bits, (k scales, v scales, k zeros, v zeros), strides of k's and v's scales over block, head, token).
+class _Params(NamedTuple):
+    """Where scales and zeros lie; pairs of 16 bit numbers are given as words."""
 
-    Pairs of 16 bit numbers are given as words.
-    """
+    tensors: tuple[torch.Tensor | None, ...]  # k scales, v scales, k zeros, v zeros
+    strides: tuple[tuple[int, int, int], ...]  # k's, v's over block, head, token
+    words: tuple[int, int]  # k's, v's of a key
+
+
+def _parameters(k_pages: Pages, v_pages: Pages) -> _Params:
     if isinstance(k_pages, StaticInt8Pages):
         assert isinstance(v_pages, StaticInt8Pages)
-        return 8, (k_pages.scale, v_pages.scale, k_pages.zero, v_pages.zero), (0,) * 6
+        return _Params((k_pages.scale, v_pages.scale, k_pages.zero, v_pages.zero), ((0, 0, 0),) * 2, (0, 0))
     assert isinstance(v_pages, QuantizedPages)
     assert v_pages.num_parts == 1, "values have one scale a head"
-    assert 1 == k_pages.params.stride(3) == v_pages.params.stride(3)
     k_params, v_params = k_pages.params, v_pages.params
+    assert 1 == k_params.stride(3) == v_params.stride(3)
     if k_params.element_size() == 2:
         k_params, v_params = k_params.view(torch.int32), v_params.view(torch.int32)
-    return k_pages.bits, (k_params, v_params, None, None), (*k_params.stride()[:3], *v_params.stride()[:3])
+    strides = tuple((p.stride(0), p.stride(1), p.stride(2)) for p in (k_params, v_params))
+    return _Params((k_params, v_params, None, None), strides, (k_params.shape[3], v_params.shape[3]))

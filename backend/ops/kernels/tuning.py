@@ -376,11 +376,11 @@ def quantized_decode_attention_config(
         raise ConfigError(
             f"head_dim {head_dim} is no multiple of 8 up to {MAX_HEAD_DIM}, what attention over 8 and 4 bit keys takes: use quant_policy 0"
         )
-    block_half = max(32, next_power_of_2(head_dim // 2))
-    block_g = max(8, next_power_of_2(group_size))
+    block_half = max(64 if bits == 4 else 32, next_power_of_2(head_dim // 2))
+    block_g = max(4, next_power_of_2(group_size))
     wanted = ceil_div(8 * num_sms, max(batch * num_kv_heads, 1))
     num_splits = _clamp(wanted, 1, min(MAX_SPLITS, max(ceil_div(max_context, MIN_SPLIT_TOKENS), 1)))
-    is_usual = element_bytes == 2 and 2 * block_half == head_dim and block_half <= 64 and block_g == 8
+    is_usual = element_bytes == 2 and 2 * block_half == head_dim and block_half <= 64 and block_g == 4
     block_n = 64 if is_usual and bits == 4 and num_splits == 1 else 16
     max_registers = 168 if is_usual and num_splits > 1 else 0
     num_warps = 4 if element_bytes == 4 else 1
