@@ -147,8 +147,9 @@ def _quantized_split_kernel(
         q_hi = tl.load(q_ptrs + HALF, mask=mask_q, other=0.0).to(tl.float32)
         largest = tl.maximum(largest, tl.max(tl.abs(q_hi), axis=0))
     largest = tl.where(largest > 0, largest, 1.0)
-    q, sum_lo = _digits(q / largest[None, :], INTEGER, dtype)
-    q_hi, sum_hi = _digits(q_hi / largest[None, :], INTEGER, dtype)
+    scale_q = ((32512.0 if INTEGER else 1.0) / largest)[None, :]
+    q, sum_lo = _digits(q * scale_q, INTEGER, dtype)
+    q_hi, sum_hi = _digits(q_hi * scale_q, INTEGER, dtype)
     # Numbers of a (key, head) or a head stand as the products do: [J, 8, Q, 4]
     head_scale = _of_heads(largest, Q) * (scale_log2 / (32512.0 if INTEGER else 1.0))
     sum_lo = _of_heads(sum_lo, Q) * head_scale
@@ -175,7 +176,7 @@ def _quantized_split_kernel(
     block = block_of(table_ptr, start, last, BLOCK_SIZE)
     next_block = block_of(table_ptr, start + BLOCK_N, last, BLOCK_SIZE)  # ids are read two tiles ahead
     k_words = load_keys(
-        k_head_ptr, table_ptr, block, start, last, stride_data_block, STRIDE_TOKEN, BLOCK_SIZE, BLOCK_N, KW, ROW, BLOCK_ROW
+        k_head_ptr, table_ptr, block, start, last, stride_data_block, STRIDE_TOKEN, BLOCK_SIZE, BLOCK_N, ROW, BLOCK_ROW
     )
     if not STATIC:
         k_params = load_params(
@@ -188,7 +189,7 @@ def _quantized_split_kernel(
     for tile in tl.range(start, end, BLOCK_N, num_stages=1):
         block_after = block_of(table_ptr, tile + 2 * BLOCK_N, last, BLOCK_SIZE)
         v_words = load_values(
-            v_head_ptr, table_ptr, block, tile, last, stride_data_block, STRIDE_TOKEN, BLOCK_SIZE, BLOCK_N, VW, ROW, BLOCK_ROW
+            v_head_ptr, table_ptr, block, tile, last, stride_data_block, STRIDE_TOKEN, BLOCK_SIZE, BLOCK_N, ROW, BLOCK_ROW
         )
         if STATIC:
             k_scale = tl.load(k_params_ptr + kv_head + offs_n * 0)
@@ -217,7 +218,7 @@ def _quantized_split_kernel(
         next_block = block_after
         next_tile = tl.where(tile + BLOCK_N < end, tile + BLOCK_N, tile)
         k_words = load_keys(
-            k_head_ptr, table_ptr, block, next_tile, last, stride_data_block, STRIDE_TOKEN, BLOCK_SIZE, BLOCK_N, KW, ROW, BLOCK_ROW
+            k_head_ptr, table_ptr, block, next_tile, last, stride_data_block, STRIDE_TOKEN, BLOCK_SIZE, BLOCK_N, ROW, BLOCK_ROW
         )
         if not STATIC:
             k_params = load_params(
@@ -228,16 +229,16 @@ def _quantized_split_kernel(
             )
 
         v_scale = tl.maximum(v_scale, 1e-20)
-        if (tile + BLOCK_N > end) | (tile < first):  # what lies in a block past the context may be NaN
+        # P' stays below 2^LEEWAY keys' of the maximum that they were made with: seldom rescaled, and within fp16.
+        bits = (scores + fast_log2(v_scale, ASM)).to(tl.int32, bitcast=True)  # of numbers above 0 in their order
+        is_large = tl.max(tl.reshape(bits, (J * 8 * BLOCK_G,)), axis=0) > LEEWAY_BITS
+        if is_large | (tile == start) | (tile + BLOCK_N > end):
             seen = (tile + offs_n >= first) & (tile + offs_n < end)
             scores = tl.where(seen, scores, float("-inf"))
-            v_scale = tl.where(seen, v_scale, 1.0)
+            v_scale = tl.where(seen, v_scale, 1.0)  # what lies in a block past the context may be NaN
             v_zero = tl.where(seen, v_zero, 0.0)
-        log_scale = fast_log2(v_scale, ASM)
-        # P' stays below 2^LEEWAY keys' of the maximum that they were made with: seldom rescaled, and within fp16.
-        bits = (scores + log_scale).to(tl.int32, bitcast=True)  # of numbers above 0 in their order
-        if (tl.max(tl.reshape(bits, (J * 8 * BLOCK_G,)), axis=0) > LEEWAY_BITS) | (tile == start):
-            largest_here = tl.max(tl.max(scores + log_scale, axis=0, keep_dims=True), axis=1, keep_dims=True)
+            largest_here = scores + fast_log2(v_scale, ASM)
+            largest_here = tl.max(tl.max(largest_here, axis=0, keep_dims=True), axis=1, keep_dims=True)
             if tile > start:
                 largest_here = tl.maximum(largest_here, 0.0)
             scores -= largest_here
@@ -317,14 +318,15 @@ def _v_dims(row, VW: tl.constexpr):
 
 @triton.jit
 def _digits(q, INTEGER: tl.constexpr, dtype: tl.constexpr):
-    """q: fp32 [BLOCK_ROW, 2 BLOCK_G] in [-1, 1], each column twice -> (its digits, whose products are added; sums over dims: [2 BLOCK_G]).
+    """q: fp32 [BLOCK_ROW, 2 BLOCK_G], each column twice -> (its digits, whose products are added; sums over dims: [2 BLOCK_G]).
 
-    INTEGER: of round(32512 q) = 256 d0 + d1, int8. Otherwise q rounded to dtype and what that left.
+    INTEGER: of round(q) = 256 d0 + d1, int8; |q| <= 32512. Otherwise q rounded to dtype and what that left.
     """
     is_first = (tl.arange(0, q.shape[1]) % 2 == 0)[None, :]
     if INTEGER:
-        rounded = tl.floor(q * 32512.0 + 0.5)
-        number = rounded.to(tl.int32)
+        rounded = q + 12582912.0  # 1.5 * 2^23: the last bits are the integer
+        number = rounded.to(tl.int32, bitcast=True) - 0x4B400000
+        rounded -= 12582912.0
         first = (number + 128) >> 8
         digits = tl.where(is_first, first, number - first * 256).to(tl.int8)
     else:

@@ -170,42 +170,55 @@ def _pairs_of(a, b, c, d):
     """a, b: [rows, words], of word 0 of two bytes 0 and 2, bytes 1 and 3; c, d: of word 1 -> [rows, words, 4]."""
     rows: tl.constexpr = a.shape[0]
     words: tl.constexpr = a.shape[1]
-    parts = tl.reshape(_four(a, b, c, d), (rows, words // 2, 2, 2, 2))  # pair, high bit of byte, word, low bit
-    return tl.reshape(tl.permute(parts, (0, 1, 3, 2, 4)), (rows, words, 4))
+    parts = tl.reshape(_four(a, b, c, d), (rows, words // 2, 2, 2, 2))  # pair, high bit of byte, low bit, word
+    return tl.reshape(tl.permute(parts, (0, 1, 4, 2, 3)), (rows, words, 4))
 
 
 @triton.jit
 def block_of(table_ptr, tile, last, BLOCK_SIZE: tl.constexpr):
-    """Id of the block in which the tile begins; past the last key: of the last block. int64: the pool may pass 2^31."""
-    return tl.load(table_ptr + tl.minimum(tile, last) // BLOCK_SIZE).to(tl.int64)
+    """Id of the block in which the tile begins; past the last key: of the last block."""
+    return tl.load(table_ptr + tl.cast(tl.minimum(tile, last), tl.uint32) // BLOCK_SIZE)
 
 
 @triton.jit
-def tile_start(block, tile, stride_block, stride_token, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Offset, int64, of what `key_rows` gives; block: of the tile, which counts where a tile lies in one."""
-    start = block * stride_block + tile % BLOCK_SIZE * stride_token if BLOCK_SIZE % BLOCK_N == 0 else block * 0
-    return start
+def _load(
+    ptr,
+    table_ptr,
+    block,
+    tile,
+    last,
+    stride_block,
+    stride_token,
+    lane_keys,
+    lane_words,
+    keys,
+    words,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NUM_WORDS: tl.constexpr,
+):
+    """Words lane_words + words, of those that are less than NUM_WORDS, of the keys tile + lane_keys + keys; past `last` others of its block,
+    or `last` itself.
 
-
-@triton.jit
-def key_rows(table_ptr, tile, keys, last, stride_block, stride_token, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Offsets of the keys `tile` + keys from `tile_start`: int32 where they lie in a block. Past `last` others of it, or `last` itself."""
+    lane_keys, lane_words: [rows, 1], what differs between lanes; keys, words: [rows, words], what does not. block: of the tile, which
+    counts where a tile lies in one. Added in this order an address is the work of two instructions, and the rest part of the loads.
+    """
     if BLOCK_SIZE % BLOCK_N == 0:
-        rows = keys * stride_token
+        lanes = (ptr + lane_keys * stride_token + lane_words).to(tl.pointer_type(tl.uint8))
+        # bytes in 64 bits, since the pool may pass 2^31; ids are not negative
+        lanes += block.to(tl.uint32).to(tl.uint64) * (stride_block * 4).to(tl.uint32).to(tl.uint64)
+        if BLOCK_SIZE > BLOCK_N:
+            # tiles begin at multiples of BLOCK_N: so written, the compiler sees how the loads are aligned
+            lanes += tl.cast(tile, tl.uint32) // BLOCK_N % (BLOCK_SIZE // BLOCK_N) * (4 * BLOCK_N * stride_token)
+        ptrs = lanes.to(tl.pointer_type(ptr.dtype.element_ty)) + (keys * stride_token + words)
     else:
-        keys = tl.minimum(tile + keys, last)
-        blocks = tl.load(table_ptr + keys // BLOCK_SIZE).to(tl.int64)
-        rows = blocks * stride_block + keys % BLOCK_SIZE * stride_token
-    return rows
-
-
-@triton.jit
-def _load(ptr, rows, words, ROW: tl.constexpr, BLOCK_ROW: tl.constexpr):
-    """int32 [rows, words]; ROW, BLOCK_ROW: bytes of a key, the same padded."""
-    if ROW < BLOCK_ROW:
-        loaded = tl.load(ptr + rows[:, None] + words, mask=words < ROW // 4, other=0)
+        keys = tl.minimum(tile + lane_keys + keys, last)
+        rows = tl.load(table_ptr + keys // BLOCK_SIZE).to(tl.int64) * stride_block + keys % BLOCK_SIZE * stride_token
+        ptrs = ptr + rows + lane_words + words
+    if NUM_WORDS > 0:
+        loaded = tl.load(ptrs, mask=lane_words + words < NUM_WORDS, other=0)
     else:
-        loaded = tl.load(ptr + rows[:, None] + words)
+        loaded = tl.load(ptrs)
     return loaded
 
 
@@ -220,18 +233,18 @@ def load_keys(
     stride_token,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    NUM_WORDS: tl.constexpr,
     ROW: tl.constexpr,
     BLOCK_ROW: tl.constexpr,
 ):
-    """int32 [(chunk, J, 8, 4), 4]: NUM_WORDS words of a lane of each of its J keys."""
+    """int32 [(chunk, J, 8, 4), 4]: BLOCK_ROW / 16 words of a lane of each of its J keys. ROW: bytes of a key; past them 0."""
     J: tl.constexpr = BLOCK_N // 8
-    place = tl.arange(0, 32 * J * (NUM_WORDS // 4))
-    keys = place % 32 // 4 * J + place // 32 % J
-    words = place // (32 * J) * 16 + place % 4 * 4
-    rows = key_rows(table_ptr, tile, keys, last, stride_block, stride_token, BLOCK_SIZE, BLOCK_N)
-    start = tile_start(block, tile, stride_block, stride_token, BLOCK_SIZE, BLOCK_N)
-    return _load(ptr + start, rows, words[:, None] + tl.arange(0, 4)[None, :], ROW, BLOCK_ROW)
+    place = tl.arange(0, 32 * J * (BLOCK_ROW // 64))[:, None]
+    keys = place // 32 % J
+    words = place // (32 * J) * 16 + tl.arange(0, 4)[None, :]
+    return _load(
+        ptr, table_ptr, block, tile, last, stride_block, stride_token, place % 32 // 4 * J, place % 4 * 4, keys, words,
+        BLOCK_SIZE, BLOCK_N, ROW // 4 if ROW < BLOCK_ROW else 0,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -245,20 +258,20 @@ def load_values(
     stride_token,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    NUM_WORDS: tl.constexpr,
     ROW: tl.constexpr,
     BLOCK_ROW: tl.constexpr,
 ):
-    """int32 [(chunk, J / 2, 2, 2, 8, 4), CHUNK]: NUM_WORDS words of a lane of each of its 2 J values."""
+    """int32 [(chunk, J / 2, 2, 2, 8, 4), CHUNK]: BLOCK_ROW / 32 words of a lane of each of its 2 J values. ROW: as `load_keys`'."""
     J: tl.constexpr = BLOCK_N // 8
-    CHUNK: tl.constexpr = NUM_WORDS if NUM_WORDS < 4 else 4
-    place = tl.arange(0, 64 * J * (NUM_WORDS // CHUNK))
+    CHUNK: tl.constexpr = 2 if BLOCK_ROW < 128 else 4
+    place = tl.arange(0, 64 * J * (BLOCK_ROW // 32 // CHUNK))[:, None]
     nth = place // 32 % (2 * J)
-    keys = (nth // 2 % 2 * 4 + place % 4) * J + nth // 4 * 2 + nth % 2
-    words = place // (64 * J) * (8 * CHUNK) + place % 32 // 4 * CHUNK
-    rows = key_rows(table_ptr, tile, keys, last, stride_block, stride_token, BLOCK_SIZE, BLOCK_N)
-    start = tile_start(block, tile, stride_block, stride_token, BLOCK_SIZE, BLOCK_N)
-    return _load(ptr + start, rows, words[:, None] + tl.arange(0, CHUNK)[None, :], ROW, BLOCK_ROW)
+    keys = nth // 2 % 2 * (4 * J) + nth // 4 * 2 + nth % 2
+    words = place // (64 * J) * (8 * CHUNK) + tl.arange(0, CHUNK)[None, :]
+    return _load(
+        ptr, table_ptr, block, tile, last, stride_block, stride_token, place % 4 * J, place % 32 // 4 * CHUNK, keys, words,
+        BLOCK_SIZE, BLOCK_N, ROW // 4 if ROW < BLOCK_ROW else 0,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -277,16 +290,15 @@ def load_params(
     """[(chunk, 8, 4), CHUNK]: NUM_WORDS words of each of a lane's J keys, in chunks of at most 16 bytes."""
     J: tl.constexpr = BLOCK_N // 8
     CHUNK: tl.constexpr = J * NUM_WORDS if J * NUM_WORDS < 4 else 4
-    place = tl.arange(0, 32 * (J * NUM_WORDS // CHUNK))
-    words = (place // 32 * CHUNK)[:, None] + tl.arange(0, CHUNK)[None, :]
-    first_keys = (place % 32 // 4 * J)[:, None]
-    start = tile_start(block, tile, stride_block, stride_token, BLOCK_SIZE, BLOCK_N)
-    if BLOCK_SIZE % BLOCK_N == 0 and stride_token == NUM_WORDS:
-        rows = first_keys * stride_token + words
-    else:
-        keys = first_keys + words // NUM_WORDS
-        rows = key_rows(table_ptr, tile, keys, last, stride_block, stride_token, BLOCK_SIZE, BLOCK_N) + words % NUM_WORDS
-    return tl.load(ptr + start + rows)
+    place = tl.arange(0, 32 * (J * NUM_WORDS // CHUNK))[:, None]
+    words = place // 32 * CHUNK + tl.arange(0, CHUNK)[None, :]
+    ARE_TOGETHER: tl.constexpr = BLOCK_SIZE % BLOCK_N == 0 and stride_token == NUM_WORDS  # a lane's keys
+    keys = words * 0 if ARE_TOGETHER else words // NUM_WORDS
+    words = words if ARE_TOGETHER else words % NUM_WORDS
+    return _load(
+        ptr, table_ptr, block, tile, last, stride_block, stride_token, place % 32 // 4 * J, place * 0, keys, words,
+        BLOCK_SIZE, BLOCK_N, 0,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -302,8 +314,12 @@ def params_of(params, part: tl.constexpr, NUM_WORDS: tl.constexpr, J: tl.constex
         zero = _part(zero, part, NUM_WORDS // 2, J)
     else:
         word = _part(words, part, NUM_WORDS, J)
-        scale = word.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
-        zero = (word >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+        if dtype == tl.bfloat16:  # the upper half of an fp32 number
+            scale = (word << 16).to(tl.float32, bitcast=True)
+            zero = (word & -65536).to(tl.float32, bitcast=True)
+        else:
+            scale = word.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+            zero = (word >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
     return scale, zero
 
 
