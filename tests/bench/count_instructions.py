@@ -1,12 +1,17 @@
 """Machine instructions of a kernel's main loop by execution unit, without a GPU: python -m tests.bench.count_instructions int4 int8
 
-Compiles what the launcher would launch (132 multiprocessors, sm_90) and disassembles it. The main loop is the longest one that multiplies
-matrices. Blocks that a forward branch of the loop skips (masks of a row's last tile, sums rescaled) are counted apart: they seldom run.
+Compiles what the launcher would launch (132 multiprocessors, sm_90) and disassembles it. The main loop is the longest one that
+multiplies matrices. Blocks that a forward branch in it skips (masks of a row's last tile, sums rescaled) are counted apart: they seldom
+run.
 
-A multiprocessor has four schedulers. Clocks are those that a scheduler's units need for one turn of the loop of one warp, if nothing waited:
+A multiprocessor has four schedulers. Clocks are those that the units of one need for a turn of the loop of one warp, if nothing waits:
 
-    issue 1 an instruction     alu 2: integers, selects, comparisons, conversions      fma 1: fp32 and packed fp16; 2: integer products
-    mufu  8                    tensor 4 (dense rate; less is reached by mma.sync)      memory 2: loads, stores, shuffles (shared by the four)
+    issue   1 an instruction
+    alu     2: integers, selects, comparisons, conversions
+    fma     1: fp32, pairs of fp16; 2: integer products
+    mufu    8
+    tensor  4: the dense rate; mma.sync reaches less
+    memory  2: loads, stores, shuffles, whose unit the four share
 
 They bound the time from below; waits come on top, and are hidden by other warps: `programs` of them fit by registers.
 """
@@ -25,9 +30,9 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from tests.backend.ops.test_kernels_compile_ahead import BF16, Recorder, resource_usage, source_of
 from triton.backends.compiler import GPUTarget
 
-from tests.backend.ops.test_kernels_compile_ahead import BF16, Recorder, resource_usage, source_of
 from turbotriton.backend.ops.operands import QuantizedPages, W4A16Tiles
 
 PACKAGE = "turbotriton.backend.ops.kernels"
@@ -162,12 +167,16 @@ def count(name: str, overrides: dict[str, int], capability: int) -> dict[str, ob
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kernels", nargs="*", default=list(KERNELS), help=f"of {', '.join(KERNELS)} (default: all)")
-    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=N", help="arguments of the kernel, maxnreg=128 for instance")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="NAME=N", help="arguments of the kernel, maxnreg=128 for instance"
+    )
     parser.add_argument("--capability", type=int, default=90, help="10 * major + minor (default: %(default)s)")
     args = parser.parse_args()
     overrides = {name: int(value) for name, value in (item.split("=") for item in args.set)}
     rows = [count(name, overrides, args.capability) for name in args.kernels]
-    print(f"{'kernel':>12} {'regs':>5} {'spills':>6} {'programs':>8} {'keys':>5}   clocks of the main loop; instructions that seldom run")
+    print(
+        f"{'kernel':>12} {'regs':>5} {'spills':>6} {'programs':>8} {'keys':>5}   clocks of the main loop; instructions that seldom run"
+    )
     for row in rows:
         clocks = ", ".join(f"{unit} {value}" for unit, value in row["clocks"].items())  # type: ignore[attr-defined]
         print(

@@ -2,25 +2,29 @@
 
     out = softmax(q K^T scale, over positions max(0, L - window) <= p < L) V,     K = Kq s_n + z_n, V likewise (Kq: the stored numbers)
 
-Stored numbers are widened to fp16 by their bits alone: 0x6400 | v is 1024 + v, and 0x6400 | v << 4 is 1024 + 16 v. The rest is factored
-out of the products; s_n and z_n belong to a key's head, of 4 bit keys to each half of it:
+What such a kernel runs short of is registers and instructions before bytes, so stored numbers go to the matrix unit almost as they are.
+s_n and z_n belong to a key's head, of 4 bit keys to each half of it; they are factored out of the products:
 
-    K q'   = (Kw q' - 1024 sum q') s_n + (sum q') z_n          Kw: the widened numbers;  q' = q / max |q|
-    P V    = Vw P' - 1024 sum P' + sum(P' z_n / s_n)           P' = P s_n: log2 s_n is added to the scores of the softmax, whose maximum
-    sum P  = sum(P' / s_n)                                     then keeps P' in fp16's range whatever the scales are
+    K q = s_n (Kq q) + z_n sum q       V P = Vq P' + sum(P z_n),  P' = P s_n
 
-Tiling and splits are `paged_decode_attention`'s, transposed: keys and values are the left operands of mma.m16n8k16 and the query heads
-of a kv head its 8 columns. A program is one warp. What a thread loads, 4 to 16 bytes at once, is its share of an operand, since the order
-of the dims of a product is free: keys and values see no shared memory. With lane = 4 g + t and halves of a head of 16 NW = 32 VW bytes
-(4 bit: low halves of bytes are the first half of the dims, high ones the second; 8 bit: two halves of bytes):
+Keys are signed bytes: a mask makes 4 of them, of nibbles 8. q is an integer of 16 bits, of the head's largest number 1/32512, in two digits
+that are signed bytes too (q = 256 d0 + d1), so q K^T is exact. Values are widened to fp16 by their bits alone: 0x6400 | v is 1024 + v, and
+0x6400 | v << 4 is 1024 + 16 v; 1024 sum P' is taken off at the end. The maximum of the softmax is one of scores + log2 s_n, which keeps P'
+within fp16 whatever the scales are. float8 e4m3: bits shifted into an fp16 number are 2^-8 of it, nothing is added, zeros are 0, and q's
+digits are fp16: q rounded, and what that left. fp32 models: all in fp32, nothing is rounded.
 
-    K  8 keys:  lane (g, t) loads bytes 4 NW t .. 4 NW (t + 1) of key g                  `k_dims`: which dim stands where in the product
-    V  16 keys: lane (g, t) loads bytes 4 VW g .. 4 VW (g + 1) of keys 4 t .. 4 t + 3    `v_dims`
+Tiling and splits are `paged_decode_attention`'s, transposed: keys and values are the left operands of mma.sync, and the query heads of a kv
+head its columns, each twice, so that four heads fill the 8 columns. Of keys the two are q's digits. Of values they are the outputs of two
+neighbouring bytes, which stand side by side as the operand's pair of "keys": P' is 0 for the one that is not the column's, and bytes of
+different keys need not be brought together. With lane = 4 g + t and J = BLOCK_N / 8:
 
-float8 e4m3: bits shifted into an fp16 number are 2^-8 of it, nothing is added, zeros are 0.
+    K  lane (g, t) loads bytes 16 t .. 16 t + 15 (and on in steps of 64) of keys J g .. J g + J - 1
+    S  lane (g, t) has the scores of its keys and head t (t + 4, ...), and loads their scales and zeros
+    V  lane (g, t) loads bytes 8 g .. 8 g + 7 (8 bit: 16) of keys J t .. J t + J - 1 and J (t + 4) .. J (t + 4) + J - 1
 
-The next tile's keys are loaded while this one is worked on. Scores, softmax and sums in fp32; q' and P' are rounded to fp16, in fp32
-models to nothing. What lies in a block past the context is read and left out; other blocks are not touched.
+A program is one warp. What a thread loads is its share of an operand, since the order of dims and keys of a product is free: keys and
+values see no shared memory. The next tile's keys, scales and zeros are loaded while this one is worked on. Scores, softmax and sums in
+fp32; P' is rounded to fp16. What lies in a block past the context is read and left out; other blocks are not touched.
 """
 
 import math
@@ -106,6 +110,7 @@ def _quantized_split_kernel(
     BLOCK_HALF: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ASM: tl.constexpr,
+    ALIGNED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_previous(PDL)
@@ -180,10 +185,28 @@ def _quantized_split_kernel(
     )
     if not STATIC:
         k_params = load_params(
-            k_params_head_ptr, table_ptr, block, start, last, stride_k_params_block, STRIDE_K_PARAMS, BLOCK_SIZE, BLOCK_N, K_PARAMS
+            k_params_head_ptr,
+            table_ptr,
+            block,
+            start,
+            last,
+            stride_k_params_block,
+            STRIDE_K_PARAMS,
+            BLOCK_SIZE,
+            BLOCK_N,
+            K_PARAMS,
         )
         v_params = load_params(
-            v_params_head_ptr, table_ptr, block, start, last, stride_v_params_block, STRIDE_V_PARAMS, BLOCK_SIZE, BLOCK_N, V_PARAMS
+            v_params_head_ptr,
+            table_ptr,
+            block,
+            start,
+            last,
+            stride_v_params_block,
+            STRIDE_V_PARAMS,
+            BLOCK_SIZE,
+            BLOCK_N,
+            V_PARAMS,
         )
     # Every tile holds at least one key that is seen, so `maximum` is a score's after the first.
     for tile in tl.range(start, end, BLOCK_N, num_stages=1):
@@ -201,7 +224,7 @@ def _quantized_split_kernel(
             v_scale, v_zero = params_of(v_params, 0, V_PARAMS, J, q_dtype)
         # scores - maximum, in log2
         if BITS == 4:
-            k_lo, k_hi = nibbles(k_words, INTEGER, dtype, ASM)
+            k_lo, k_hi = nibbles(k_words, INTEGER, dtype, ASM and ALIGNED)
             products = _products(k_lo, q, J, KW, INTEGER) * k_unit
             products_hi = _products(k_hi, q_hi, J, KW, INTEGER) * high_unit + high_plus
             k_scale_hi, k_zero_hi = k_scale, k_zero
@@ -210,7 +233,7 @@ def _quantized_split_kernel(
             scores = sum_lo * k_zero + (sum_hi * k_zero_hi - maximum)
             scores += products * k_scale + products_hi * k_scale_hi
         else:
-            k_numbers = signed_bytes(k_words, INTEGER, E4M3, dtype, ASM)
+            k_numbers = signed_bytes(k_words, INTEGER, E4M3, dtype, ASM and ALIGNED)
             products = _products(k_numbers, q, J, KW, INTEGER) * k_unit + low_plus
             scores = products * k_scale + (sum_lo * k_zero - maximum)
 
@@ -222,10 +245,28 @@ def _quantized_split_kernel(
         )
         if not STATIC:
             k_params = load_params(
-                k_params_head_ptr, table_ptr, block, next_tile, last, stride_k_params_block, STRIDE_K_PARAMS, BLOCK_SIZE, BLOCK_N, K_PARAMS
+                k_params_head_ptr,
+                table_ptr,
+                block,
+                next_tile,
+                last,
+                stride_k_params_block,
+                STRIDE_K_PARAMS,
+                BLOCK_SIZE,
+                BLOCK_N,
+                K_PARAMS,
             )
             v_params = load_params(
-                v_params_head_ptr, table_ptr, block, next_tile, last, stride_v_params_block, STRIDE_V_PARAMS, BLOCK_SIZE, BLOCK_N, V_PARAMS
+                v_params_head_ptr,
+                table_ptr,
+                block,
+                next_tile,
+                last,
+                stride_v_params_block,
+                STRIDE_V_PARAMS,
+                BLOCK_SIZE,
+                BLOCK_N,
+                V_PARAMS,
             )
 
         v_scale = tl.maximum(v_scale, 1e-20)
@@ -259,10 +300,10 @@ def _quantized_split_kernel(
             ones = tl.full((16, BLOCK_N), 1.0, dtype)
             of_ones = tl.dot(tl.reshape(tl.join(ones, ones), (16, 2 * BLOCK_N)), rounded, acc=of_ones)
         if BITS == 4:
-            v_lo, v_hi = widened(v_words, BITS, E4M3, dtype, ASM)
+            v_lo, v_hi = widened(v_words, BITS, E4M3, dtype, ASM and ALIGNED)
             acc_hi = tl.dot(_value_operand(v_hi, J, VW), rounded, acc=acc_hi, input_precision="ieee")
         else:
-            v_lo, _ = widened(v_words, BITS, E4M3, dtype, ASM)
+            v_lo, _ = widened(v_words, BITS, E4M3, dtype, ASM and ALIGNED)
         acc = tl.dot(_value_operand(v_lo, J, VW), rounded, acc=acc, input_precision="ieee")
 
     heads = kv_head * GROUP_SIZE + tl.arange(0, BLOCK_G)
@@ -464,6 +505,7 @@ def quantized_decode_attention(
         BLOCK_HALF=config.block_half,
         BLOCK_D=block_d,
         ASM=q.is_cuda and q.dtype is not torch.float32,
+        ALIGNED=k_data.shape[3] % 4 == 0 and all(stride % 16 == 0 for stride in k_data.stride()[:2]),
         num_warps=config.num_warps,
         **({"maxnreg": config.max_registers} if config.max_registers else {}),
         **launch_options(has_pdl(q.device)),

@@ -1,7 +1,8 @@
 """Words of quantised pages on their way into a product: where a key's lie, how they are loaded, how their bits become numbers.
 
 Stored numbers are widened by their bits alone, two at a time (PTX; plain shifts in triton's interpreter): 0x6400 | v is 1024 + v in fp16.
-What stands in which lane, quantized_decode_attention.py says.
+What stands in which lane, quantized_decode_attention.py says. Assembly that takes several words takes them as they lie in a thread, so its
+loads must come in one piece: rows of keys are multiples of 16 bytes, and the compiler knows it. Others take plain shifts, more slowly.
 """
 
 import triton
@@ -36,9 +37,11 @@ _SIGNED_BYTES = tl.constexpr(_masked("xor.b32 {0}, {1}, 0x80808080;\n"))
 
 def _pairs(operation: str, count: int) -> str:
     """`operation` on the words a ($2 count) and b: `count` pairs of fp16 numbers each."""
-    return "{.reg .b32 u, m;\n" + "".join(
-        operation.format(*(f"${count * i + j}" for j in range(count)), word=f"${2 * count + i}") for i in range(2)
-    ) + "}"
+    return (
+        "{.reg .b32 u, m;\n"
+        + "".join(operation.format(*(f"${count * i + j}" for j in range(count)), word=f"${2 * count + i}") for i in range(2))
+        + "}"
+    )
 
 
 #: Bytes 0 and 2, then 1 and 3 of a word, then the next's: as 1024 + v.
@@ -197,8 +200,8 @@ def _load(
     BLOCK_N: tl.constexpr,
     NUM_WORDS: tl.constexpr,
 ):
-    """Words lane_words + words, of those that are less than NUM_WORDS, of the keys tile + lane_keys + keys; past `last` others of its block,
-    or `last` itself.
+    """Words lane_words + words of the keys tile + lane_keys + keys, past `last` others of its block or `last` itself. NUM_WORDS: of a key,
+    past them 0; 0: not asked.
 
     lane_keys, lane_words: [rows, 1], what differs between lanes; keys, words: [rows, words], what does not. block: of the tile, which
     counts where a tile lies in one. Added in this order an address is the work of two instructions, and the rest part of the loads.
@@ -215,11 +218,7 @@ def _load(
         keys = tl.minimum(tile + lane_keys + keys, last)
         rows = tl.load(table_ptr + keys // BLOCK_SIZE).to(tl.int64) * stride_block + keys % BLOCK_SIZE * stride_token
         ptrs = ptr + rows + lane_words + words
-    if NUM_WORDS > 0:
-        loaded = tl.load(ptrs, mask=lane_words + words < NUM_WORDS, other=0)
-    else:
-        loaded = tl.load(ptrs)
-    return loaded
+    return tl.load(ptrs, mask=lane_words + words < NUM_WORDS, other=0) if NUM_WORDS > 0 else tl.load(ptrs)
 
 
 @triton.jit

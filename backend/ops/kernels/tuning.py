@@ -370,7 +370,7 @@ def quantized_decode_attention_config(
 ) -> QuantizedDecodeAttentionConfig:
     """A warp a program: it holds in registers what others hold in shared memory, and a dozen programs on a multiprocessor hide each
     other's waits. Splits until every multiprocessor has eight. Tiles as long as the registers of 16 programs allow, of 12 where eight
-    query heads share a kv head: by counted instructions and registers (tests/bench/count_instructions.py), not by time. element_bytes: of q.
+    query heads share a kv head: by what tests/bench/count_instructions.py counts, not by time. element_bytes: of q.
     """
     if not 8 <= head_dim <= MAX_HEAD_DIM or head_dim % 8:
         raise ConfigError(

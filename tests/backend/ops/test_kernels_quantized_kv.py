@@ -188,7 +188,9 @@ class AsOnGpu:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("target", [pytest.param(("cpu", torch.float16), marks=pytest.mark.interpreted)], indirect=True, ids=["fp16"])
+@pytest.mark.parametrize(
+    "target", [pytest.param(("cpu", torch.float16), marks=pytest.mark.interpreted)], indirect=True, ids=["fp16"]
+)
 def test_inline_assembly_gives_what_plain_shifts_give(target, kind, monkeypatch):
     from tests.backend.ops.inline_assembly import create_inline_asm
     from triton.runtime.interpreter import InterpreterBuilder
