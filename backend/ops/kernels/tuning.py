@@ -383,7 +383,7 @@ def quantized_decode_attention_config(
     is_usual = element_bytes == 2 and head_dim == 128 and block_g <= 8
     block_n = 32 if is_usual and bits == 4 else 16
     max_registers = (128 if block_g == 4 else 168) if is_usual else 0
-    num_warps = 8 if element_bytes == 4 else 1
+    num_warps = 8 if element_bytes == 4 else max(1, block_g // 16)
     return QuantizedDecodeAttentionConfig(block_g, block_n, block_half, num_splits, MIN_SPLIT_TOKENS, num_warps, max_registers)
 
 
