@@ -84,14 +84,17 @@ def test_every_kernel_compiles_without_spills(capability, dtype, head_dim, kind,
 
 
 @pytest.mark.parametrize("kind", ["8", "4"])
-def test_words_of_a_thread_follow_each_other_in_small_blocks_too(kind, launches, monkeypatch, tmp_path):
+def test_words_of_a_thread_follow_each_other_in_small_blocks_too(kind, launches, monkeypatch):
     """Blocks of 16 keys, shorter than a tile."""
     monkeypatch.setattr(attention, "has_pdl", lambda device: True)
     k, v = pages(kind, BF16, 128, 2 if kind == "4" else 1, 16), pages(kind, BF16, 128, 1, 16)
     tables, lens = torch.empty((16, 128), dtype=torch.int32), torch.empty(16, dtype=torch.int32)
     attention.quantized_decode_attention(torch.empty((16, NUM_HEADS, 128), dtype=BF16), k, v, tables, lens, 0.1)
-    launches[0][1]["ASM"] = True  # as on a GPU
-    compile_all(launches, 90, tmp_path)
+    kernel, arguments = launches[0]
+    arguments["ASM"] = True  # as on a GPU
+    assert arguments["ALIGNED"]
+    compiled = triton.compile(source_of(kernel, arguments), target=GPUTarget("cuda", 90, 32), options={"num_warps": 1})
+    assert_words_of_a_thread_follow_each_other(compiled.asm["ttgir"])
 
 
 @pytest.mark.parametrize(
