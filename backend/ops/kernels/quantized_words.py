@@ -11,6 +11,7 @@ import triton.language as tl
 __all__ = [
     "block_of",
     "fast_exp2",
+    "fast_inverse",
     "fast_log2",
     "load_keys",
     "load_params",
@@ -82,6 +83,13 @@ def fast_log2(x, ASM: tl.constexpr):
     if ASM:
         return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
     return tl.log2(x)
+
+
+@triton.jit
+def fast_inverse(x, ASM: tl.constexpr):
+    if ASM:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    return 1.0 / x
 
 
 @triton.jit
