@@ -38,6 +38,7 @@ from turbotriton.backend.ops.operands import QuantizedPages, StaticInt8Pages
 
 from .launch import has_pdl, launch_options, num_sms, wait_for_previous
 from .paged_decode_attention import REDUCE_ELEMENTS, REDUCE_TILE, _add_splits, _key_range, _split_tokens
+from .quantized_products import digits_of, k_dims_of, of_heads, products_of, v_dims_of, value_operand, weight_operand
 from .quantized_words import (
     block_of,
     fast_exp2,
@@ -141,7 +142,7 @@ def _quantized_split_kernel(
     VW: tl.constexpr = BLOCK_ROW // 32  # and of a value
 
     # Columns are pairs of a head's digits.
-    k_dims = _k_dims(tl.arange(0, BLOCK_ROW), INTEGER)
+    k_dims = k_dims_of(tl.arange(0, BLOCK_ROW), INTEGER)
     columns = tl.arange(0, 2 * BLOCK_G)
     q_ptrs = q_ptr + sequence * stride_q_row + (kv_head * GROUP_SIZE + columns // 2)[None, :] * stride_q_head + k_dims[:, None]
     mask_q = (columns // 2 < GROUP_SIZE)[None, :] & (k_dims < ROW)[:, None]
@@ -153,12 +154,12 @@ def _quantized_split_kernel(
         largest = tl.maximum(largest, tl.max(tl.abs(q_hi), axis=0))
     largest = tl.where(largest > 0, largest, 1.0)
     scale_q = ((32512.0 if INTEGER else 1.0) / largest)[None, :]
-    q, sum_lo = _digits(q * scale_q, INTEGER, dtype)
-    q_hi, sum_hi = _digits(q_hi * scale_q, INTEGER, dtype)
+    q, sum_lo = digits_of(q * scale_q, INTEGER, dtype)
+    q_hi, sum_hi = digits_of(q_hi * scale_q, INTEGER, dtype)
     # Numbers of a (key, head) or a head stand as the products do: [J, 8, Q, 4]
-    head_scale = _of_heads(largest, Q) * (scale_log2 / (32512.0 if INTEGER else 1.0))
-    sum_lo = _of_heads(sum_lo, Q) * head_scale
-    sum_hi = _of_heads(sum_hi, Q) * head_scale
+    head_scale = of_heads(largest, Q) * (scale_log2 / (32512.0 if INTEGER else 1.0))
+    sum_lo = of_heads(sum_lo, Q) * head_scale
+    sum_hi = of_heads(sum_hi, Q) * head_scale
     k_unit = head_scale * UNIT
     high_unit = head_scale / 16
     low_plus = 0.0 * sum_lo if BITS == 4 or E4M3 or STATIC else 128 * sum_lo
@@ -225,8 +226,8 @@ def _quantized_split_kernel(
         # scores - maximum, in log2
         if BITS == 4:
             k_lo, k_hi = nibbles(k_words, INTEGER, dtype, ASM and ALIGNED)
-            products = _products(k_lo, q, J, KW, INTEGER) * k_unit
-            products_hi = _products(k_hi, q_hi, J, KW, INTEGER) * high_unit + high_plus
+            products = products_of(k_lo, q, J, KW, INTEGER) * k_unit
+            products_hi = products_of(k_hi, q_hi, J, KW, INTEGER) * high_unit + high_plus
             k_scale_hi, k_zero_hi = k_scale, k_zero
             if HALVES:
                 k_scale_hi, k_zero_hi = params_of(k_params, 1, K_PARAMS, J, q_dtype)
@@ -234,7 +235,7 @@ def _quantized_split_kernel(
             scores += products * k_scale + products_hi * k_scale_hi
         else:
             k_numbers = signed_bytes(k_words, INTEGER, E4M3, dtype, ASM and ALIGNED)
-            products = _products(k_numbers, q, J, KW, INTEGER) * k_unit + low_plus
+            products = products_of(k_numbers, q, J, KW, INTEGER) * k_unit + low_plus
             scores = products * k_scale + (sum_lo * k_zero - maximum)
 
         block = next_block
@@ -295,20 +296,20 @@ def _quantized_split_kernel(
         weights = fast_exp2(scores, ASM)
         total += tl.sum(weights, axis=0)
         of_zeros += tl.sum(weights * v_zero, axis=0)
-        rounded = _weight_operand((weights * v_scale).to(dtype))
+        rounded = weight_operand((weights * v_scale).to(dtype))
         if PLUS > 0:
             ones = tl.full((16, BLOCK_N), 1.0, dtype)
             of_ones = tl.dot(tl.reshape(tl.join(ones, ones), (16, 2 * BLOCK_N)), rounded, acc=of_ones)
         if BITS == 4:
             v_lo, v_hi = widened(v_words, BITS, E4M3, dtype, ASM and ALIGNED)
-            acc_hi = tl.dot(_value_operand(v_hi, J, VW), rounded, acc=acc_hi, input_precision="ieee")
+            acc_hi = tl.dot(value_operand(v_hi, J, VW), rounded, acc=acc_hi, input_precision="ieee")
         else:
             v_lo, _ = widened(v_words, BITS, E4M3, dtype, ASM and ALIGNED)
-        acc = tl.dot(_value_operand(v_lo, J, VW), rounded, acc=acc, input_precision="ieee")
+        acc = tl.dot(value_operand(v_lo, J, VW), rounded, acc=acc, input_precision="ieee")
 
     heads = kv_head * GROUP_SIZE + tl.arange(0, BLOCK_G)
     mask_g = tl.arange(0, BLOCK_G) < GROUP_SIZE
-    v_dims = _v_dims(tl.arange(0, 16 * VW), VW)[:, None, None] + 2 * tl.arange(0, 2)[None, None, :]
+    v_dims = v_dims_of(tl.arange(0, 16 * VW), VW)[:, None, None] + 2 * tl.arange(0, 2)[None, None, :]
     plus = PLUS * tl.sum(of_ones, axis=0, keep_dims=True) / 16
     total = tl.reshape(tl.sum(total, axis=0), (BLOCK_G,))
     share = 1.0 / tl.where(total > 0, total, 1.0)  # total is 0 only for a sequence of no keys: zeros
@@ -337,85 +338,6 @@ def _quantized_split_kernel(
                 partial_ptr, log_weight_ptr, out_ptr, first_head, num_splits, num_used,
                 GROUP_SIZE, HEAD_DIM, PADDED_GROUP, BLOCK_S, BLOCK_D,
             )  # fmt: skip
-
-
-@triton.jit
-def _k_dims(k, INTEGER: tl.constexpr):
-    """Byte of a key, and so its dim, that stands k-th in the product."""
-    if INTEGER:
-        chunk, word, lane = k // 64, k // 32 % 2 * 2 + k // 4 % 2, k // 8 % 4
-    else:
-        chunk, word, lane = k // 64, k // 16 % 4, k // 4 % 4
-    return chunk * 64 + lane * 16 + word * 4 + k % 4
-
-
-@triton.jit
-def _v_dims(row, VW: tl.constexpr):
-    """Byte of a value that stands in the row of the product, of the first of the row's two."""
-    CHUNK: tl.constexpr = VW if VW < 4 else 4
-    word, odd, lane = row // 16, row // 8 % 2, row % 8
-    return 4 * (word // CHUNK * (8 * CHUNK) + lane * CHUNK + word % CHUNK) + odd
-
-
-@triton.jit
-def _digits(q, INTEGER: tl.constexpr, dtype: tl.constexpr):
-    """q: fp32 [BLOCK_ROW, 2 BLOCK_G], each column twice -> (its digits, whose products are added; sums over dims: [2 BLOCK_G]).
-
-    INTEGER: of round(q) = 256 d0 + d1, int8; |q| <= 32512. Otherwise q rounded to dtype and what that left.
-    """
-    is_first = (tl.arange(0, q.shape[1]) % 2 == 0)[None, :]
-    if INTEGER:
-        rounded = q + 12582912.0  # 1.5 * 2^23: the last bits are the integer
-        number = rounded.to(tl.int32, bitcast=True) - 0x4B400000
-        rounded -= 12582912.0
-        first = (number + 128) >> 8
-        digits = tl.where(is_first, first, number - first * 256).to(tl.int8)
-    else:
-        rounded = q
-        first = q.to(dtype)
-        digits = tl.where(is_first, first, (q - first.to(tl.float32)).to(dtype))
-    return digits, tl.sum(rounded, axis=0)
-
-
-@triton.jit
-def _of_heads(x, Q: tl.constexpr):
-    """[2 BLOCK_G], pairs of one number -> [1, 1, Q, 4]."""
-    return tl.reshape(tl.max(tl.reshape(x, (4 * Q, 2)), axis=1), (1, 1, Q, 4))
-
-
-@triton.jit
-def _products(numbers, q, J: tl.constexpr, KW: tl.constexpr, INTEGER: tl.constexpr):
-    """numbers: [(chunk, J, 8, 4), 4, 4] of keys' bytes; q: digits of `_digits` -> fp32 [J, 8, Q, 4]."""
-    if INTEGER:
-        parts = tl.reshape(numbers, (KW // 4, J, 8, 4, 2, 2, 4))  # chunk j g t word_high word_low byte
-        keys = tl.reshape(tl.permute(parts, (1, 2, 0, 4, 3, 5, 6)), (8 * J, 16 * KW))
-        products = tl.dot(keys, q, out_dtype=tl.int32)
-    else:
-        parts = tl.reshape(numbers, (KW // 4, J, 8, 4, 4, 4))  # chunk j g t word byte
-        keys = tl.reshape(tl.permute(parts, (1, 2, 0, 4, 3, 5)), (8 * J, 16 * KW))
-        products = tl.dot(keys, q, input_precision="ieee")
-    first, second = tl.split(tl.reshape(products, (J, 8, q.shape[1] // 8, 4, 2)))
-    return (first * 256 + second).to(tl.float32) if INTEGER else first + second
-
-
-@triton.jit
-def _value_operand(numbers, J: tl.constexpr, VW: tl.constexpr):
-    """[(chunk, J / 2, 2, 2, 8, 4), CHUNK, 4] -> [16 VW, 2 BLOCK_N]: two bytes of a key stand side by side."""
-    CHUNK: tl.constexpr = VW if VW < 4 else 4
-    parts = tl.reshape(numbers, (VW // CHUNK, J // 2, 2, 2, 8, 4, CHUNK, 2, 2))  # chunk r h c g t word i p
-    return tl.reshape(tl.permute(parts, (0, 6, 8, 4, 1, 2, 5, 3, 7)), (16 * VW, 16 * J))
-
-
-@triton.jit
-def _weight_operand(weights):
-    """[J, 8, Q, 4] -> [2 BLOCK_N, 2 BLOCK_G]: columns of a head's even and odd bytes, which take the key's one or the other."""
-    J: tl.constexpr = weights.shape[0]
-    BLOCK_G: tl.constexpr = 4 * weights.shape[2]
-    parts = tl.permute(tl.reshape(weights, (J // 2, 2, 2, 4, BLOCK_G)), (0, 2, 3, 1, 4))  # r h t c head
-    weights = tl.reshape(parts, (8 * J, 1, BLOCK_G, 1))
-    is_own = tl.arange(0, 2)[:, None] == tl.arange(0, 2)[None, :]
-    weights = tl.where(tl.reshape(is_own, (1, 2, 1, 2)), weights, 0.0)
-    return tl.reshape(weights, (16 * J, 2 * BLOCK_G))
 
 
 def quantized_decode_attention(
