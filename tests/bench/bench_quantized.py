@@ -215,34 +215,35 @@ def decodes(bandwidth: float) -> list[dict[str, object]]:
     return found
 
 
+#: Keys a tile and most registers a thread (0: no limit), by which 8 to 16 programs fit a multiprocessor.
+DECODE_TILES = ((16, 128), (16, 0), (32, 128), (32, 168), (64, 168), (64, 0))
+
+
 def sweep_decodes() -> None:
     chosen = decode_module.quantized_decode_attention_config
-    for (batch, context), bits in itertools.product((*DECODES, (1, 8192), (16, 1024)), (8, 4)):
+    for (batch, context), bits in itertools.product(DECODES, (8, 4)):
         calls, num_bytes = decode_calls(batch, context, bits)
-        found = []
-        for block_n, warps, registers, programs in itertools.product((16, 32, 64), (1,), (0, 168), (4, 8, 16, 32)):
+        found: list[tuple[float, str]] = []
+        splits = sorted({max(1, programs * 132 // (batch * NUM_KV_HEADS)) for programs in (8, 16, 24)})
+        for (block_n, registers), num_splits in itertools.product(DECODE_TILES, splits):
 
-            def config(num_sms: int, choice=(block_n, warps, registers, programs), **shape: int) -> object:
-                block_n, warps, registers, programs = choice
-                base = chosen(num_sms=num_sms, **shape)
-                splits = -(-programs * num_sms // (shape["batch"] * shape["num_kv_heads"]))
-                splits = max(1, min(splits, 256, -(-shape["max_context"] // 64)))
-                return dataclasses.replace(
-                    base, block_n=block_n, num_warps=warps, max_registers=registers, num_splits=splits, min_split_tokens=64
-                )
+            def config(**shape: int) -> object:
+                tile = {"block_n": block_n, "max_registers": registers, "num_splits": num_splits, "min_split_tokens": 64}
+                return dataclasses.replace(chosen(**shape), **tile)
 
             decode_module.quantized_decode_attention_config = config
             try:
-                found.append((median_us(calls), block_n, warps, registers, programs))
+                found.append((median_us(calls), f"keys {block_n}, registers {registers}, splits {num_splits}"))
             except triton.runtime.errors.OutOfResources:
                 continue
         decode_module.quantized_decode_attention_config = chosen
         found.sort()
-        best = "; ".join(f"{us:.1f} us (keys {n}, warps {w}, registers {r}, programs/SM {p})" for us, n, w, r, p in found[:5])
         print(
-            f"decode {batch} x {context}, {bits} bit: {num_bytes / found[0][0] / 1e3:.0f} GB/s; now {median_us(calls):.1f} us; {best}",
+            f"decode {batch} x {context}, {bits} bit: {num_bytes / found[0][0] / 1e3:.0f} GB/s; now {median_us(calls):.1f} us",
             flush=True,
         )
+        for us, tile in found:
+            print(f"    {us:7.1f} us ({tile})", flush=True)
         del calls
         torch.cuda.empty_cache()
 

@@ -208,3 +208,17 @@ def test_auto_awq_is_timed_layer_by_layer() -> None:
     run = program("bench_auto_awq", "--shape", "tiny", "--layers", "2", "--samples", "3", "--seqlen", "64", "--device", "cpu")
     assert run.returncode == 0, run.stderr
     assert len(json.loads(run.stdout.splitlines()[-1])["seconds"]) == 2
+
+
+def test_instructions_of_a_kernel_are_counted_without_a_gpu() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.bench.count_instructions", "int8", "--set", "BLOCK_N=16", "maxnreg=128"]
+    environment |= {"PYTHONPATH": str(ROOT / "src")}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 0, run.stderr
+    row = json.loads(run.stdout.splitlines()[-1])["rows"][0]
+    assert row["registers"] <= 128
+    # a tile of 16 keys of 128 dims: 4 integer products, 8 of values, 2 of ones
+    assert (row["opcodes"]["IMMA"], row["opcodes"]["HMMA"]) == (4, 10)
+    assert row["clocks"]["tensor"] == 4 * (4 + 10)
+    assert row["clocks"]["issue"] == sum(row["opcodes"].values())

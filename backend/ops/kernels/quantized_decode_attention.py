@@ -2,28 +2,33 @@
 
     out = softmax(q K^T scale, over positions max(0, L - window) <= p < L) V,     K = Kq s_n + z_n, V likewise (Kq: the stored numbers)
 
-Stored numbers are widened to fp16 by their bits alone: 0x6400 | v is 1024 + v, and 0x6400 | v << 4 is 1024 + 16 v. The rest is factored
-out of the products; s_n and z_n belong to a key's head, of 4 bit keys to each half of it:
+What such a kernel runs short of is registers and instructions before bytes, so stored numbers go to the matrix unit almost as they are.
+s_n and z_n belong to a key's head, of 4 bit keys to each half of it; they are factored out of the products:
 
-    K q'   = (Kw q' - 1024 sum q') s_n + (sum q') z_n          Kw: the widened numbers;  q' = q / max |q|
-    P V    = Vw P' - 1024 sum P' + sum(P' z_n / s_n)           P' = P s_n: log2 s_n is added to the scores of the softmax, whose maximum
-    sum P  = sum(P' / s_n)                                     then keeps P' in fp16's range whatever the scales are
+    K q = s_n (Kq q) + z_n sum q       V P = Vq P' + sum(P z_n),  P' = P s_n
 
-Tiling and splits are `paged_decode_attention`'s, transposed: keys and values are the left operands of mma.m16n8k16 and the query heads
-of a kv head its 8 columns. A program is one warp. What a thread loads, 4 to 16 bytes at once, is its share of an operand, since the order
-of the dims of a product is free: keys and values see no shared memory. With lane = 4 g + t and halves of a head of 16 NW = 32 VW bytes
-(4 bit: low halves of bytes are the first half of the dims, high ones the second; 8 bit: two halves of bytes):
+Keys are signed bytes: a mask makes 4 of them, of nibbles 8. q is an integer of 16 bits, of the head's largest number 1/32512, in two digits
+that are signed bytes too (q = 256 d0 + d1), so q K^T is exact. Values are widened to fp16 by their bits alone: 0x6400 | v is 1024 + v, and
+0x6400 | v << 4 is 1024 + 16 v; 1024 sum P' is taken off at the end. The maximum of the softmax is one of scores + log2 s_n, which keeps P'
+within fp16 whatever the scales are. float8 e4m3: bits shifted into an fp16 number are 2^-8 of it, nothing is added, zeros are 0, and q's
+digits are fp16: q rounded, and what that left. fp32 models: all in fp32, nothing is rounded.
 
-    K  8 keys:  lane (g, t) loads bytes 4 NW t .. 4 NW (t + 1) of key g                  `k_dims`: which dim stands where in the product
-    V  16 keys: lane (g, t) loads bytes 4 VW g .. 4 VW (g + 1) of keys 4 t .. 4 t + 3    `v_dims`
+Tiling and splits are `paged_decode_attention`'s, transposed: keys and values are the left operands of mma.sync, and the query heads of a kv
+head its columns, each twice, so that four heads fill the 8 columns. Of keys the two are q's digits. Of values they are the outputs of two
+neighbouring bytes, which stand side by side as the operand's pair of "keys": P' is 0 for the one that is not the column's, and bytes of
+different keys need not be brought together. With lane = 4 g + t and J = BLOCK_N / 8:
 
-float8 e4m3: bits shifted into an fp16 number are 2^-8 of it, nothing is added, zeros are 0.
+    K  lane (g, t) loads bytes 16 t .. 16 t + 15 (and on in steps of 64) of keys J g .. J g + J - 1
+    S  lane (g, t) has the scores of its keys and head t (t + 4, ...), and loads their scales and zeros
+    V  lane (g, t) loads bytes 8 g .. 8 g + 7 (8 bit: 16) of keys J t .. J t + J - 1 and J (t + 4) .. J (t + 4) + J - 1
 
-The next tile's keys are loaded while this one is worked on. Scores, softmax and sums in fp32; q' and P' are rounded to fp16, in fp32
-models to nothing. What lies in a block past the context is read and left out; other blocks are not touched.
+A program is one warp. What a thread loads is its share of an operand, since the order of dims and keys of a product is free: keys and
+values see no shared memory. The next tile's keys, scales and zeros are loaded while this one is worked on. Scores, softmax and sums in
+fp32; P' is rounded to fp16. What lies in a block past the context is read and left out; other blocks are not touched.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -33,15 +38,17 @@ from turbotriton.backend.ops.operands import QuantizedPages, StaticInt8Pages
 
 from .launch import has_pdl, launch_options, num_sms, wait_for_previous
 from .paged_decode_attention import REDUCE_ELEMENTS, REDUCE_TILE, _add_splits, _key_range, _split_tokens
+from .quantized_products import digits_of, k_dims_of, of_heads, products_of, v_dims_of, value_operand, weight_operand
 from .quantized_words import (
     block_of,
     fast_exp2,
-    fast_inverse,
     fast_log2,
-    key_rows,
+    load_keys,
     load_params,
-    load_words,
-    tile_start,
+    load_values,
+    nibbles,
+    params_of,
+    signed_bytes,
     widened,
 )
 from .split_sum import is_last_of, workspace
@@ -50,6 +57,8 @@ from .tuning import next_power_of_2, quantized_decode_attention_config
 __all__ = ["quantized_decode_attention"]
 
 Pages = QuantizedPages | StaticInt8Pages
+
+LEEWAY_BITS = 0x41000000  # of 8.0 in fp32
 
 
 @triton.jit(do_not_specialize=["stride_table_row", "num_splits"])
@@ -73,13 +82,10 @@ def _quantized_split_kernel(
     stride_q_head,
     stride_data_block,
     stride_data_head,
-    stride_data_token,
     stride_k_params_block,
     stride_k_params_head,
-    stride_k_params_token,
     stride_v_params_block,
     stride_v_params_head,
-    stride_v_params_token,
     stride_table_row,
     NUM_HEADS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
@@ -92,6 +98,12 @@ def _quantized_split_kernel(
     E4M3: tl.constexpr,
     ONE_SPLIT: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
+    STRIDE_TOKEN: tl.constexpr,
+    STRIDE_K_PARAMS: tl.constexpr,
+    STRIDE_V_PARAMS: tl.constexpr,
+    K_PARAMS: tl.constexpr,
+    V_PARAMS: tl.constexpr,
+    LEEWAY_BITS: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
     PADDED_GROUP: tl.constexpr,
@@ -99,6 +111,7 @@ def _quantized_split_kernel(
     BLOCK_HALF: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ASM: tl.constexpr,
+    ALIGNED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_previous(PDL)
@@ -117,190 +130,214 @@ def _quantized_split_kernel(
 
     q_dtype: tl.constexpr = q_ptr.dtype.element_ty
     dtype: tl.constexpr = tl.float32 if q_dtype == tl.float32 else tl.float16
-    PLUS: tl.constexpr = 0.0 if dtype == tl.float32 or E4M3 else 1024.0
+    INTEGER: tl.constexpr = dtype == tl.float16 and not E4M3  # q K^T by the integer matrix unit
+    PLUS: tl.constexpr = 0.0 if dtype == tl.float32 or E4M3 else 1024.0  # in a widened value
     UNIT: tl.constexpr = 256.0 if E4M3 else 1.0  # of a widened number
-    LEEWAY: tl.constexpr = 8.0
-    HIGH: tl.constexpr = 1 / 16 if BITS == 4 else 1.0
     HALF: tl.constexpr = HEAD_DIM // 2
-    IS_PADDED: tl.constexpr = HALF != BLOCK_HALF
-    N8: tl.constexpr = BLOCK_N // 8
-    NW: tl.constexpr = BLOCK_HALF // 16  # words of a lane: keys
-    VW: tl.constexpr = BLOCK_HALF // 32  # and values
+    ROW: tl.constexpr = HALF if BITS == 4 else HEAD_DIM  # bytes of a key
+    BLOCK_ROW: tl.constexpr = BLOCK_HALF if BITS == 4 else 2 * BLOCK_HALF
+    J: tl.constexpr = BLOCK_N // 8  # keys of a lane in the scores
+    Q: tl.constexpr = BLOCK_G // 4  # heads of a lane
+    KW: tl.constexpr = BLOCK_ROW // 16  # words of a lane: of a key
+    VW: tl.constexpr = BLOCK_ROW // 32  # and of a value
 
-    offs_g = tl.arange(0, BLOCK_G)
-    offs_n = tl.arange(0, BLOCK_N)
-    offs_half = tl.arange(0, BLOCK_HALF)
-    k_dims = (
-        offs_half // 4 % 4 * (4 * NW) + offs_half // 32 * 8 + offs_half % 2 * 4 + offs_half // 16 % 2 * 2 + offs_half // 2 % 2
-    )
-    v_dims = offs_half % 8 * (4 * VW) + offs_half // 32 * 4 + offs_half // 8 % 4
-    mask_g = offs_g < GROUP_SIZE
-    heads = kv_head * GROUP_SIZE + offs_g
-    q_ptrs = q_ptr + sequence * stride_q_row + heads[None, :] * stride_q_head + k_dims[:, None]
-    mask_q = mask_g[None, :] & (k_dims < HALF)[:, None]
-    q_lo = tl.load(q_ptrs, mask=mask_q, other=0.0).to(tl.float32)  # [BLOCK_HALF, BLOCK_G]
-    q_hi = tl.load(q_ptrs + HALF, mask=mask_q, other=0.0).to(tl.float32)
-    largest = tl.maximum(tl.max(tl.abs(q_lo), axis=0), tl.max(tl.abs(q_hi), axis=0))
+    # Columns are pairs of a head's digits.
+    k_dims = k_dims_of(tl.arange(0, BLOCK_ROW), INTEGER)
+    columns = tl.arange(0, 2 * BLOCK_G)
+    q_ptrs = q_ptr + sequence * stride_q_row + (kv_head * GROUP_SIZE + columns // 2)[None, :] * stride_q_head + k_dims[:, None]
+    mask_q = (columns // 2 < GROUP_SIZE)[None, :] & (k_dims < ROW)[:, None]
+    q = tl.load(q_ptrs, mask=mask_q, other=0.0).to(tl.float32)  # [BLOCK_ROW, 2 BLOCK_G]
+    largest = tl.max(tl.abs(q), axis=0)
+    q_hi = q
+    if BITS == 4:
+        q_hi = tl.load(q_ptrs + HALF, mask=mask_q, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.max(tl.abs(q_hi), axis=0))
     largest = tl.where(largest > 0, largest, 1.0)
-    q_lo = (q_lo / largest[None, :]).to(dtype)
-    q_hi = (q_hi / largest[None, :]).to(dtype)
-    # sums over dims by the matrix unit: they stand where a product's columns stand, and need not be moved there for every tile
-    ones = tl.full((16, BLOCK_HALF), 1.0, dtype)
-    sum_lo = tl.sum(tl.dot(ones, q_lo, input_precision="ieee"), axis=0) / 16
-    sum_hi = tl.sum(tl.dot(ones, q_hi, input_precision="ieee"), axis=0) / 16
-    head_scale = largest * scale_log2
+    scale_q = ((32512.0 if INTEGER else 1.0) / largest)[None, :]
+    q, sum_lo = digits_of(q * scale_q, INTEGER, dtype)
+    q_hi, sum_hi = digits_of(q_hi * scale_q, INTEGER, dtype)
+    # Numbers of a (key, head) or a head stand as the products do: [J, 8, Q, 4]
+    head_scale = of_heads(largest, Q) * (scale_log2 / (32512.0 if INTEGER else 1.0))
+    sum_lo = of_heads(sum_lo, Q) * head_scale
+    sum_hi = of_heads(sum_hi, Q) * head_scale
+    k_unit = head_scale * UNIT
+    high_unit = head_scale / 16
+    low_plus = 0.0 * sum_lo if BITS == 4 or E4M3 or STATIC else 128 * sum_lo
+    high_plus = 8 * sum_hi
 
     table_ptr = block_tables_ptr + sequence * stride_table_row
     k_head_ptr = k_data_ptr + kv_head * stride_data_head
     v_head_ptr = v_data_ptr + kv_head * stride_data_head
     k_params_head_ptr = k_params_ptr + kv_head * stride_k_params_head
     v_params_head_ptr = v_params_ptr + kv_head * stride_v_params_head
-    place = tl.arange(0, 32 * N8)  # lanes of 8 keys after 8 keys
-    k_places = (place % 4 * NW)[:, None] + tl.arange(0, NW)[None, :]
-    v_places = (place % 32 // 4 * VW)[:, None] + tl.arange(0, VW)[None, :]
-    k_keys = place // 4
-    v_keys = place // 64 * 16 + place % 4 * 4 + place // 32 % 2 * 2
+    offs_n = tl.reshape(tl.arange(0, 8)[None, :] * J + tl.arange(0, J)[:, None], (J, 8, 1, 1))
 
-    maximum = tl.full((BLOCK_G,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_G,), tl.float32)
-    of_zeros = tl.zeros((BLOCK_G,), tl.float32)
-    of_ones = tl.zeros((16, BLOCK_G), tl.float32)
-    acc_lo = tl.zeros((BLOCK_HALF, BLOCK_G), tl.float32)
-    acc_hi = tl.zeros((BLOCK_HALF, BLOCK_G), tl.float32)
+    maximum = tl.zeros((1, 1, Q, 4), tl.float32)
+    total = tl.zeros((8, Q, 4), tl.float32)
+    of_zeros = tl.zeros((8, Q, 4), tl.float32)
+    of_ones = tl.zeros((16, 2 * BLOCK_G), tl.float32)
+    acc = tl.zeros((16 * VW, 2 * BLOCK_G), tl.float32)
+    acc_hi = acc
     last = tl.maximum(end - 1, 0)
     block = block_of(table_ptr, start, last, BLOCK_SIZE)
     next_block = block_of(table_ptr, start + BLOCK_N, last, BLOCK_SIZE)  # ids are read two tiles ahead
-    first_rows = key_rows(table_ptr, start, k_keys, last, stride_data_block, stride_data_token, BLOCK_SIZE, BLOCK_N)
-    k_tile_ptr = k_head_ptr + tile_start(block, start, stride_data_block, stride_data_token, BLOCK_SIZE, BLOCK_N)
-    k_words = load_words(k_tile_ptr, first_rows, k_places, HALF, IS_PADDED)
-    k_words_hi = k_words
-    if BITS == 8:
-        k_words_hi = load_words(k_tile_ptr + HALF // 4, first_rows, k_places, HALF, IS_PADDED)
-    # Every tile holds at least one key that is seen, so `maximum` is finite after the first.
+    k_words = load_keys(
+        k_head_ptr, table_ptr, block, start, last, stride_data_block, STRIDE_TOKEN, BLOCK_SIZE, BLOCK_N, ROW, BLOCK_ROW
+    )
+    if not STATIC:
+        k_params = load_params(
+            k_params_head_ptr,
+            table_ptr,
+            block,
+            start,
+            last,
+            stride_k_params_block,
+            STRIDE_K_PARAMS,
+            BLOCK_SIZE,
+            BLOCK_N,
+            K_PARAMS,
+        )
+        v_params = load_params(
+            v_params_head_ptr,
+            table_ptr,
+            block,
+            start,
+            last,
+            stride_v_params_block,
+            STRIDE_V_PARAMS,
+            BLOCK_SIZE,
+            BLOCK_N,
+            V_PARAMS,
+        )
+    # Every tile holds at least one key that is seen, so `maximum` is a score's after the first.
     for tile in tl.range(start, end, BLOCK_N, num_stages=1):
         block_after = block_of(table_ptr, tile + 2 * BLOCK_N, last, BLOCK_SIZE)
-        even_rows = key_rows(table_ptr, tile, v_keys, last, stride_data_block, stride_data_token, BLOCK_SIZE, BLOCK_N)
-        odd_rows = key_rows(table_ptr, tile, v_keys + 1, last, stride_data_block, stride_data_token, BLOCK_SIZE, BLOCK_N)
-        v_tile_ptr = v_head_ptr + tile_start(block, tile, stride_data_block, stride_data_token, BLOCK_SIZE, BLOCK_N)
-        v_words = tl.join(
-            load_words(v_tile_ptr, even_rows, v_places, HALF, IS_PADDED),
-            load_words(v_tile_ptr, odd_rows, v_places, HALF, IS_PADDED),
+        v_words = load_values(
+            v_head_ptr, table_ptr, block, tile, last, stride_data_block, STRIDE_TOKEN, BLOCK_SIZE, BLOCK_N, ROW, BLOCK_ROW
         )
-        v_words_hi = v_words
-        if BITS == 8:
-            v_words_hi = tl.join(
-                load_words(v_tile_ptr + HALF // 4, even_rows, v_places, HALF, IS_PADDED),
-                load_words(v_tile_ptr + HALF // 4, odd_rows, v_places, HALF, IS_PADDED),
-            )
         if STATIC:
-            k_scale_lo = tl.load(k_params_ptr + kv_head + offs_n * 0)
-            k_zero_lo = tl.load(k_zero_ptr + kv_head + offs_n * 0) - 128 * k_scale_lo
+            k_scale = tl.load(k_params_ptr + kv_head + offs_n * 0)
+            k_zero = tl.load(k_zero_ptr + kv_head + offs_n * 0)
             v_scale = tl.load(v_params_ptr + kv_head + offs_n * 0)
             v_zero = tl.load(v_zero_ptr + kv_head + offs_n * 0) - 128 * v_scale
         else:
-            k_rows = key_rows(table_ptr, tile, offs_n, last, stride_k_params_block, stride_k_params_token, BLOCK_SIZE, BLOCK_N)
-            v_rows = key_rows(table_ptr, tile, offs_n, last, stride_v_params_block, stride_v_params_token, BLOCK_SIZE, BLOCK_N)
-            k_at = k_params_head_ptr + tile_start(block, tile, stride_k_params_block, stride_k_params_token, BLOCK_SIZE, BLOCK_N)
-            v_at = v_params_head_ptr + tile_start(block, tile, stride_v_params_block, stride_v_params_token, BLOCK_SIZE, BLOCK_N)
-            k_scale_lo, k_zero_lo = load_params(k_at, k_rows, 0, q_dtype)
-            v_scale, v_zero = load_params(v_at, v_rows, 0, q_dtype)
+            k_scale, k_zero = params_of(k_params, 0, K_PARAMS, J, q_dtype)
+            v_scale, v_zero = params_of(v_params, 0, V_PARAMS, J, q_dtype)
+        # scores - maximum, in log2
+        if BITS == 4:
+            k_lo, k_hi = nibbles(k_words, INTEGER, dtype, ASM and ALIGNED)
+            products = products_of(k_lo, q, J, KW, INTEGER) * k_unit
+            products_hi = products_of(k_hi, q_hi, J, KW, INTEGER) * high_unit + high_plus
+            k_scale_hi, k_zero_hi = k_scale, k_zero
             if HALVES:
-                k_scale_hi, k_zero_hi = load_params(k_at, k_rows, 1, q_dtype)
-        k_lo, k_hi = widened(k_words, BITS, E4M3, dtype, ASM)  # [32 N8, NW, 2, 2]
-        if BITS == 8:
-            k_hi, _ = widened(k_words_hi, BITS, E4M3, dtype, ASM)
-        products = tl.dot(_key_operand(k_lo), q_lo, input_precision="ieee")  # [BLOCK_N, BLOCK_G]
-        if HALVES:
-            products_hi = tl.dot(_key_operand(k_hi), q_hi, input_precision="ieee")
-            scores = products * k_scale_lo[:, None] + products_hi * (k_scale_hi * HIGH)[:, None]
-            scores += sum_lo[None, :] * (k_zero_lo - PLUS * k_scale_lo)[:, None]
-            scores += sum_hi[None, :] * (k_zero_hi - PLUS * HIGH * k_scale_hi)[:, None]
+                k_scale_hi, k_zero_hi = params_of(k_params, 1, K_PARAMS, J, q_dtype)
+            scores = sum_lo * k_zero + (sum_hi * k_zero_hi - maximum)
+            scores += products * k_scale + products_hi * k_scale_hi
         else:
-            if BITS == 8:
-                products = tl.dot(_key_operand(k_hi), q_hi, acc=products, input_precision="ieee")
-            else:
-                products += HIGH * tl.dot(_key_operand(k_hi), q_hi, input_precision="ieee")
-            k_scale_lo *= UNIT
-            products -= (PLUS * (sum_lo + HIGH * sum_hi))[None, :]
-            scores = products * k_scale_lo[:, None] + (sum_lo + sum_hi)[None, :] * k_zero_lo[:, None]
-        next_tile = tl.minimum(tile + BLOCK_N, last // BLOCK_N * BLOCK_N)
-        next_rows = key_rows(table_ptr, next_tile, k_keys, last, stride_data_block, stride_data_token, BLOCK_SIZE, BLOCK_N)
-        next_start = tile_start(next_block, next_tile, stride_data_block, stride_data_token, BLOCK_SIZE, BLOCK_N)
-        k_words = load_words(k_head_ptr + next_start, next_rows, k_places, HALF, IS_PADDED)
-        k_words_hi = k_words
-        if BITS == 8:
-            k_words_hi = load_words(k_head_ptr + next_start + HALF // 4, next_rows, k_places, HALF, IS_PADDED)
+            k_numbers = signed_bytes(k_words, INTEGER, E4M3, dtype, ASM and ALIGNED)
+            products = products_of(k_numbers, q, J, KW, INTEGER) * k_unit + low_plus
+            scores = products * k_scale + (sum_lo * k_zero - maximum)
 
-        seen = (tile + offs_n >= first) & (tile + offs_n < end)
         block = next_block
         next_block = block_after
-        v_scale = tl.where(seen, tl.maximum(v_scale, 1e-20), 1.0)  # what lies in a block past the context may be NaN
-        v_zero = tl.where(seen, v_zero, 0.0)
-        scores = scores * head_scale[None, :] + fast_log2(v_scale, ASM)[:, None]
-        scores = tl.where(seen[:, None], scores, float("-inf"))
-        largest_here = tl.max(scores, axis=0)
-        # Sums stay below 2^LEEWAY keys' of the maximum that they were made with: seldom rescaled, and within fp16.
-        if tl.max(largest_here - maximum, axis=0) > LEEWAY:
-            new_maximum = tl.maximum(maximum, largest_here)
-            rescale = fast_exp2(maximum - new_maximum, ASM)
-            acc_lo *= rescale[None, :]
-            acc_hi *= rescale[None, :]
-            of_ones *= rescale[None, :]
-            total *= rescale
-            of_zeros *= rescale
-            maximum = new_maximum
-        weights = fast_exp2(scores - maximum[None, :], ASM)
-        inverse = fast_inverse(v_scale, ASM)
-        total += tl.sum(weights * inverse[:, None], axis=0)
-        of_zeros += tl.sum(weights * (v_zero * inverse)[:, None], axis=0)
-        rounded = weights.to(dtype)
-        if PLUS > 0:
-            of_ones = tl.dot(tl.full((16, BLOCK_N), 1.0, dtype), rounded, acc=of_ones)
-        v_lo, v_hi = widened(v_words, BITS, E4M3, dtype, ASM)  # [32 N8, VW, 2, 2, 2]
-        if BITS == 8:
-            v_hi, _ = widened(v_words_hi, BITS, E4M3, dtype, ASM)
-        acc_lo = tl.dot(_value_operand(v_lo), rounded, acc=acc_lo, input_precision="ieee")
-        acc_hi = tl.dot(_value_operand(v_hi), rounded, acc=acc_hi, input_precision="ieee")
+        next_tile = tl.where(tile + BLOCK_N < end, tile + BLOCK_N, tile)
+        k_words = load_keys(
+            k_head_ptr, table_ptr, block, next_tile, last, stride_data_block, STRIDE_TOKEN, BLOCK_SIZE, BLOCK_N, ROW, BLOCK_ROW
+        )
+        if not STATIC:
+            k_params = load_params(
+                k_params_head_ptr,
+                table_ptr,
+                block,
+                next_tile,
+                last,
+                stride_k_params_block,
+                STRIDE_K_PARAMS,
+                BLOCK_SIZE,
+                BLOCK_N,
+                K_PARAMS,
+            )
+            v_params = load_params(
+                v_params_head_ptr,
+                table_ptr,
+                block,
+                next_tile,
+                last,
+                stride_v_params_block,
+                STRIDE_V_PARAMS,
+                BLOCK_SIZE,
+                BLOCK_N,
+                V_PARAMS,
+            )
 
-    plus = PLUS * tl.sum(of_ones, axis=0) / 16
+        v_scale = tl.maximum(v_scale, 1e-20)
+        # P' stays below 2^LEEWAY keys' of the maximum that they were made with: seldom rescaled, and within fp16.
+        bits = (scores + fast_log2(v_scale, ASM)).to(tl.int32, bitcast=True)  # of numbers above 0 in their order
+        is_large = tl.max(tl.reshape(bits, (J * 8 * BLOCK_G,)), axis=0) > LEEWAY_BITS
+        if is_large | (tile == start) | (tile + BLOCK_N > end):
+            seen = (tile + offs_n >= first) & (tile + offs_n < end)
+            scores = tl.where(seen, scores, float("-inf"))
+            v_scale = tl.where(seen, v_scale, 1.0)  # what lies in a block past the context may be NaN
+            v_zero = tl.where(seen, v_zero, 0.0)
+            largest_here = scores + fast_log2(v_scale, ASM)
+            largest_here = tl.max(tl.max(largest_here, axis=0, keep_dims=True), axis=1, keep_dims=True)
+            if tile > start:
+                largest_here = tl.maximum(largest_here, 0.0)
+            scores -= largest_here
+            rescale = fast_exp2(tl.minimum(-largest_here, 0.0), ASM)
+            of_columns = tl.broadcast_to(tl.reshape(rescale, (1, BLOCK_G, 1)), (1, BLOCK_G, 2))
+            of_columns = tl.reshape(of_columns, (1, 2 * BLOCK_G))
+            acc *= of_columns
+            acc_hi *= of_columns
+            of_ones *= of_columns
+            total *= tl.reshape(rescale, (1, Q, 4))
+            of_zeros *= tl.reshape(rescale, (1, Q, 4))
+            maximum += largest_here
+        weights = fast_exp2(scores, ASM)
+        total += tl.sum(weights, axis=0)
+        of_zeros += tl.sum(weights * v_zero, axis=0)
+        rounded = weight_operand((weights * v_scale).to(dtype))
+        if PLUS > 0:
+            ones = tl.full((16, BLOCK_N), 1.0, dtype)
+            of_ones = tl.dot(tl.reshape(tl.join(ones, ones), (16, 2 * BLOCK_N)), rounded, acc=of_ones)
+        if BITS == 4:
+            v_lo, v_hi = widened(v_words, BITS, E4M3, dtype, ASM and ALIGNED)
+            acc_hi = tl.dot(value_operand(v_hi, J, VW), rounded, acc=acc_hi, input_precision="ieee")
+        else:
+            v_lo, _ = widened(v_words, BITS, E4M3, dtype, ASM and ALIGNED)
+        acc = tl.dot(value_operand(v_lo, J, VW), rounded, acc=acc, input_precision="ieee")
+
+    heads = kv_head * GROUP_SIZE + tl.arange(0, BLOCK_G)
+    mask_g = tl.arange(0, BLOCK_G) < GROUP_SIZE
+    v_dims = v_dims_of(tl.arange(0, 16 * VW), VW)[:, None, None] + 2 * tl.arange(0, 2)[None, None, :]
+    plus = PLUS * tl.sum(of_ones, axis=0, keep_dims=True) / 16
+    total = tl.reshape(tl.sum(total, axis=0), (BLOCK_G,))
     share = 1.0 / tl.where(total > 0, total, 1.0)  # total is 0 only for a sequence of no keys: zeros
-    acc_lo = ((acc_lo - plus[None, :]) * UNIT + of_zeros[None, :]) * share[None, :]
-    acc_hi = ((acc_hi - plus[None, :]) * (HIGH * UNIT) + of_zeros[None, :]) * share[None, :]
-    mask = mask_g[None, :] & (v_dims < HALF)[:, None]
+    zeros = tl.reshape(tl.sum(of_zeros, axis=0), (BLOCK_G,)) * share
+    SHAPE: tl.constexpr = (16 * VW, BLOCK_G, 2)
+    acc = tl.reshape(acc - plus, SHAPE) * (UNIT * share)[None, :, None] + zeros[None, :, None]
+    if BITS == 4:
+        acc_hi = tl.reshape(acc_hi - plus, SHAPE) * (share / 16)[None, :, None] + zeros[None, :, None]
+    mask = mask_g[None, :, None] & (v_dims < ROW)
     if num_used <= 1:
-        out_ptrs = out_ptr + ((sequence * NUM_HEADS + heads) * HEAD_DIM)[None, :] + v_dims[:, None]
-        tl.store(out_ptrs, acc_lo.to(q_dtype), mask=mask)
-        tl.store(out_ptrs + HALF, acc_hi.to(q_dtype), mask=mask)
+        out_ptrs = out_ptr + ((sequence * NUM_HEADS + heads) * HEAD_DIM)[None, :, None] + v_dims
+        tl.store(out_ptrs, acc.to(q_dtype), mask=mask)
+        if BITS == 4:
+            tl.store(out_ptrs + HALF, acc_hi.to(q_dtype), mask=mask)
     elif not ONE_SPLIT:
         partial_rows = (sequence * NUM_HEADS + heads) * num_splits + split
-        partial_ptrs = partial_ptr + (partial_rows * HEAD_DIM)[None, :] + v_dims[:, None]
-        tl.store(partial_ptrs, acc_lo, mask=mask)
-        tl.store(partial_ptrs + HALF, acc_hi, mask=mask)
-        tl.store(log_weight_ptr + partial_rows, maximum + tl.log2(total), mask=mask_g)
+        partial_ptrs = partial_ptr + (partial_rows * HEAD_DIM)[None, :, None] + v_dims
+        tl.store(partial_ptrs, acc, mask=mask)
+        if BITS == 4:
+            tl.store(partial_ptrs + HALF, acc_hi, mask=mask)
+        log_weight = tl.reshape(maximum, (BLOCK_G,)) + tl.log2(total)
+        tl.store(log_weight_ptr + partial_rows, log_weight, mask=mask_g)
         if is_last_of(counters_ptr + sequence * tl.num_programs(1) + kv_head, num_used):
             first_head = sequence * NUM_HEADS + kv_head * GROUP_SIZE
             _add_splits(
                 partial_ptr, log_weight_ptr, out_ptr, first_head, num_splits, num_used,
                 GROUP_SIZE, HEAD_DIM, PADDED_GROUP, BLOCK_S, BLOCK_D,
             )  # fmt: skip
-
-
-@triton.jit
-def _key_operand(numbers):
-    """[32 N8, NW, 2, 2] -> [BLOCK_N, BLOCK_HALF], dims in the order of `k_dims`."""
-    N8: tl.constexpr = numbers.shape[0] // 32
-    NW: tl.constexpr = numbers.shape[1]
-    parts = tl.reshape(numbers, (N8, 8, 4, NW // 2, 2, 2, 2))  # n8 g t wp k1 i_low i_high
-    return tl.reshape(tl.permute(parts, (0, 1, 3, 6, 2, 5, 4)), (8 * N8, 16 * NW))
-
-
-@triton.jit
-def _value_operand(numbers):
-    """[32 N8, VW, 2, 2, 2] -> [BLOCK_HALF, BLOCK_N], dims in the order of `v_dims`."""
-    N16: tl.constexpr = numbers.shape[0] // 64
-    VW: tl.constexpr = numbers.shape[1]
-    parts = tl.reshape(numbers, (N16, 2, 8, 4, VW, 2, 2, 2))  # n16 k2 g t w k1 i_low i_high
-    return tl.reshape(tl.permute(parts, (4, 7, 6, 2, 0, 3, 1, 5)), (32 * VW, 16 * N16))
 
 
 def quantized_decode_attention(
@@ -338,7 +375,7 @@ def quantized_decode_attention(
     assert k_pages.data.stride() == v_pages.data.stride(), "keys and values are stored alike"
     assert 1 == q.stride(2) == k_pages.data.stride(3) == block_tables.stride(1) == context_lens.stride(0)
     k_data, v_data = (pages.data.view(torch.int32) for pages in (k_pages, v_pages))
-    bits, params, param_strides = _parameters(k_pages, v_pages)
+    params, param_strides, words = _parameters(k_pages, v_pages)
     num_splits = config.num_splits
     one_split = num_splits == 1
     padded_group, block_d = next_power_of_2(num_heads // num_kv_heads), max(16, next_power_of_2(head_dim))
@@ -363,20 +400,26 @@ def quantized_decode_attention(
         scale * math.log2(math.e),
         q.stride(0),
         q.stride(1),
-        *k_data.stride()[:3],
-        *param_strides,
+        *k_data.stride()[:2],
+        *(stride for strides in param_strides for stride in strides[:2]),
         block_tables.stride(0),
         NUM_HEADS=num_heads,
         GROUP_SIZE=num_heads // num_kv_heads,
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
         SLIDING_WINDOW=sliding_window,
-        BITS=bits,
+        BITS=k_pages.bits if isinstance(k_pages, QuantizedPages) else 8,
         STATIC=isinstance(k_pages, StaticInt8Pages),
         HALVES=isinstance(k_pages, QuantizedPages) and k_pages.num_parts == 2,
         E4M3=isinstance(k_pages, QuantizedPages) and k_pages.e4m3,
         ONE_SPLIT=one_split,
         MIN_SPLIT=config.min_split_tokens,
+        STRIDE_TOKEN=k_data.stride(2),
+        STRIDE_K_PARAMS=param_strides[0][2],
+        STRIDE_V_PARAMS=param_strides[1][2],
+        K_PARAMS=words[0],
+        V_PARAMS=words[1],
+        LEEWAY_BITS=LEEWAY_BITS,
         BLOCK_G=config.block_g,
         BLOCK_S=max(1, min(REDUCE_TILE, REDUCE_ELEMENTS * config.num_warps // (padded_group * block_d))),
         PADDED_GROUP=padded_group,
@@ -384,6 +427,7 @@ def quantized_decode_attention(
         BLOCK_HALF=config.block_half,
         BLOCK_D=block_d,
         ASM=q.is_cuda and q.dtype is not torch.float32,
+        ALIGNED=k_data.shape[3] % 4 == 0 and all(stride % 16 == 0 for stride in k_data.stride()[:2]),
         num_warps=config.num_warps,
         **({"maxnreg": config.max_registers} if config.max_registers else {}),
         **launch_options(has_pdl(q.device)),
@@ -391,18 +435,23 @@ def quantized_decode_attention(
     return out
 
 
-def _parameters(k_pages: Pages, v_pages: Pages) -> tuple[int, tuple[torch.Tensor | None, ...], tuple[int, ...]]:
-    """(bits, (k scales, v scales, k zeros, v zeros), strides of k's and v's scales over block, head, token).
+class _Params(NamedTuple):
+    """Where scales and zeros lie; pairs of 16 bit numbers are given as words."""
 
-    Pairs of 16 bit numbers are given as words.
-    """
+    tensors: tuple[torch.Tensor | None, ...]  # k scales, v scales, k zeros, v zeros
+    strides: tuple[tuple[int, int, int], ...]  # k's, v's over block, head, token
+    words: tuple[int, int]  # k's, v's of a key
+
+
+def _parameters(k_pages: Pages, v_pages: Pages) -> _Params:
     if isinstance(k_pages, StaticInt8Pages):
         assert isinstance(v_pages, StaticInt8Pages)
-        return 8, (k_pages.scale, v_pages.scale, k_pages.zero, v_pages.zero), (0,) * 6
+        return _Params((k_pages.scale, v_pages.scale, k_pages.zero, v_pages.zero), ((0, 0, 0),) * 2, (0, 0))
     assert isinstance(v_pages, QuantizedPages)
     assert v_pages.num_parts == 1, "values have one scale a head"
-    assert 1 == k_pages.params.stride(3) == v_pages.params.stride(3)
     k_params, v_params = k_pages.params, v_pages.params
+    assert 1 == k_params.stride(3) == v_params.stride(3)
     if k_params.element_size() == 2:
         k_params, v_params = k_params.view(torch.int32), v_params.view(torch.int32)
-    return k_pages.bits, (k_params, v_params, None, None), (*k_params.stride()[:3], *v_params.stride()[:3])
+    strides = tuple((p.stride(0), p.stride(1), p.stride(2)) for p in (k_params, v_params))
+    return _Params((k_params, v_params, None, None), strides, (k_params.shape[3], v_params.shape[3]))

@@ -369,21 +369,21 @@ def quantized_decode_attention_config(
     batch: int, num_kv_heads: int, group_size: int, head_dim: int, element_bytes: int, max_context: int, num_sms: int, bits: int
 ) -> QuantizedDecodeAttentionConfig:
     """A warp a program: it holds in registers what others hold in shared memory, and a dozen programs on a multiprocessor hide each
-    other's waits. Splits until every multiprocessor has eight. Measured on an H200, heads of 128: short tiles, and fewer registers a
-    thread where a row is split; long tiles of 4 bits where it is not. element_bytes: of q.
+    other's waits. Splits until every multiprocessor has eight. Tiles as long as the registers of 16 programs allow, of 12 where eight
+    query heads share a kv head: by what tests/bench/count_instructions.py counts, not by time. element_bytes: of q.
     """
     if not 8 <= head_dim <= MAX_HEAD_DIM or head_dim % 8:
         raise ConfigError(
             f"head_dim {head_dim} is no multiple of 8 up to {MAX_HEAD_DIM}, what attention over 8 and 4 bit keys takes: use quant_policy 0"
         )
-    block_half = max(32, next_power_of_2(head_dim // 2))
-    block_g = max(8, next_power_of_2(group_size))
+    block_half = max(64 if bits == 4 else 32, next_power_of_2(head_dim // 2))
+    block_g = max(4, next_power_of_2(group_size))
     wanted = ceil_div(8 * num_sms, max(batch * num_kv_heads, 1))
     num_splits = _clamp(wanted, 1, min(MAX_SPLITS, max(ceil_div(max_context, MIN_SPLIT_TOKENS), 1)))
-    is_usual = element_bytes == 2 and 2 * block_half == head_dim and block_half <= 64 and block_g == 8
-    block_n = 64 if is_usual and bits == 4 and num_splits == 1 else 16
-    max_registers = 168 if is_usual and num_splits > 1 else 0
-    num_warps = 4 if element_bytes == 4 else 1
+    is_usual = element_bytes == 2 and head_dim == 128 and block_g <= 8
+    block_n = 32 if is_usual and bits == 4 else 16
+    max_registers = (128 if block_g == 4 else 168) if is_usual else 0
+    num_warps = 8 if element_bytes == 4 else max(1, block_g // 16)
     return QuantizedDecodeAttentionConfig(block_g, block_n, block_half, num_splits, MIN_SPLIT_TOKENS, num_warps, max_registers)
 
 

@@ -29,12 +29,8 @@ from turbotriton.backend.ops.kernels.tuning import W4A16SkinnyConfig
 from turbotriton.backend.ops.operands import Fp8Weight, QuantizedPages, StaticInt8Pages, W4A16Tiles, W8A8Weight
 
 NUM_HEADS, NUM_KV_HEADS, BLOCK_SIZE = 32, 8, 64
-#: 64 keys of 4 bits leave ten numbers a thread outside the registers at most, and are the fastest tile all the same (H200).
-SMALL_SPILL_BYTES = {"_quantized_split_kernel": 40}
-if not triton.__version__.startswith(
-    "3.6."
-):  # the version on the GPUs, where these spill nothing; 3.9 also shuffles the skinny kernel's operands
-    SMALL_SPILL_BYTES |= {"_w4a16_linear_kernel": 16, "_w4a16_skinny_kernel": 48}
+#: Bytes a thread. 3.6 is the version on the GPUs, where nothing spills; 3.9 also shuffles the skinny kernel's operands.
+SMALL_SPILL_BYTES = {} if triton.__version__.startswith("3.6.") else {"_w4a16_linear_kernel": 16, "_w4a16_skinny_kernel": 48}
 CASES = [
     (90, BF16, 128, "8"), (90, BF16, 128, "4"), (90, BF16, 128, "fp8"),
     *(pytest.param(*case, marks=pytest.mark.slow) for case in (
@@ -53,13 +49,13 @@ def launches(monkeypatch):
     return recorded
 
 
-def pages(kind, dtype, head_dim, num_parts):
+def pages(kind, dtype, head_dim, num_parts, block_size=BLOCK_SIZE):
     width = head_dim // 2 if kind == "4" else head_dim
-    data = torch.empty((4, NUM_KV_HEADS, BLOCK_SIZE, width), dtype=torch.uint8)
+    data = torch.empty((4, NUM_KV_HEADS, block_size, width), dtype=torch.uint8)
     if kind == "static":
         return StaticInt8Pages(data, torch.empty(NUM_KV_HEADS), torch.empty(NUM_KV_HEADS))
     return QuantizedPages(
-        data, torch.empty((4, NUM_KV_HEADS, BLOCK_SIZE, 2 * num_parts), dtype=dtype), 4 if kind == "4" else 8, None, kind == "fp8"
+        data, torch.empty((4, NUM_KV_HEADS, block_size, 2 * num_parts), dtype=dtype), 4 if kind == "4" else 8, None, kind == "fp8"
     )
 
 
@@ -85,6 +81,20 @@ def test_every_kernel_compiles_without_spills(capability, dtype, head_dim, kind,
     for _, arguments in launches[1:3]:
         arguments["ASM"] = dtype is not FP32  # as on a GPU
     compile_all(launches, capability, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["8", "4"])
+def test_words_of_a_thread_follow_each_other_in_small_blocks_too(kind, launches, monkeypatch):
+    """Blocks of 16 keys, shorter than a tile."""
+    monkeypatch.setattr(attention, "has_pdl", lambda device: True)
+    k, v = pages(kind, BF16, 128, 2 if kind == "4" else 1, 16), pages(kind, BF16, 128, 1, 16)
+    tables, lens = torch.empty((16, 128), dtype=torch.int32), torch.empty(16, dtype=torch.int32)
+    attention.quantized_decode_attention(torch.empty((16, NUM_HEADS, 128), dtype=BF16), k, v, tables, lens, 0.1)
+    kernel, arguments = launches[0]
+    arguments["ASM"] = True  # as on a GPU
+    assert arguments["ALIGNED"]
+    compiled = triton.compile(source_of(kernel, arguments), target=GPUTarget("cuda", 90, 32), options={"num_warps": 1})
+    assert_words_of_a_thread_follow_each_other(compiled.asm["ttgir"])
 
 
 @pytest.mark.parametrize(
@@ -191,12 +201,27 @@ def test_w8a8_kernels_compile_without_spills(capability, dtype, launches, monkey
     compile_all(launches, capability, tmp_path)
 
 
+def assert_words_of_a_thread_follow_each_other(ttgir):
+    """quantized_words.py relies on it: assembly that takes several elements takes those of a thread that are neighbours in the last dim."""
+    for pack, layout in re.findall(r"packed_element = ([2-9]) : i32.*? : tensor<\d+x\d+xi32, (#\w+)>", ttgir):
+        definition = re.search(rf"^{layout} = (.*)$", ttgir, re.M)[1]
+        if "blocked" in definition:
+            assert "order = [1, 0]" in definition, definition
+            per_thread = re.search(r"sizePerThread = \[\d+, (\d+)\]", definition)[1]
+            assert int(per_thread) % int(pack) == 0, definition
+        else:
+            first = re.search(r"register = \[(.*?)\]\]", definition)[1]
+            assert first.startswith("[0, 1], [0, 2]" if pack == "4" else "[0, 1]"), definition
+
+
 def compile_all(launches, capability, tmp_path):
     """The PTX of each."""
     texts = []
     for kernel, arguments in launches:
-        options = {name: arguments[name] for name in ("num_warps", "num_stages") if name in arguments}
+        options = {name: arguments[name] for name in ("num_warps", "num_stages", "maxnreg") if name in arguments}
         compiled = triton.compile(source_of(kernel, arguments), target=GPUTarget("cuda", capability, 32), options=options)
+        if arguments.get("ALIGNED"):
+            assert_words_of_a_thread_follow_each_other(compiled.asm["ttgir"])
         usage = resource_usage(compiled.asm["cubin"], tmp_path)
         most = SMALL_SPILL_BYTES.get(kernel.__name__, 0)
         assert usage["LOCAL"] == 0, f"{kernel.__name__} spills: {usage}"

@@ -177,6 +177,31 @@ def test_8_bit_and_static_pages_are_read_too(target, assert_close, guarded_outpu
         assert_close(out, oracle(*tensors, 0.2, 16), max_error=4 * target.eps + 4e-5, rms_error=target.eps + 4e-6)
 
 
+class AsOnGpu:
+    """A kernel that is launched with its inline assembly."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.kernel[grid](*args, **kwargs | {"ASM": True})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "target", [pytest.param(("cpu", torch.float16), marks=pytest.mark.interpreted)], indirect=True, ids=["fp16"]
+)
+def test_inline_assembly_gives_what_plain_shifts_give(target, kind, monkeypatch):
+    from tests.backend.ops.inline_assembly import create_inline_asm
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    monkeypatch.setattr(InterpreterBuilder, "create_inline_asm", create_inline_asm)
+    tensors = stored(target, kind, Case(8, 2, 128, 16, (37, 20)))
+    plain = quantized_decode_attention(*tensors, 0.1)
+    monkeypatch.setattr(module, "_quantized_split_kernel", AsOnGpu(module._quantized_split_kernel))
+    assert torch.equal(quantized_decode_attention(*tensors, 0.1), plain)
+
+
 class Chunks(NamedTuple):
     num_heads: int
     num_kv_heads: int
