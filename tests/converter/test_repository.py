@@ -260,7 +260,9 @@ def convert_slowly(llama: Path, destination: Path) -> "subprocess.Popen[bytes]":
         "sys.exit(main(['convert', 'toy', *sys.argv[1:]]))"
     )
     command = [sys.executable, "-c", code, str(llama), "--dst-path", str(destination)]
-    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "src")})
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "src")}
+    # tests that run in a shell's background inherit an ignored SIGINT
+    process = subprocess.Popen(command, env=environment, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     end = time.monotonic() + 60
     while not list(destination.parent.glob(f".{destination.name}.*.converting/**/norm.weight")):
         assert process.poll() is None
