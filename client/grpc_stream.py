@@ -29,7 +29,7 @@ from .kserve import (
     make_stub,
     read_outputs,
 )
-from .text_door import LMDEPLOY_MODELS, Delta, Result, build_generate_request, join_deltas, pick_model, read_delta
+from .text_door import LMDEPLOY_MODELS, Delta, DeltaReader, Result, build_generate_request, join_deltas, pick_model
 
 __all__ = ["AsyncClient", "AsyncStream", "Client", "Delta", "Result", "Stream"]
 
@@ -44,6 +44,7 @@ class Stream(Iterator[Delta]):
         self._call = call
         self._url = url
         self._note_lost = note_lost
+        self._read = DeltaReader().read
         self._is_finished = False  # its last delta or its error has come
         self._is_ended = False  # and the end of the RPC
         self._is_cancelled = False
@@ -52,7 +53,7 @@ class Stream(Iterator[Delta]):
         """Raises StopIteration after the last delta or after cancel(), and our errors when the request failed."""
         try:
             for response in self._call:
-                delta = read_delta(response)
+                delta = self._read(response)
                 if delta is not None:
                     self._is_finished = delta.finish_reason is not None
                     return delta
@@ -196,6 +197,7 @@ class AsyncStream:
     def __init__(self, call: Any, url: str) -> None:
         self._call = call
         self._url = url
+        self._read = DeltaReader().read
         self._is_finished = False
         self._is_cancelled = False
         self._draining: asyncio.Task[None] | None = None  # from the last delta or the error to the end of the RPC
@@ -219,7 +221,7 @@ class AsyncStream:
             raise StopAsyncIteration
         try:
             while (response := await self._call.read()) is not grpc.aio.EOF:
-                delta = read_delta(response)
+                delta = self._read(response)
                 if delta is not None:
                     self._is_finished = delta.finish_reason is not None
                     return delta

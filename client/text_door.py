@@ -3,7 +3,9 @@
 Only encoding: no connection. Values are checked by the door, which knows the model; here only names and types are.
 """
 
+import functools
 import json
+import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,34 +15,58 @@ from tritonclient.grpc import service_pb2
 
 from turbotriton.contract.errors import InvalidInputError, ServerError
 
-from .kserve import Tensor, build_request, error_from_text, read_values, strings
+from .kserve import error_from_text, read_values
 
-__all__ = ["LMDEPLOY_MODELS", "Delta", "Result", "build_generate_request", "join_deltas", "pick_model", "read_delta"]
+__all__ = [
+    "LMDEPLOY_MODELS",
+    "Delta",
+    "DeltaReader",
+    "Result",
+    "build_generate_request",
+    "join_deltas",
+    "pick_model",
+    "read_delta",
+]
 
 #: The LMDeploy doors, which take tokens: never the text door.
 LMDEPLOY_MODELS = ("turbomind", "preprocessing", "postprocessing")
 
-_SCALARS: dict[str, type[np.generic]] = {
-    "max_tokens": np.int32,
-    "min_tokens": np.int32,
-    "temperature": np.float32,
-    "top_p": np.float32,
-    "min_p": np.float32,
-    "top_k": np.int32,
-    "repetition_penalty": np.float32,
-    "presence_penalty": np.float32,
-    "frequency_penalty": np.float32,
-    "seed": np.uint64,
-    "ignore_eos": np.bool_,
-    "skip_special_tokens": np.bool_,
-    "priority": np.int32,
-    "deadline_ms": np.int32,
-    "num_logprobs": np.int32,
-    "exclude_input_in_output": np.bool_,
+
+@dataclass(frozen=True, slots=True)
+class _Type:
+    kserve: str
+    name: str
+    one: struct.Struct  # of one value
+    plain: tuple[type, ...]  # of values that need no closer look
+
+
+_INT32 = _Type("INT32", "int32", struct.Struct("<i"), (int,))
+_UINT64 = _Type("UINT64", "uint64", struct.Struct("<Q"), (int,))
+_FLOAT32 = _Type("FP32", "float32", struct.Struct("<f"), (float, int))
+_BOOL = _Type("BOOL", "bool", struct.Struct("<?"), (bool,))
+_SCALARS: dict[str, _Type] = {
+    "max_tokens": _INT32,
+    "min_tokens": _INT32,
+    "temperature": _FLOAT32,
+    "top_p": _FLOAT32,
+    "min_p": _FLOAT32,
+    "top_k": _INT32,
+    "repetition_penalty": _FLOAT32,
+    "presence_penalty": _FLOAT32,
+    "frequency_penalty": _FLOAT32,
+    "seed": _UINT64,
+    "ignore_eos": _BOOL,
+    "skip_special_tokens": _BOOL,
+    "priority": _INT32,
+    "deadline_ms": _INT32,
+    "num_logprobs": _INT32,
+    "exclude_input_in_output": _BOOL,
 }
 #: JSON objects: the options that have no tensor of their own, and what the chat template gets beside the messages.
 _OBJECTS = ("sampling_parameters", "chat_template_kwargs")
 _LISTS = {"stop_words": str, "bad_words": str, "stop_token_ids": int}
+_FLAGS = ("return_finish_reason", "return_num_input_tokens", "return_num_output_tokens")
+_LOGPROB_FLAGS = ("return_logprobs", "return_cumulative_logprob")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,61 +115,79 @@ def build_generate_request(
     names = [name for name, value in given.items() if value is not None]
     if len(names) != 1:
         raise InvalidInputError(f"give exactly one of prompt, messages and input_ids, not {' and '.join(names) or 'none'}")
-    tensors: dict[str, Tensor] = {}
+    if isinstance(messages, (str, bytes)):
+        raise InvalidInputError("messages is text; give a list of {'role': ..., 'content': ...}, or use prompt")
+    request = service_pb2.ModelInferRequest(model_name=model_name, id=request_id)
     if prompt is not None:
-        tensors["text_input"] = strings([prompt])
+        _add_strings(request, "text_input", [prompt])
     elif messages is not None:
-        if isinstance(messages, (str, bytes)):
-            raise InvalidInputError("messages is text; give a list of {'role': ..., 'content': ...}, or use prompt")
-        tensors["messages"] = strings([json.dumps(list(messages), ensure_ascii=False)])
+        _add_strings(request, "messages", [json.dumps(list(messages), ensure_ascii=False)])
     else:
-        tensors["input_ids"] = _array("input_ids", list(input_ids or ()), np.int32)
-    flags = {
-        "stream": stream,
-        "exclude_input_in_output": True,
-        "return_finish_reason": True,
-        "return_num_input_tokens": True,
-        "return_num_output_tokens": True,
-    }
-    if sampling.get("num_logprobs") is not None:
-        flags |= {"return_logprobs": True, "return_cumulative_logprob": True}
-    tensors |= {name: np.array([value]) for name, value in flags.items()}
-    tensors |= {name: _sampling_tensor(name, value) for name, value in sampling.items() if value is not None}
-    return build_request(model_name, tensors, request_id=request_id)
+        _add_numbers(request, "input_ids", list(input_ids or ()), _INT32)
+    _add_numbers(request, "stream", [stream], _BOOL)
+    request.MergeFromString(_flags(with_logprobs=sampling.get("num_logprobs") is not None))
+    if sampling.get("exclude_input_in_output") is None:
+        _add_numbers(request, "exclude_input_in_output", [True], _BOOL)
+    for name, value in sampling.items():
+        if value is not None:
+            _add_sampling(request, name, value)
+    return request
 
 
-def _sampling_tensor(name: str, value: Any) -> Tensor:
+@functools.cache
+def _flags(*, with_logprobs: bool) -> bytes:
+    """A request's constant part: what the answer is to tell."""
+    request = service_pb2.ModelInferRequest()
+    for name in _FLAGS + _LOGPROB_FLAGS if with_logprobs else _FLAGS:
+        _add_numbers(request, name, [True], _BOOL)
+    serialized: bytes = request.SerializeToString()
+    return serialized
+
+
+def _add_sampling(request: service_pb2.ModelInferRequest, name: str, value: Any) -> None:
     if name in _SCALARS:
         if isinstance(value, (list, tuple)):
             raise InvalidInputError(f"{name} is {value!r}; give one number")
-        return _array(name, [value], _SCALARS[name])
-    if name in _OBJECTS:
+        _add_numbers(request, name, [value], _SCALARS[name])
+    elif name in _OBJECTS:
         if not isinstance(value, Mapping):
             raise InvalidInputError(f"{name} is {value!r}; give a dict")
-        return strings([json.dumps(value, ensure_ascii=False)])
-    if name not in _LISTS:
+        _add_strings(request, name, [json.dumps(value, ensure_ascii=False)])
+    elif name in _LISTS:
+        items: list[Any] = [value] if isinstance(value, (str, int)) else list(value)
+        wrong = [item for item in items if not isinstance(item, _LISTS[name])]
+        if wrong:
+            raise InvalidInputError(f"{name} contains {wrong[0]!r}; give {_LISTS[name].__name__} values")
+        if _LISTS[name] is str:
+            _add_strings(request, name, items)
+        else:
+            _add_numbers(request, name, items, _INT32)
+    else:
         raise InvalidInputError(f"{name!r} is no sampling option; known: {', '.join(sorted([*_SCALARS, *_LISTS, *_OBJECTS]))}")
-    items = [value] if isinstance(value, (str, int)) else list(value)
-    wrong = [item for item in items if not isinstance(item, _LISTS[name])]
-    if wrong:
-        raise InvalidInputError(f"{name} contains {wrong[0]!r}; give {_LISTS[name].__name__} values")
-    return strings(map(str, items)) if _LISTS[name] is str else _array(name, items, np.int32)
 
 
-def _array(name: str, values: list[Any], dtype: type[np.generic]) -> Tensor:
-    """values as a 1-D tensor. Raises InvalidInputError when one does not fit dtype without a change of its value."""
-    is_bool = dtype is np.bool_
+def _add_strings(request: service_pb2.ModelInferRequest, name: str, values: Sequence[str]) -> None:
+    request.inputs.add(name=name, datatype="BYTES", shape=(len(values),))
+    encoded = [value.encode() for value in values]
+    request.raw_input_contents.append(b"".join([len(item).to_bytes(4, "little") + item for item in encoded]))
+
+
+def _add_numbers(request: service_pb2.ModelInferRequest, name: str, values: list[Any], type_: _Type) -> None:
+    """values as a 1-D tensor. Raises InvalidInputError when one does not fit the type without a change of its value."""
     for value in values:
-        is_number = isinstance(value, (int, np.integer)) or (dtype is np.float32 and isinstance(value, (float, np.floating)))
-        if isinstance(value, (bool, np.bool_)) != is_bool or not (is_bool or is_number):
+        if type(value) in type_.plain:
+            continue
+        is_number = isinstance(value, (int, np.integer)) or (type_ is _FLOAT32 and isinstance(value, (float, np.floating)))
+        if isinstance(value, (bool, np.bool_)) != (type_ is _BOOL) or not (type_ is _BOOL or is_number):
             raise InvalidInputError(
-                f"{name} is {value!r}; give {'True or False' if is_bool else f'a number ({np.dtype(dtype)})'}"
+                f"{name} is {value!r}; give {'True or False' if type_ is _BOOL else f'a number ({type_.name})'}"
             )
-    if issubclass(dtype, np.integer):
-        limits = np.iinfo(dtype)
-        if not all(limits.min <= value <= limits.max for value in values):
-            raise InvalidInputError(f"{name} is {values!r}, which does not fit {np.dtype(dtype)}")
-    return np.array(values, dtype=dtype)
+    try:
+        content = type_.one.pack(values[0]) if len(values) == 1 else struct.pack(f"<{len(values)}{type_.one.format[1:]}", *values)
+    except (struct.error, OverflowError):
+        raise InvalidInputError(f"{name} is {values!r}, which does not fit {type_.name}") from None
+    request.inputs.add(name=name, datatype=type_.kserve, shape=(len(values),))
+    request.raw_input_contents.append(content)
 
 
 def read_delta(response: service_pb2.ModelStreamInferResponse) -> Delta | None:
@@ -171,6 +215,54 @@ def read_delta(response: service_pb2.ModelStreamInferResponse) -> Delta | None:
         prompt_logprobs=json.loads(prompt_logprobs) if prompt_logprobs else None,
         cumulative_logprob=first("cumulative_logprob", None),
     )
+
+
+#: Outputs of a response that brings tokens and no log-probabilities -> the types that `DeltaReader` reads by itself.
+_PLAIN_OUTPUTS = {
+    "text_output": ("BYTES",),
+    "output_ids": ("INT32",),
+    "finish_reason": ("BYTES",),
+    "num_input_tokens": ("UINT32", "INT32"),
+    "num_output_tokens": ("UINT32", "INT32"),
+}
+
+
+class DeltaReader:
+    """`read_delta` for the responses of one stream: names and types of its outputs are looked at once.
+
+    A door sends the outputs of a request in one order, so where their number is as before the order is. Looking at the names costs
+    more than all the rest of a response of one token.
+    """
+
+    def __init__(self) -> None:
+        self._num_plain = 0  # outputs of the responses that have the order below; 0: none seen
+        self._order: list[int] = []  # places of the _PLAIN_OUTPUTS
+
+    def read(self, response: service_pb2.ModelStreamInferResponse) -> Delta | None:
+        raw = response.infer_response.raw_output_contents
+        if len(raw) != self._num_plain or response.error_message:
+            self._look_at(response.infer_response.outputs)
+            return read_delta(response)
+        contents = list(raw)
+        text, ids, reason, num_input, num_output = [contents[place] for place in self._order]
+        return Delta(
+            _first_string(text),
+            (int.from_bytes(ids, "little", signed=True),) if len(ids) == 4 else struct.unpack(f"<{len(ids) // 4}i", ids),
+            _first_string(reason) or None,
+            int.from_bytes(num_input[:4], "little"),
+            int.from_bytes(num_output[:4], "little"),
+        )
+
+    def _look_at(self, outputs: Any) -> None:
+        types = {output.name: output.datatype for output in outputs}
+        if types.keys() == _PLAIN_OUTPUTS.keys() and all(types[name] in known for name, known in _PLAIN_OUTPUTS.items()):
+            places = {name: place for place, name in enumerate(types)}
+            self._num_plain, self._order = len(places), [places[name] for name in _PLAIN_OUTPUTS]
+
+
+def _first_string(content: bytes) -> str:
+    """Of a BYTES tensor's content; empty where it has none."""
+    return content[4 : 4 + int.from_bytes(content[:4], "little")].decode(errors="replace") if content else ""
 
 
 def join_deltas(deltas: Iterable[Delta]) -> Result:

@@ -172,20 +172,27 @@ class Answer:
         return self._envelope(self._object) | {"choices": choices, "usage": self.usage()}
 
     async def chunks(self) -> AsyncGenerator[list[str]]:
-        """Objects of a streamed answer in their order, as JSON, without the closing [DONE]; in one list what is sent at once."""
+        """Objects of a streamed answer in their order, as JSON, then OpenAI's closing [DONE]; in one list what is sent at once."""
         envelope = self._envelope(self._chunk_object)
-        head = f'{json.dumps(envelope, ensure_ascii=False)[:-1]}, "choices": ['
+        head = f'{_dump(envelope)[:-1]}, "choices": ['
         tail = '], "usage": null}' if self._wants_usage else "]}"
+        before_text, after_text = self._plain_chunk
+        plain_heads = [f'{head}{{"index": {choice.index}, {before_text}' for choice in self._choices]
+        plain_tail = f'{after_text}, "logprobs": null, "finish_reason": null}}{tail}'
         async with contextlib.aclosing(self.batches(stream=True)) as batches:
             async for batch in batches:
                 made = []
                 for choice, delta in batch:
                     choice.take(delta)
-                    made += [f"{head}{_dump(chunk)}{tail}" for chunk in self._choice_chunks(choice, delta)]
+                    if self._is_plain(choice, delta):
+                        made.append(f"{plain_heads[choice.index]}{_dump(delta.text)}{plain_tail}")
+                    else:
+                        made += [f"{head}{_dump(chunk)}{tail}" for chunk in self._choice_chunks(choice, delta)]
+                if all(choice.finish_reason is not None for choice in self._choices):
+                    made += [_dump(envelope | {"choices": [], "usage": self.usage()})] if self._wants_usage else []
+                    made.append("[DONE]")
                 if made:
                     yield made
-        if self._wants_usage:
-            yield [_dump(envelope | {"choices": [], "usage": self.usage()})]
 
     @property
     def _wants_usage(self) -> bool:
@@ -195,6 +202,12 @@ class Answer:
         return {"id": self.id, "object": kind, "created": self.created, "model": self._request.model}
 
     _object = _chunk_object = ""
+    #: JSON before and after the text of a chunk that `_is_plain`.
+    _plain_chunk = ("", "")
+
+    def _is_plain(self, choice: _Choice, delta: Delta) -> bool:
+        """Whether `_choice_chunks` would make one chunk that has the delta's text and nothing else: nearly every one."""
+        raise NotImplementedError
 
     def _keep(self, choice: _Choice, delta: Delta) -> None:
         choice.parts.append(delta.text)
@@ -220,6 +233,7 @@ class CompletionAnswer(Answer):
 
     kind = "cmpl"
     _object = _chunk_object = "text_completion"
+    _plain_chunk = ('"text": ', "")
 
     def __init__(self, fleet: Fleet, request: CompletionRequest) -> None:
         options = sampling_options(request) | {"num_logprobs": request.logprobs}
@@ -239,6 +253,10 @@ class CompletionAnswer(Answer):
 
     def _choice_chunks(self, choice: _Choice, delta: Delta) -> Sequence[dict[str, Any]]:
         return [self._choice(choice, delta.text, delta.prompt_logprobs or [], delta.logprobs or [])]
+
+    def _is_plain(self, choice: _Choice, delta: Delta) -> bool:
+        assert isinstance(self._request, CompletionRequest)
+        return choice.finish_reason is None and self._request.logprobs is None
 
     def _choice(
         self, choice: _Choice, text: str, prompt_entries: list[dict[str, Any]], entries: list[dict[str, Any]]
@@ -285,6 +303,7 @@ class ChatAnswer(Answer):
 
     kind = "chatcmpl"
     _object, _chunk_object = "chat.completion", "chat.completion.chunk"
+    _plain_chunk = ('"delta": {"content": ', "}")
 
     def __init__(self, fleet: Fleet, request: ChatRequest, tool_format: ToolFormat | None) -> None:
         options = sampling_options(request)
@@ -359,9 +378,17 @@ class ChatAnswer(Answer):
             chunks.append(chunk({}, choice.finish_reason, []))
         return chunks
 
-    def _logprobs(self, entries: list[dict[str, Any]]) -> dict[str, Any] | None:
+    def _is_plain(self, choice: _Choice, delta: Delta) -> bool:
+        has_begun = choice.index in self._began and choice.finish_reason is None
+        return has_begun and choice.parser is None and bool(delta.text) and delta.logprobs is None and not self._shows_logprobs
+
+    @property
+    def _shows_logprobs(self) -> bool:
         assert isinstance(self._request, ChatRequest)
-        if not self._request.logprobs:
+        return self._request.logprobs
+
+    def _logprobs(self, entries: list[dict[str, Any]]) -> dict[str, Any] | None:
+        if not self._shows_logprobs:
             return None
         content = [_token(entry) | {"top_logprobs": [_token(one) for one in entry.get("top_logprobs", ())]} for entry in entries]
         return {"content": content, "refusal": None}

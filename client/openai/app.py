@@ -254,7 +254,6 @@ async def _events(chunks: AsyncGenerator[list[str]]) -> AsyncGenerator[str]:
             async for texts in opened:
                 yield f"data: {texts[0]}\n\n" if len(texts) == 1 else "".join([f"data: {text}\n\n" for text in texts])
                 has_begun = True
-        yield "data: [DONE]\n\n"
     except ApiError as error:
         if not has_begun:
             raise

@@ -2,6 +2,7 @@
 
     python tests/bench/bench_openai.py                                              # the demo model
     PYTHONPATH=src python3 tests/bench/bench_openai.py --shape 1.8b --concurrency 8 64 --num-prompts 64 --output-len 256
+    python tests/bench/bench_openai.py --shape 8b --fake --concurrency 1 8 16       # beside an engine that keeps a GPU's time
 
 Starts tritonserver on the demo model, on random weights in the shape of a real one (--shape) or on a workspace (or takes --grpc
 HOST:PORT), and `serve api_server` before it, then sends the same prompts with the same concurrency through one and the other, in turns,
@@ -10,7 +11,6 @@ a fixed length. The ratio is that of each pair of neighbours; the table has its 
 """
 
 import argparse
-import asyncio
 import contextlib
 import json
 import os
@@ -22,41 +22,31 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
-from make_checkpoint import SHAPES, make_checkpoint
-from tokenizers import Tokenizer, models, pre_tokenizers
+import uvloop
+from fake_engine import take_engines_place
+from lean_client import LeanOpenAITarget
+from make_checkpoint import SHAPES
+from make_workspace import make_workspace
 
 from turbotriton import __version__
 from turbotriton.cli.running_server import held_ports, served_path
 from turbotriton.client.bench.load import run_load
-from turbotriton.client.bench.targets import Address, Sampling, open_target
+from turbotriton.client.bench.targets import Address, Sampling, Target, open_target
 from turbotriton.client.bench.workload import Item, LengthRange, random_items
-from turbotriton.converter.repository import Layout, door_templates, write_doors
 from turbotriton.demo import checkpoint_path
 
 
-def random_workspace(shape: str, root: Path) -> Path:
-    """A workspace of random weights with a text door; token i is the word "wi"."""
-    layout = Layout(root, shape, "text")
-    write_doors(layout, door_templates(), model_name=shape, tp=1, chat_template=None)
-    make_checkpoint(shape, layout.weights)
-    vocab = {f"w{number}": number for number in range(SHAPES[shape].vocab)}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    layout.tokenizer.mkdir(parents=True)
-    tokenizer.save(str(layout.tokenizer / "tokenizer.json"))
-    (layout.tokenizer / "tokenizer_config.json").write_text(json.dumps({"bos_token": "w1", "eos_token": "w2"}))
-    return root
-
-
 @contextlib.contextmanager
-def api_server(grpc_url: str, stream_interval: int) -> Iterator[tuple[str, int]]:
-    """Its URL and pid."""
+def api_server(grpc_url: str, stream_interval: int, source: Path | None) -> Iterator[tuple[str, int]]:
+    """Its URL and pid. source: of another checkout, the folder with its package."""
+    environment = os.environ if source is None else os.environ | {"PYTHONPATH": str(source)}
     with held_ports(1) as (port,):
         command = [sys.executable, "-m", "turbotriton", "serve", "api_server", grpc_url, "--server-port", str(port)]
-        process = subprocess.Popen([*command, "--log-level", "warning", "--stream-interval", str(stream_interval)])
+        command += ["--log-level", "warning", "--stream-interval", str(stream_interval)]
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
         url = f"http://127.0.0.1:{port}"
         try:
             _wait_answer(url, process)
@@ -83,9 +73,24 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+@contextlib.asynccontextmanager
+async def target_of(interface: str, url: str) -> AsyncIterator[Target]:
+    """gRPC's by our own client, OpenAI's by one that costs as little."""
+    if interface == "grpc":
+        async with open_target(interface, Address(url), Sampling()) as target:
+            yield target
+        return
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(f"{url}/v1/models", timeout=30) as reply:
+        model = json.load(reply)["data"][0]["id"]
+    lean = LeanOpenAITarget(url, model, Sampling())
+    yield lean
+    await lean.close()
+
+
 def sample_s(interface: str, url: str, items: list[Item], concurrency: int) -> float:
     async def run() -> float:
-        async with open_target(interface, Address(url), Sampling()) as target:
+        async with target_of(interface, url) as target:
             began = time.perf_counter()
             records = await run_load(target, items, concurrency)
             seconds = time.perf_counter() - began
@@ -94,34 +99,50 @@ def sample_s(interface: str, url: str, items: list[Item], concurrency: int) -> f
         assert sum(record.num_output_tokens for record in records) == sum(item.max_tokens for item in items)
         return seconds
 
-    return asyncio.run(run())
+    return uvloop.run(run())
 
 
 def measure(args: argparse.Namespace, grpc_url: str, concurrency: int) -> dict[str, object]:
-    items = random_items(args.num_prompts, LengthRange.parse("32"), LengthRange.parse(str(args.output_len)), (16, 300), seed=0)
-    times: dict[str, list[float]] = {"grpc": [], "openai": []}
-    cpu: list[float] = []
-    with api_server(grpc_url, args.stream_interval) as (url, pid):
-        urls = {"grpc": grpc_url, "openai": url}
-        for interface in urls:
-            sample_s(interface, urls[interface], items, concurrency)
-        for number in range(args.repeats):
-            for interface in ("grpc", "openai") if number % 2 else ("openai", "grpc"):
-                before = cpu_seconds(pid)
-                times[interface].append(sample_s(interface, urls[interface], items, concurrency))
-                if interface == "openai":
-                    cpu.append(cpu_seconds(pid) - before)
-    ratios = [ours / theirs for ours, theirs in zip(times["openai"], times["grpc"], strict=True)]
+    num_prompts = max(args.num_prompts, 2 * concurrency)
+    items = random_items(num_prompts, LengthRange.parse("32"), LengthRange.parse(str(args.output_len)), (16, 300), seed=0)
+    sources = {"openai": None} | ({"beside": args.beside} if args.beside else {})
+    times: dict[str, list[float]] = {"grpc": []} | {name: [] for name in sources}
+    cpu: dict[str, list[float]] = {name: [] for name in sources}
+    with contextlib.ExitStack() as stack:
+        servers = {
+            name: stack.enter_context(api_server(grpc_url, args.stream_interval, source)) for name, source in sources.items()
+        }
+        urls = {"grpc": grpc_url} | {name: url for name, (url, _) in servers.items()}
+        for number in range(-1, args.repeats):  # the first is the warm-up
+            for name in list(urls) if number % 2 else list(urls)[::-1]:
+                before = cpu_seconds(servers[name][1]) if name in servers else 0.0
+                seconds = sample_s("grpc" if name == "grpc" else "openai", urls[name], items, concurrency)
+                if number >= 0:
+                    times[name].append(seconds)
+                    if name in servers:
+                        cpu[name].append(cpu_seconds(servers[name][1]) - before)
     num_tokens = sum(item.max_tokens for item in items)
     speed = num_tokens / statistics.median(times["grpc"])
-    print(f"{concurrency:3} at once, {speed:.0f} tokens/s{'p20':>{40 - len(f'{speed:.0f}')}}{'p50':>10}{'p80':>10}")
-    for name, values in (("grpc, s", times["grpc"]), ("openai, s", times["openai"]), ("openai / grpc", ratios)):
-        print(f"{name:48}" + "".join(f"{value:10.3f}" for value in quantiles(values)))
-    print(f"{'OpenAI server, us/token':48}" + "".join(f"{value / num_tokens * 1e6:10.1f}" for value in quantiles(cpu)))
-    return {
-        "concurrency": concurrency, "grpc_s": quantiles(times["grpc"]), "openai_s": quantiles(times["openai"]),
-        "ratio": quantiles(ratios), "server_cpu_us_per_token": [value / num_tokens * 1e6 for value in quantiles(cpu)],
-    }  # fmt: skip
+    print(
+        f"{f'{concurrency:3} at once, {speed:.0f} tokens/s, load {os.getloadavg()[0]:.1f}':48}{'p20':>10}{'p50':>10}{'p80':>10}"
+    )
+    found: dict[str, object] = {"concurrency": concurrency, "grpc_s": show("grpc, s", times["grpc"])}
+    for name in sources:
+        ratios = [ours / theirs for ours, theirs in zip(times[name], times["grpc"], strict=True)]
+        prefix = "" if name == "openai" else f"{name}_"
+        found[f"{prefix}openai_s"] = show(f"{name}, s", times[name])
+        found[f"{prefix}ratio"] = show(f"{name} / grpc", ratios)
+        found[f"{prefix}server_cpu_us_per_token"] = show(
+            f"{name}, us of CPU a token", [value / num_tokens * 1e6 for value in cpu[name]]
+        )
+    return found
+
+
+def show(label: str, values: list[float]) -> list[float]:
+    """Prints and returns the quantiles."""
+    found = quantiles(values)
+    print(f"{label:48}" + "".join(f"{value:10.3f}" for value in found))
+    return found
 
 
 def quantiles(values: list[float]) -> list[float]:
@@ -143,23 +164,30 @@ def main() -> None:
     what.add_argument("--grpc", help="HOST:PORT of a tritonserver that runs already")
     what.add_argument("--workspace", type=Path, help="to serve (default: the demo model, converted)")
     what.add_argument("--shape", choices=list(SHAPES), help="to serve random weights of")
+    parser.add_argument("--fake", action="store_true", help="of --shape, an engine that only keeps the time of an H200")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="engine option of what is served")
     parser.add_argument("--stream-interval", type=int, default=0, help="of serve api_server")
+    parser.add_argument("--beside", type=Path, metavar="SRC", help="src of another checkout: its OpenAI server too, in turns")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[8])
-    parser.add_argument("--num-prompts", type=int, default=32)
+    parser.add_argument("--num-prompts", type=int, default=32, help="at least; two for each stream (default: %(default)s)")
     parser.add_argument("--output-len", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=10)
     args = parser.parse_args()
+    if args.fake and args.shape is None:
+        parser.error("--fake needs the --shape whose time it is to take")
     flags = [f"--{option.replace('_', '-')}" for option in args.option]
     with contextlib.ExitStack() as stack:
         if args.grpc is None:
             if args.shape is not None:
                 folder = "/dev/shm" if Path("/dev/shm").is_dir() else None
-                args.workspace = random_workspace(args.shape, Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder))))
+                args.workspace = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder))) / "workspace"
+                make_workspace(args.shape, args.workspace, with_weights=not args.fake)
+            if args.fake:
+                take_engines_place(args.workspace.parent)
             args.grpc = stack.enter_context(served_path(args.workspace or checkpoint_path(), flags)).grpc
         found = [measure(args, args.grpc, concurrency) for concurrency in args.concurrency]
     result = {
-        "bench": "openai", "model": args.shape or str(args.workspace or "demo"), "num_prompts": args.num_prompts,
+        "bench": "openai", "model": args.shape or str(args.workspace or "demo"), "fake": args.fake, "num_prompts": args.num_prompts,
         "output_len": args.output_len, "repeats": args.repeats, "stream_interval": args.stream_interval, "runs": found,
         "num_cpus": os.cpu_count(), "version": __version__, "commit": commit(),
     }  # fmt: skip

@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_engine import lengths_of, make_engine, run, scaled
-from fake_engine import make_fake_engine
+from fake_engine import make_fake_engine, take_engines_place
 from make_workspace import make_workspace
 
 from turbotriton import __version__
@@ -239,10 +239,7 @@ def served(args: argparse.Namespace, options: dict[str, str]) -> Iterator[tuple[
         os.environ["TURBOTRITON_RUNTIME_DIR"] = str(folder / "run")
         os.environ.update({f"TURBOTRITON_{name.upper()}": value for name, value in options.items()})
         if args.fake:
-            wrapper = folder / "fake-python"
-            wrapper.write_text(f'#!/bin/sh\nexec {sys.executable} {HERE / "fake_engine.py"} "$@"\n')
-            wrapper.chmod(0o755)
-            os.environ["TURBOTRITON_PYTHON"] = str(wrapper)
+            take_engines_place(folder)
         log = folder / "server.log"
         try:
             with running_server(args.workspace, log) as server:

@@ -131,11 +131,11 @@ def test_the_way_through_tritonserver_is_measured_beside_the_engine_in_process(t
             assert any(label.startswith("door") for label in found[way]["cpu_s"]), run.stdout
 
 
-@pytest.mark.parametrize("stream_interval", [0, 4])
-def test_the_openai_server_is_measured_beside_grpc(stream_interval: int) -> None:
+@pytest.mark.parametrize("more", [["--stream-interval", "4"], ["--fake", "--beside", str(ROOT / "src")]])
+def test_the_openai_server_is_measured_beside_grpc(more: list[str]) -> None:
     work = ["--num-prompts", "4", "--output-len", "12", "--repeats", "1", "--concurrency", "1", "2"]
     options = ["--option", "device=cpu", "--option", "session_len=128", "--option", "cache_max_entry_count=16"]
-    run = program("bench_openai", "--shape", "tiny", *work, *options, "--stream-interval", str(stream_interval))
+    run = program("bench_openai", "--shape", "tiny", *work, *options, *more)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout.splitlines()[-1])
     assert [one["concurrency"] for one in found["runs"]] == [1, 2]
