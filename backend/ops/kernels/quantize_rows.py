@@ -19,8 +19,8 @@ import triton.language as tl
 
 from turbotriton.backend.ops.operands import QuantizedRows
 
+from .fast_math import fast_exp2, fast_inverse
 from .launch import has_pdl, launch_options, wait_for_previous
-from .quantized_words import fast_exp2, fast_inverse
 from .tuning import ceil_div, quantize_rows_config
 
 __all__ = ["quantize_rows", "rms_norm_rows", "silu_and_mul_rows"]

@@ -36,13 +36,12 @@ import triton.language as tl
 
 from turbotriton.backend.ops.operands import QuantizedPages, StaticInt8Pages
 
+from .fast_math import fast_exp2, fast_log2
 from .launch import has_pdl, launch_options, num_sms, wait_for_previous
 from .paged_decode_attention import REDUCE_ELEMENTS, REDUCE_TILE, _add_splits, _key_range, _split_tokens
 from .quantized_products import digits_of, k_dims_of, of_heads, products_of, v_dims_of, value_operand, weight_operand
 from .quantized_words import (
     block_of,
-    fast_exp2,
-    fast_log2,
     load_keys,
     load_params,
     load_values,

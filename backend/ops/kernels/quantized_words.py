@@ -10,9 +10,6 @@ import triton.language as tl
 
 __all__ = [
     "block_of",
-    "fast_exp2",
-    "fast_inverse",
-    "fast_log2",
     "load_keys",
     "load_params",
     "load_values",
@@ -68,28 +65,6 @@ _WIDEN_4 = tl.constexpr(
 )
 _PAIR_CONSTRAINTS_8 = tl.constexpr(",".join(["=&r"] * 4 + ["r"] * 2))
 _PAIR_CONSTRAINTS_4 = tl.constexpr(",".join(["=&r"] * 8 + ["r"] * 2))
-
-
-@triton.jit
-def fast_exp2(x, ASM: tl.constexpr):
-    """Without the care for subnormal results that tl.exp2 takes: three instructions less."""
-    if ASM:
-        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
-    return tl.exp2(x)
-
-
-@triton.jit
-def fast_log2(x, ASM: tl.constexpr):
-    if ASM:
-        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
-    return tl.log2(x)
-
-
-@triton.jit
-def fast_inverse(x, ASM: tl.constexpr):
-    if ASM:
-        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
-    return 1.0 / x
 
 
 @triton.jit
