@@ -144,10 +144,10 @@ def encode_deltas(deltas: Sequence[TokenDelta]) -> list[Any]:
     extras: dict[int, dict[str, Any]] = {}
     for position, delta in enumerate(deltas):
         extra: dict[str, Any] = {}
-        for name in ("logprobs", "prompt_logprobs"):
-            entries = getattr(delta, name)
-            if entries:
-                extra[name] = [(entry.token_logprob, entry.top) for entry in entries]
+        if delta.logprobs:
+            extra["logprobs"] = _encode_logprobs(delta.logprobs)
+        if delta.prompt_logprobs:
+            extra["prompt_logprobs"] = _encode_logprobs(delta.prompt_logprobs)
         if delta.error is not None:
             extra["error"] = (delta.error, delta.error_status)
         if delta.finish_reason is not None:
@@ -211,6 +211,10 @@ def _decode_deltas(payload: Sequence[Any]) -> list[TokenDelta]:
         )
         begin = end
     return deltas
+
+
+def _encode_logprobs(entries: Sequence[TokenLogprobs]) -> list[tuple[float, tuple[tuple[int, float], ...]]]:
+    return [(entry.token_logprob, entry.top) for entry in entries]
 
 
 def _decode_logprobs(entries: Sequence[Any]) -> tuple[TokenLogprobs, ...]:

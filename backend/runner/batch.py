@@ -143,6 +143,8 @@ class SlotState:
         contexts = starts + lens
         token_slots = np.repeat(slots, lens)
         positions = np.arange(ends[-1]) + np.repeat(starts - (ends - lens), lens)
+        row_begins = np.empty_like(ends)
+        row_begins[order] = ends - lens
         place = {index: at for at, index in enumerate(order)}
         sampled = np.array([place[i] for i, row in enumerate(rows) if row.samples], np.int64)
         sampled_tokens = ends[sampled] - 1
@@ -158,7 +160,7 @@ class SlotState:
             token_ids=self._token_ids[device_slots, device_positions].long(),
             batch=batch,
             sampled_tokens=device_sampled,
-            row_begins=np.array([ends[place[i]] - lens[place[i]] for i in range(len(rows))], np.int64),
+            row_begins=row_begins,
             sampled_slots=slots[sampled],
             sampled_positions=contexts[sampled],
         )

@@ -137,7 +137,7 @@ def clocks_of(opcodes: Counter[str]) -> dict[str, int]:
     return {"issue": opcodes.total()} | found
 
 
-def count(name: str, overrides: dict[str, int], capability: int) -> dict[str, object]:
+def count(name: str, overrides: dict[str, int], capability: int) -> dict[str, Any]:
     module_name, launch = KERNELS[name]
     with recorded(module_name) as launches:
         launch()
@@ -178,12 +178,12 @@ def main() -> int:
         f"{'kernel':>12} {'regs':>5} {'spills':>6} {'programs':>8} {'keys':>5}   clocks of the main loop; instructions that seldom run"
     )
     for row in rows:
-        clocks = ", ".join(f"{unit} {value}" for unit, value in row["clocks"].items())  # type: ignore[attr-defined]
+        clocks = ", ".join(f"{unit} {value}" for unit, value in row["clocks"].items())
         print(
             f"{row['kernel']:>12} {row['registers']:5} {row['spilled_bytes']:6} {row['programs']:8} {row['block_n'] or '':>5}   "
             f"{clocks}; {row['seldom']}"
         )
-        print(" " * 15 + " ".join(f"{opcode} {times}" for opcode, times in row["opcodes"].items()))  # type: ignore[attr-defined]
+        print(" " * 15 + " ".join(f"{opcode} {times}" for opcode, times in row["opcodes"].items()))
     print(json.dumps({"count": "instructions", "triton": triton.__version__, "capability": args.capability, "rows": rows}))
     return 0
 
