@@ -4,13 +4,14 @@
 
 Norm gains are 1, matrices normal with a deviation that keeps activations and logits near 1; with --dtype int4 linear layers hold uniform
 4 bit values in groups of 128 of the same deviation, as an AWQ workspace does, and the rest is fp16; with int8 or fp8 they hold the normal
-values in 8 bit with a scale an output, and the rest is bf16. Made on the GPU if there is one.
+values in 8 bit with a scale an output, and the rest is bf16. Made on the GPU if there is one. --layers keeps the first so many, for steps
+and profiles whose layers are alike.
 """
 
 import argparse
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -54,8 +55,9 @@ SHAPES = {
 }
 
 
-def workspace_config(name: str, dtype: str, session_len: int) -> WorkspaceConfig:
-    shape = SHAPES[name]
+def workspace_config(name: str, dtype: str, session_len: int, layers: int = 0) -> WorkspaceConfig:
+    """layers: so many instead of the shape's; 0: all."""
+    shape = replace(SHAPES[name], layers=layers or SHAPES[name].layers)
     llama = LlamaSection(
         model_name=name,
         tensor_para_size=1,
@@ -80,10 +82,12 @@ def workspace_config(name: str, dtype: str, session_len: int) -> WorkspaceConfig
     return WorkspaceConfig(llama, TurbotritonSection(hidden_size=shape.hidden, float_type=float_type))
 
 
-def make_checkpoint(name: str, folder: Path, dtype: str = "bf16", session_len: int = 8192, seed: int = 0) -> None:
+def make_checkpoint(
+    name: str, folder: Path, dtype: str = "bf16", session_len: int = 8192, seed: int = 0, layers: int = 0
+) -> None:
     """Writes config.ini and the weight files of `dense_tensor_specs` into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = workspace_config(name, dtype, session_len)
+    config = workspace_config(name, dtype, session_len, layers)
     write_workspace_config(folder / "config.ini", config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(seed)
@@ -123,9 +127,10 @@ def main() -> int:
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="(default: %(default)s)")
     parser.add_argument("--session-len", type=int, default=8192, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=0, help="of the shape's, 0: all (default: %(default)s)")
     args = parser.parse_args()
     begun = time.monotonic()
-    make_checkpoint(args.shape, args.out, args.dtype, args.session_len, args.seed)
+    make_checkpoint(args.shape, args.out, args.dtype, args.session_len, args.seed, args.layers)
     size = sum(path.stat().st_size for path in args.out.iterdir())
     print(f"{args.out}: {size / 1e9:.2f} GB in {time.monotonic() - begun:.1f} s")
     return 0

@@ -1,8 +1,8 @@
 """Tile choices of the kernels that a step lives on, timed against each other: sweep_tiles.py [linear|narrow|attention|prefill|w4a16]
 
 Method as in bench_ops.py: calls over weights or caches that together exceed the L2 cache, captured in one CUDA graph; the median of
-its replays. The choices stand in backend/ops/kernels/tuning.py. w4a16 compiles its choices (w4a16_choices.py) in several processes
-first and compares each result with today's; `--plan` prints them with their programs and needs no GPU.
+its replays. All choices are compiled in several processes first. They stand in backend/ops/kernels/tuning.py; w4a16 (w4a16_choices.py)
+compares each result with today's, and `--plan` prints them with their programs and needs no GPU.
 """
 # ruff: noqa: B023 (every closure is called before the loop goes on)
 
@@ -10,11 +10,10 @@ import argparse
 import dataclasses
 import functools
 import itertools
-import multiprocessing
-import os
 import statistics
 from collections.abc import Callable
 
+import compile_ahead
 import torch
 import w4a16_choices
 from triton.errors import TritonError
@@ -28,7 +27,7 @@ from turbotriton.backend.ops.kernels import w4a16_linear as w4a16_module
 from turbotriton.backend.ops.operands import W4A16Tiles
 from turbotriton.backend.ops.packing import fragment_params
 
-SAMPLES = 15
+SAMPLES = 11
 SHAPES = {
     "1.8b": (2048, 8192, 4096, 16, 92544),
     "8b": (4096, 14336, 6144, 32, 128256),
@@ -37,6 +36,8 @@ SHAPES = {
 
 def median_us(calls: list[Callable[[], object]]) -> float:
     """Microseconds of one call."""
+    if compile_ahead.compiles(calls):
+        return 1.0
     for call in calls[:2]:
         call()
     torch.cuda.synchronize()
@@ -104,8 +105,8 @@ def narrows(rows: int) -> None:
     """A tile of x is read again by every program: the more outputs a program has, the less of that passes through the L2 cache."""
     tiles = [
         # block_n, block_k, warps, stages
-        (64, 128, 4, 4), (64, 128, 4, 3), (64, 64, 4, 6), (128, 64, 4, 5), (128, 64, 8, 4), (128, 64, 8, 6), (128, 128, 8, 3),
-        (128, 128, 4, 3), (256, 64, 8, 4),
+        (64, 128, 4, 4), (64, 64, 4, 6), (128, 64, 4, 3), (128, 64, 4, 4), (128, 64, 4, 6), (128, 64, 8, 4), (128, 64, 8, 6),
+        (128, 128, 4, 3), (128, 128, 8, 3), (256, 64, 8, 3), (256, 64, 8, 4), (256, 128, 8, 2),
     ]  # fmt: skip
     for name, (hidden, inter, qkv, _, _) in SHAPES.items():
         for layer, k, n in (("qkv", hidden, qkv), ("o", hidden, hidden), ("gate_up", hidden, inter), ("down", inter, hidden)):
@@ -119,15 +120,12 @@ def narrows(rows: int) -> None:
             calls = [lambda w=w: function(x, w) for w in weights]
             base = tuning.narrow_linear_config(rows, n, k, 2, 132, gated=gated)
             found = [(median_us(calls), "now")]
-            for (block_n, block_k, warps, stages), splits, early in itertools.product(
-                tiles, (1,) if gated else (1, 2, 4), (0, 3)
-            ):
+            for (block_n, block_k, warps, stages), splits in itertools.product(tiles, (1,) if gated else (1, 2, 3, 4, 6, 8)):
                 programs = tuning.ceil_div(n, block_n) * tuning.ceil_div(rows, base.block_m) * splits
-                if (gated and block_n > 128) or not 50 <= programs <= 600:
+                if (gated and block_n > 128) or not 90 <= programs <= 400:
                     continue
                 choice = {
                     "block_n": block_n, "block_k": block_k, "num_warps": warps, "num_stages": stages, "num_splits": splits,
-                    "early_steps": early,
                 }  # fmt: skip
                 config = dataclasses.replace(base, **choice)
                 narrow_module.narrow_linear_config = lambda *args, config=config, **kwargs: config
@@ -244,11 +242,6 @@ def w4a16_weight(k: int, n: int, gated: bool) -> W4A16Tiles:
     return W4A16Tiles(words, fragment_params(scales, zeros, torch.bfloat16), None, torch.bfloat16, gated)
 
 
-@functools.cache
-def w4a16_example(layer: str) -> W4A16Tiles:
-    return w4a16_weight(*w4a16_choices.LAYERS[layer])
-
-
 def w4a16_call(choice: w4a16_choices.Choice, x: torch.Tensor, weight: W4A16Tiles) -> torch.Tensor | None:
     """None where the choice does not fit the layer."""
     num_sms = torch.cuda.get_device_properties(0).multi_processor_count
@@ -263,26 +256,7 @@ def w4a16_call(choice: w4a16_choices.Choice, x: torch.Tensor, weight: W4A16Tiles
     return (w4a16_module.w4a16_gate_up if weight.gated else w4a16_module.w4a16_linear)(x, weight)
 
 
-def w4a16_compile(job: tuple[int, str, int]) -> str:
-    """What went wrong, or nothing: compiled kernels stay in triton's cache on the disk."""
-    rows, layer, index = job
-    try:
-        w4a16_call(w4a16_choices.choices(rows)[index], randn(rows, w4a16_choices.LAYERS[layer][0]), w4a16_example(layer))
-        torch.cuda.synchronize()
-    except (RuntimeError, AssertionError, TritonError) as error:  # shapes, shared memory or registers that do not fit
-        return f"{type(error).__name__}: {error}".splitlines()[0]
-    return ""
-
-
 def w4a16(all_rows: list[int]) -> None:
-    jobs = [
-        (rows, layer, index)
-        for rows in all_rows
-        for index in range(len(w4a16_choices.choices(rows)))
-        for layer in w4a16_choices.LAYERS
-    ]
-    with multiprocessing.get_context("spawn").Pool(min(14, os.cpu_count() or 1)) as pool:
-        failures = dict(zip(jobs, pool.map(w4a16_compile, jobs, chunksize=1), strict=True))
     for rows in all_rows:
         found = w4a16_choices.choices(rows)
         sums = [0.0] * len(found)
@@ -292,20 +266,27 @@ def w4a16(all_rows: list[int]) -> None:
             x = randn(rows, k)
             wanted = w4a16_call(found[0], x, weights[0])
             assert wanted is not None
-            times = []
+            times: list[tuple[float, str]] = []
             for index, choice in enumerate(found):
-                problem = failures[rows, layer, index]
-                y = None if problem else w4a16_call(choice, x, weights[0])
+                calls = [lambda w=w: w4a16_call(choice, x, w) for w in weights]
+                if compile_ahead.compiles(calls):
+                    continue
+                try:
+                    y, problem = calls[0](), "does not fit"
+                except (RuntimeError, AssertionError, TritonError) as error:  # shared memory or registers that are not there
+                    y, problem = None, f"{type(error).__name__}: {error}".splitlines()[0]
                 if y is None:
-                    print(f"{layer} x {rows}: {choice}: left out {problem}", flush=True)
+                    print(f"{layer} x {rows}: {choice}: left out, {problem}", flush=True)
                     sums[index] = float("inf")
                     continue
-                error = float((y.float() - wanted.float()).square().mean().sqrt() / wanted.float().square().mean().sqrt())
-                if not error < 0.01:
-                    print(f"{layer} x {rows}: {choice}: WRONG, {error:.3f} away from today's", flush=True)
-                times.append((median_us([lambda w=w: w4a16_call(choice, x, w) for w in weights]), str(choice)))
+                rms = float((y.float() - wanted.float()).square().mean().sqrt() / wanted.float().square().mean().sqrt())
+                if not rms < 0.01:
+                    print(f"{layer} x {rows}: {choice}: WRONG, {rms:.3f} away from today's", flush=True)
+                times.append((median_us(calls), str(choice)))
                 sums[index] += times[-1][0]
             gigabytes = (k * n // 2 + k * n // w4a16_choices.GROUP_SIZE * 4) / 1e9
+            if not times:  # in a process that only compiles
+                continue
             today = times[0][0]
             times.sort()
             best = ";  ".join(f"{us:.1f} us {text}" for us, text in times[:5])
@@ -334,6 +315,8 @@ def main() -> int:
     parser.add_argument("--plan", action="store_true", help="print the choices of w4a16 for 132 multiprocessors")
     args = parser.parse_args()
     all_rows = list(map(int, args.rows.split(",")))
+    if not args.plan:
+        compile_ahead.in_processes()
     if "w4a16" in args.what:
         (functools.partial(w4a16_plan, num_sms=132) if args.plan else w4a16)(all_rows)
     if "attention" in args.what:
