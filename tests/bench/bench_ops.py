@@ -308,14 +308,15 @@ def sweep() -> None:
 
 
 def sweep_prefill() -> None:
-    """Prefill tiles against each other, as `sweep` does for decode."""
-    chosen = prefill_module.prefill_attention_config
+    """Tiles of the plain prefill kernel against each other, as `sweep` does for decode."""
+    chosen = prefill_module.prefill_attention_config, prefill_module.takes_hopper_prefill
+    prefill_module.takes_hopper_prefill = lambda *shape: False
     cases = [PREFILL_CASES[index] for index in (1, 3, 4)]
     calls = [[case.make()[0]] for case in cases]
     print(f"\nsweep, TFLOP/s: {'block_m block_n stages warps':34}" + "".join(f"{case.shape:>18}" for case in cases))
     for block_m, block_n, num_stages, num_warps in itertools.product((64, 128), (32, 64, 128), (3, 4, 5), (4, 8)):
         tile = {"block_m": block_m, "block_n": block_n, "num_stages": num_stages, "num_warps": num_warps}
-        prefill_module.prefill_attention_config = lambda *shape, tile=tile: dataclasses.replace(chosen(*shape), **tile)
+        prefill_module.prefill_attention_config = lambda *shape, tile=tile: dataclasses.replace(chosen[0](*shape), **tile)
         label = f"{block_m:>23} {block_n:>7} {num_stages:>6} {num_warps:>5}"
         try:
             rates = [case.num_flops / statistics.median(sample_us(call)) / 1e6 for case, call in zip(cases, calls, strict=True)]
@@ -323,7 +324,7 @@ def sweep_prefill() -> None:
             print(f"{label} {error}")
             continue
         print(f"{label:50}" + "".join(f"{rate:18.0f}" for rate in rates), flush=True)
-    prefill_module.prefill_attention_config = chosen
+    prefill_module.prefill_attention_config, prefill_module.takes_hopper_prefill = chosen
 
 
 def commit() -> str:

@@ -210,10 +210,7 @@ def prefills() -> None:
         f"{m} x {n}, stages {stages}, warps {warps}": tuning.PrefillAttentionConfig(m, n, 128, warps, stages)
         for m, n, stages, warps in choices
     }
-    for stages, take_turns in itertools.product((3, 4, 5, 6), (False, True)):
-        label = f"warp-specialised, stages {stages}{', in turns' if take_turns else ''}"
-        configs[label] = tuning.PrefillAttentionConfig(64, 64, 128, 4, stages, warp_specialized=True, take_turns=take_turns)
-    original = tuning.prefill_attention_config
+    original = tuning.prefill_attention_config, prefill_module.takes_hopper_prefill, tuning.HOPPER_PREFILL_STAGES
     for heads, lengths in [(16, [4096, 4096]), (32, [4096, 4096]), (32, [64 + 61 * i for i in range(16)])]:
         blocks = [-(-length // 64) for length in lengths]
         k, v = randn(sum(blocks), 8, 64, 128), randn(sum(blocks), 8, 64, 128)
@@ -224,12 +221,17 @@ def prefills() -> None:
         bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cuda")
         q = randn(sum(lengths), heads, 128)
         teraflop = sum(4 * heads * 128 * length * (length + 1) / 2 for length in lengths) / 1e12
+        calls = [lambda: prefill_module.paged_prefill_attention(q, k, v, table, lens, bounds, 0.1)] * 4
         found = []
+        for stages in (3, 4, 5, 6):
+            prefill_module.HOPPER_PREFILL_STAGES = stages
+            found.append((median_us(calls), f"for Hopper, stages {stages}"))
+        prefill_module.takes_hopper_prefill = lambda *args: False
         for label, config in configs.items():
             prefill_module.prefill_attention_config = lambda *args, config=config: config
-            calls = [lambda: prefill_module.paged_prefill_attention(q, k, v, table, lens, bounds, 0.1)] * 4
             found.append((median_us(calls), label))
-        prefill_module.prefill_attention_config = original
+        prefill_module.prefill_attention_config, prefill_module.takes_hopper_prefill = original[:2]
+        prefill_module.HOPPER_PREFILL_STAGES = original[2]
         found.sort()
         best = "  ".join(f"{teraflop / us * 1e6:.0f} ({label})" for us, label in found)
         print(f"prefill attention {heads} heads, {len(lengths)} rows to {max(lengths)}, TFLOP/s: {best}", flush=True)

@@ -12,7 +12,7 @@ from turbotriton.backend.ops.kernels.tuning import (
 )
 
 GROUP_SIZE = 128
-ROWS = (1, 16, 64, 256)
+ROWS = (1, 8, 16, 32, 64, 128, 256)
 #: of the 8B shape: inputs, outputs, whether they are gates and ups
 LAYERS = {"qkv": (4096, 6144, False), "o": (4096, 4096, False), "gate_up": (4096, 28672, True), "down": (14336, 4096, False)}
 
@@ -78,46 +78,27 @@ Choice = Tiles | Skinny
 
 def choices(rows: int) -> list[Choice]:
     """Today's first."""
-    after = {"scale_after": True}
     ahead = {"prefetch": True, "num_stages": 3}
-    if rows <= 16:
-        few: list[Choice] = [
-            Tiles(),
-            Tiles(after),
-            Tiles(after, 2),
-            Tiles(after | {"strips": 2}, 2),
-            Tiles(after, 2, shares=True),
-        ]
-        few += [Tiles(ahead | after, places) for places in (2, 3)] + [Tiles(ahead | after, 2, shares=True)]
-        if rows <= 8:
-            shapes = [(1, 8, 2), (1, 8, 3), (1, 16, 1), (1, 4, 4), (1, 4, 6), (2, 8, 1), (2, 8, 2), (2, 4, 3), (2, 4, 4)]
-            few += [Skinny(*shape) for shape in shapes]
-        else:
-            few += [Tiles(ahead, 2), Tiles(ahead | after | {"strips": 2}, 1)]
-        return few
-    fetched = {"descriptors": True}
+    after = ahead | {"scale_after": True}
+    fetched = {"descriptors": True, "prefetch": False, "scale_after": False}
+    if rows <= 32:
+        few: list[Choice] = [Tiles(), *(Tiles(after, places) for places in (2, 3, 4)), Tiles(ahead, 2)]
+        few += [Tiles(after | {"num_stages": stages}, 2) for stages in (2, 4)]
+        few += [Tiles(after | {"num_warps": 4}, places) for places in (4, 5, 6)]
+        few += [Tiles(after, places, shares=True) for places in (2, 3)]
+        return few + [Skinny(1, 4, 6), Skinny(1, 8, 3)] * (rows <= 8)
     if rows <= 64:
-        two = {"strips": 2, "num_stages": 4}
-        long = {"block_k": 128, "num_stages": 3}
+        long = fetched | {"block_k": 128, "num_stages": 3}
         return [
-            *(Tiles(), Tiles(fetched), Tiles(fetched, 2, shares=True), Tiles(ahead, 3), Tiles(ahead | fetched, 3)),
-            *(Tiles(long), Tiles(long | fetched), Tiles(long, 1, shares=True), Tiles(long | fetched | {"scale_after": True}, 2)),
-            *(Tiles(two, 1), Tiles(two | fetched, 1), Tiles(two | fetched, 1, shares=True), Tiles(two | long, 1)),
-            *(Tiles(two | long | fetched, 1), Tiles(two | long | fetched, 1, shares=True)),
-            *(Tiles(two | fetched | ahead, 1), Tiles(two | fetched | ahead, 1, shares=True)),
+            *(Tiles(), Tiles(fetched), Tiles(fetched, 3), Tiles(fetched | {"num_stages": 4}, 2)),
+            *(Tiles(fetched | ahead, 2), Tiles(fetched | ahead, 3), Tiles(fetched | after, 2), Tiles(fetched | after, 3)),
+            *(Tiles(long, 1), Tiles(long, 2), Tiles(long | {"scale_after": True}, 2)),
+            *(Tiles(fetched | ahead | {"num_warps": 4}, places) for places in (3, 4)),
         ]
-    wide = fetched | {"block_m": 256, "num_stages": 4}
-    tall = fetched | {"strips": 2, "num_stages": 4}
-    small = fetched | {"num_warps": 4, "num_stages": 4}  # half a tile, two on a multiprocessor
+    wide = fetched | ahead | {"block_m": 256}
     return [
-        *(Tiles(), Tiles(fetched), Tiles(fetched, 2), Tiles(fetched, 1, shares=True)),
-        *(
-            Tiles(wide, 1),
-            Tiles(wide, 1, shares=True),
-            Tiles(wide | {"num_stages": 3}, 1),
-            Tiles(wide | {"prefetch": True, "num_stages": 3}, 1),
-        ),
-        *(Tiles(tall, 1), Tiles(tall, 1, shares=True), Tiles(tall | {"block_k": 128, "num_stages": 3}, 1)),
-        *(Tiles(tall | {"prefetch": True}, 1), Tiles(tall | {"descriptors": False, "num_stages": 3}, 1)),
-        *(Tiles(small | {"strips": 2}, 2), Tiles(small | {"strips": 2}, 2, shares=True), Tiles(small | {"block_m": 256}, 2)),
+        *(Tiles(), Tiles(fetched), Tiles(fetched, 1, shares=True), Tiles(fetched | ahead, 1), Tiles(fetched | ahead, 2)),
+        *(Tiles(wide, 1), Tiles(wide, 1, shares=True), Tiles(wide | {"num_stages": 2}, 1), Tiles(wide | {"num_stages": 4}, 1)),
+        *(Tiles(wide | {"num_warps": 4}, 2), Tiles(wide | {"num_warps": 4, "strips": 2}, 1)),
+        *(Tiles(fetched | ahead | {"strips": 2}, 1), Tiles(fetched | ahead | {"strips": 2}, 1, shares=True)),
     ]

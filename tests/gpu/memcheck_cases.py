@@ -35,7 +35,7 @@ from turbotriton.backend.ops.kernels import (
     w4a16_skinny,
     w8a8_linear,
 )
-from turbotriton.backend.ops.kernels.tuning import PrefillAttentionConfig, W4A16LinearConfig
+from turbotriton.backend.ops.kernels.tuning import W4A16LinearConfig
 from turbotriton.backend.ops.operands import Fp8Weight, QuantizedPages, SamplingBatch, StaticInt8Pages, W4A16Tiles, W8A8Weight
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -151,10 +151,8 @@ def attentions(m: Maker) -> None:
         paged_prefill_attention.paged_prefill_attention(queries, k_cache, v_cache, *rest)
         is_hopper = not queries.is_cuda or torch.cuda.get_device_capability() == (9, 0)
         if is_hopper and (head_dim, block_size, window) == (128, 64, 0):
-            for take_turns in (False, True):
-                config = PrefillAttentionConfig(64, 64, 128, 4, 4, warp_specialized=True, take_turns=take_turns)
-                operands = queries, k_cache, v_cache, tables, lens, bounds, 0.1
-                hopper_prefill_attention.hopper_prefill_attention(*operands, config, torch.empty_like(queries))
+            operands = queries, k_cache, v_cache, tables, lens, bounds, 0.1
+            hopper_prefill_attention.hopper_prefill_attention(*operands, 4, torch.empty_like(queries))
         for kind in ("8", "4", "fp8", "static"):
             k, v = quantised_pages(m, kind, 96, num_kv_heads, block_size, head_dim)
             quantized_decode_attention.quantized_decode_attention(q, k, v, tables, lens, 0.1, window)

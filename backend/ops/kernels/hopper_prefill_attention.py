@@ -7,8 +7,7 @@ A program takes work items, one query tile of one kv head each, item after item:
 
     fetching   | K0 | V0 | K1 | V1 | ...            TMA into rings of NUM_STAGES tiles; goes on to the next item while this one is computed
     upper half | rows  0 ..  63 of the tile         S1 = Q K1^T and O += P0 V0 are issued; softmax of S1 under O += P0 V0; O rescaled; ...
-    lower half | rows 64 .. 127                     the same, out of step with the upper half: one's softmax under the other's products;
-                                                    with TAKE_TURNS the halves issue a step's products in turns, so that it stays so
+    lower half | rows 64 .. 127                     the same, out of step with the upper half: one's softmax under the other's products
 
     tile of keys    S = Q K^T ------- softmax ------------ P        issued, waited for: S(j+1) | O(j)        each half, each step j
     tile before                O += P V ---------- O * rescale      (at most two products of a half are under way)
@@ -32,7 +31,6 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .launch import num_sms
-from .tuning import PrefillAttentionConfig
 
 __all__ = ["hopper_prefill_attention"]
 
@@ -136,19 +134,6 @@ def _weigh(scores, maximum, total, positions, tile, scale_log2, MASKED: gl.const
 
 
 @gluon.jit
-def _take_turn(turns, number, HALF: gl.constexpr, TAKE_TURNS: gl.constexpr):
-    """The upper half (0) issues after the lower one's products of tile number - 1, the lower half after the upper one's of `number`."""
-    if TAKE_TURNS:
-        mbarrier.wait(turns.index(HALF), (number & 1) ^ (1 - HALF))
-
-
-@gluon.jit
-def _pass_turn(turns, HALF: gl.constexpr, TAKE_TURNS: gl.constexpr):
-    if TAKE_TURNS:
-        mbarrier.arrive(turns.index(1 - HALF), count=1)
-
-
-@gluon.jit
 def _step(
     q,
     weights,
@@ -161,12 +146,9 @@ def _step(
     number,
     scale_log2,
     rings,
-    turns,
     MASKED: gl.constexpr,
-    HALF: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     NUM_STAGES: gl.constexpr,
-    TAKE_TURNS: gl.constexpr,
     dtype: gl.constexpr,
 ):
     """Scores and softmax of `tile`, whose K is there; the weights of the tile before it are added up meanwhile."""
@@ -177,12 +159,10 @@ def _step(
     last = (number - 1) % NUM_STAGES
     k = k_tiles.index(stage).reshape([BLOCK_N, HEAD_DIM]).permute((1, 0))
     nothing = gl.zeros([HALF_M, BLOCK_N], gl.float32, S_LAYOUT)
-    _take_turn(turns, number, HALF, TAKE_TURNS)
     scores = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
     p = gl.convert_layout(weights.to(dtype), gl.DotOperandLayout(0, O_LAYOUT, 2))
     mbarrier.wait(v_full.index(last), (number - 1) // NUM_STAGES & 1)
     acc = warpgroup_mma(p, v_tiles.index(last).reshape([BLOCK_N, HEAD_DIM]), acc, is_async=True)
-    _pass_turn(turns, HALF, TAKE_TURNS)
     scores = warpgroup_mma_wait(1, [scores])
     mbarrier.arrive(k_free.index(stage), count=1)
     weights, rescale, maximum, total = _weigh(scores, maximum, total, positions, tile, scale_log2, MASKED, S_LAYOUT)
@@ -203,14 +183,12 @@ def _compute(
     scale_log2,
     work,
     rings,
-    turns,
     HALF: gl.constexpr,
     NUM_KV_HEADS: gl.constexpr,
     GROUP_SIZE: gl.constexpr,
     BLOCK_Q: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     NUM_STAGES: gl.constexpr,
-    TAKE_TURNS: gl.constexpr,
 ):
     """Four warps: rows HALF * 64 to HALF * 64 + 63 of each query tile."""
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -241,9 +219,7 @@ def _compute(
             mbarrier.wait(k_full.index(stage), number // NUM_STAGES & 1)
             k = k_tiles.index(stage).reshape([BLOCK_N, HEAD_DIM]).permute((1, 0))
             nothing = gl.zeros([HALF_M, BLOCK_N], gl.float32, S_LAYOUT)
-            _take_turn(turns, number, HALF, TAKE_TURNS)
             scores = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
-            _pass_turn(turns, HALF, TAKE_TURNS)
             scores = warpgroup_mma_wait(0, [scores])
             mbarrier.arrive(k_free.index(stage), count=1)
             weights, _rescale, maximum, total = _weigh(scores, maximum, total, positions, 0, scale_log2, True, S_LAYOUT)
@@ -252,12 +228,12 @@ def _compute(
             # fmt: off
             for tile in range(1, all_seen):
                 weights, acc, maximum, total = _step(
-                    q, weights, acc, maximum, total, positions, tile, num_tiles, number + tile, scale_log2, rings, turns,
-                    False, HALF, HEAD_DIM, NUM_STAGES, TAKE_TURNS, dtype)
+                    q, weights, acc, maximum, total, positions, tile, num_tiles, number + tile, scale_log2, rings,
+                    False, HEAD_DIM, NUM_STAGES, dtype)
             for tile in range(all_seen, num_tiles):
                 weights, acc, maximum, total = _step(
-                    q, weights, acc, maximum, total, positions, tile, num_tiles, number + tile, scale_log2, rings, turns,
-                    True, HALF, HEAD_DIM, NUM_STAGES, TAKE_TURNS, dtype)
+                    q, weights, acc, maximum, total, positions, tile, num_tiles, number + tile, scale_log2, rings,
+                    True, HEAD_DIM, NUM_STAGES, dtype)
             # fmt: on
             number += num_tiles
             last = (number - 1) % NUM_STAGES
@@ -294,7 +270,6 @@ def _hopper_prefill_kernel(
     GROUP_SIZE: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     NUM_STAGES: gl.constexpr,
-    TAKE_TURNS: gl.constexpr,
 ):
     BLOCK_Q: gl.constexpr = 2 * HALF_M // GROUP_SIZE
     k_tiles = gl.allocate_shared_memory(k_desc.dtype, [NUM_STAGES, 1, 1, BLOCK_N, HEAD_DIM], k_desc.layout)
@@ -303,15 +278,12 @@ def _hopper_prefill_kernel(
     k_free = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], mbarrier.MBarrierLayout())
     v_free = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], mbarrier.MBarrierLayout())
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     tail = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(NUM_STAGES):
         mbarrier.init(k_full.index(stage), count=1)
         mbarrier.init(k_free.index(stage), count=2)
         mbarrier.init(v_full.index(stage), count=1)
         mbarrier.init(v_free.index(stage), count=2)
-    mbarrier.init(turns.index(0), count=1)
-    mbarrier.init(turns.index(1), count=1)
     mbarrier.init(tail, count=1)
     fence_async_shared()
     work = (cu_seqlens_ptr, context_lens_ptr, num_rows, num_items)
@@ -319,10 +291,10 @@ def _hopper_prefill_kernel(
     # fmt: off
     gl.warp_specialize(
         [
-            (_compute, (q_ptr, out_ptr, stride_q_row, stride_q_head, scale_log2, work, rings, turns,
-                        0, NUM_KV_HEADS, GROUP_SIZE, BLOCK_Q, HEAD_DIM, NUM_STAGES, TAKE_TURNS)),
-            (_compute, (q_ptr, out_ptr, stride_q_row, stride_q_head, scale_log2, work, rings, turns,
-                        1, NUM_KV_HEADS, GROUP_SIZE, BLOCK_Q, HEAD_DIM, NUM_STAGES, TAKE_TURNS)),
+            (_compute, (q_ptr, out_ptr, stride_q_row, stride_q_head, scale_log2, work, rings,
+                        0, NUM_KV_HEADS, GROUP_SIZE, BLOCK_Q, HEAD_DIM, NUM_STAGES)),
+            (_compute, (q_ptr, out_ptr, stride_q_row, stride_q_head, scale_log2, work, rings,
+                        1, NUM_KV_HEADS, GROUP_SIZE, BLOCK_Q, HEAD_DIM, NUM_STAGES)),
             (_fetch, (k_desc, v_desc, block_tables_ptr, stride_table_row, work, rings, tail,
                       NUM_KV_HEADS, BLOCK_Q, HEAD_DIM, NUM_STAGES)),
         ],
@@ -340,14 +312,14 @@ def hopper_prefill_attention(
     context_lens: torch.Tensor,
     cu_seqlens_q: torch.Tensor,
     scale: float,
-    config: PrefillAttentionConfig,
+    num_stages: int,
     out: torch.Tensor,
 ) -> None:
     """Operands as `paged_prefill_attention`'s, which asserts them; fills `out`, [num_tokens, num_heads, head_dim], contiguous.
 
     q: fp16|bf16, at least one token, head_dim 64 or 128, at most 64 query heads a kv head; no sliding window
     k_cache, v_cache: blocks of 64 tokens, 16-byte aligned, strides of whole 16 bytes
-    config: its stages and turns; the tiles are this kernel's own
+    num_stages: tiles of K and of V that a program has room for
     """
     num_tokens, num_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
@@ -374,7 +346,6 @@ def hopper_prefill_attention(
         NUM_KV_HEADS=num_kv_heads,
         GROUP_SIZE=group_size,
         HEAD_DIM=head_dim,
-        NUM_STAGES=config.num_stages,
-        TAKE_TURNS=config.take_turns,
+        NUM_STAGES=num_stages,
         num_warps=4,
     )

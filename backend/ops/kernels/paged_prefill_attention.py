@@ -28,11 +28,13 @@ import triton
 import triton.language as tl
 
 from .hopper_prefill_attention import hopper_prefill_attention
-from .tuning import prefill_attention_config, takes_warp_specialized_prefill
+from .tuning import HOPPER_PREFILL_STAGES, prefill_attention_config, takes_hopper_prefill
 
 __all__ = ["paged_prefill_attention"]
 
-CPU_COMPUTE_CAPABILITY = 90  # for the interpreter: the tiles of the chip that is tuned for
+CPU_COMPUTE_CAPABILITY = (
+    100  # for the interpreter: the tiles that sm_90 has for what its own kernel, which needs a GPU, does not take
+)
 
 
 @triton.jit
@@ -282,11 +284,9 @@ def paged_prefill_attention(
     assert context_lens.shape[0] == cu_seqlens_q.shape[0] - 1 == num_rows, "one length and one start a row, and the end"
     assert 1 == q.stride(2) == k_cache.stride(3) == v_cache.stride(3) == block_tables.stride(1)
     assert 1 == context_lens.stride(0) == cu_seqlens_q.stride(0)
-    if config.warp_specialized and takes_warp_specialized_prefill(
-        group_size, head_dim, block_size, q.element_size(), sliding_window, capability
-    ):
+    if takes_hopper_prefill(group_size, head_dim, block_size, q.element_size(), sliding_window, capability):
         tables = block_tables, context_lens, cu_seqlens_q
-        hopper_prefill_attention(q, k_cache, v_cache, *tables, scale, config, out)
+        hopper_prefill_attention(q, k_cache, v_cache, *tables, scale, HOPPER_PREFILL_STAGES, out)
         return out
     num_tiles = num_tokens // (config.block_m // group_size) + num_rows
     _prefill_kernel[(num_tiles, num_kv_heads)](

@@ -8,10 +8,11 @@ s_n and z_n belong to a key's head, of 4 bit keys to each half of it; they are f
     K q = s_n (Kq q) + z_n sum q       V P = Vq P' + sum(P z_n),  P' = P s_n
 
 Keys are signed bytes: a mask makes 4 of them, of nibbles 8. q is an integer of 16 bits, of the head's largest number 1/32512, in two digits
-that are signed bytes too (q = 256 d0 + d1), so q K^T is exact. Values are widened to fp16 by their bits alone: 0x6400 | v is 1024 + v, and
-0x6400 | v << 4 is 1024 + 16 v; 1024 sum P' is taken off at the end. The maximum of the softmax is one of scores + log2 s_n, which keeps P'
-within fp16 whatever the scales are. float8 e4m3: bits shifted into an fp16 number are 2^-8 of it, nothing is added, zeros are 0, and q's
-digits are fp16: q rounded, and what that left. fp32 models: all in fp32, nothing is rounded.
+that are signed bytes too (q = 256 d0 + d1), so q K^T is exact. A value becomes fp16 by standing where fp16's bits stand: it is a subnormal
+number then, 2^-24 of itself, and 2^-20 from a high nibble. (1024 + v, another number made of bits alone, loses the last places of a long
+sum to the matrix unit, which cuts them off.) The maximum of the softmax is one of scores + log2 s_n, which keeps P' within fp16 whatever
+the scales are. float8 e4m3: bits shifted into an fp16 number are 2^-8 of it, zeros are 0, and q's digits are fp16: q rounded, and what that
+left. fp32 models: all in fp32, nothing is rounded.
 
 Tiling and splits are `paged_decode_attention`'s, transposed: keys and values are the left operands of mma.sync, and the query heads of a kv
 head its columns, each twice, so that four heads fill the 8 columns. Of keys the two are q's digits. Of values they are the outputs of two
@@ -130,8 +131,8 @@ def _quantized_split_kernel(
     q_dtype: tl.constexpr = q_ptr.dtype.element_ty
     dtype: tl.constexpr = tl.float32 if q_dtype == tl.float32 else tl.float16
     INTEGER: tl.constexpr = dtype == tl.float16 and not E4M3  # q K^T by the integer matrix unit
-    PLUS: tl.constexpr = 0.0 if dtype == tl.float32 or E4M3 else 1024.0  # in a widened value
-    UNIT: tl.constexpr = 256.0 if E4M3 else 1.0  # of a widened number
+    K_UNIT: tl.constexpr = 256.0 if E4M3 else 1.0  # what a number is, over what stands for it in the product
+    V_UNIT: tl.constexpr = 256.0 if E4M3 else 16777216.0 if dtype == tl.float16 else 1.0
     HALF: tl.constexpr = HEAD_DIM // 2
     ROW: tl.constexpr = HALF if BITS == 4 else HEAD_DIM  # bytes of a key
     BLOCK_ROW: tl.constexpr = BLOCK_HALF if BITS == 4 else 2 * BLOCK_HALF
@@ -159,7 +160,7 @@ def _quantized_split_kernel(
     head_scale = of_heads(largest, Q) * (scale_log2 / (32512.0 if INTEGER else 1.0))
     sum_lo = of_heads(sum_lo, Q) * head_scale
     sum_hi = of_heads(sum_hi, Q) * head_scale
-    k_unit = head_scale * UNIT
+    k_unit = head_scale * K_UNIT
     high_unit = head_scale / 16
     low_plus = 0.0 * sum_lo if BITS == 4 or E4M3 or STATIC else 128 * sum_lo
     high_plus = 8 * sum_hi
@@ -174,7 +175,6 @@ def _quantized_split_kernel(
     maximum = tl.zeros((1, 1, Q, 4), tl.float32)
     total = tl.zeros((8, Q, 4), tl.float32)
     of_zeros = tl.zeros((8, Q, 4), tl.float32)
-    of_ones = tl.zeros((16, 2 * BLOCK_G), tl.float32)
     acc = tl.zeros((16 * VW, 2 * BLOCK_G), tl.float32)
     acc_hi = acc
     last = tl.maximum(end - 1, 0)
@@ -288,7 +288,6 @@ def _quantized_split_kernel(
             of_columns = tl.reshape(of_columns, (1, 2 * BLOCK_G))
             acc *= of_columns
             acc_hi *= of_columns
-            of_ones *= of_columns
             total *= tl.reshape(rescale, (1, Q, 4))
             of_zeros *= tl.reshape(rescale, (1, Q, 4))
             maximum += largest_here
@@ -296,9 +295,6 @@ def _quantized_split_kernel(
         total += tl.sum(weights, axis=0)
         of_zeros += tl.sum(weights * v_zero, axis=0)
         rounded = weight_operand((weights * v_scale).to(dtype))
-        if PLUS > 0:
-            ones = tl.full((16, BLOCK_N), 1.0, dtype)
-            of_ones = tl.dot(tl.reshape(tl.join(ones, ones), (16, 2 * BLOCK_N)), rounded, acc=of_ones)
         if BITS == 4:
             v_lo, v_hi = widened(v_words, BITS, E4M3, dtype, ASM and ALIGNED)
             acc_hi = tl.dot(value_operand(v_hi, J, VW), rounded, acc=acc_hi, input_precision="ieee")
@@ -309,14 +305,13 @@ def _quantized_split_kernel(
     heads = kv_head * GROUP_SIZE + tl.arange(0, BLOCK_G)
     mask_g = tl.arange(0, BLOCK_G) < GROUP_SIZE
     v_dims = v_dims_of(tl.arange(0, 16 * VW), VW)[:, None, None] + 2 * tl.arange(0, 2)[None, None, :]
-    plus = PLUS * tl.sum(of_ones, axis=0, keep_dims=True) / 16
     total = tl.reshape(tl.sum(total, axis=0), (BLOCK_G,))
     share = 1.0 / tl.where(total > 0, total, 1.0)  # total is 0 only for a sequence of no keys: zeros
     zeros = tl.reshape(tl.sum(of_zeros, axis=0), (BLOCK_G,)) * share
     SHAPE: tl.constexpr = (16 * VW, BLOCK_G, 2)
-    acc = tl.reshape(acc - plus, SHAPE) * (UNIT * share)[None, :, None] + zeros[None, :, None]
+    acc = tl.reshape(acc, SHAPE) * (V_UNIT * share)[None, :, None] + zeros[None, :, None]
     if BITS == 4:
-        acc_hi = tl.reshape(acc_hi - plus, SHAPE) * (share / 16)[None, :, None] + zeros[None, :, None]
+        acc_hi = tl.reshape(acc_hi, SHAPE) * (V_UNIT / 16 * share)[None, :, None] + zeros[None, :, None]
     mask = mask_g[None, :, None] & (v_dims < ROW)
     if num_used <= 1:
         out_ptrs = out_ptr + ((sequence * NUM_HEADS + heads) * HEAD_DIM)[None, :, None] + v_dims

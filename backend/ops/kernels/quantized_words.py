@@ -1,6 +1,7 @@
 """Words of quantised pages on their way into a product: where a key's lie, how they are loaded, how their bits become numbers.
 
-Stored numbers are widened by their bits alone, two at a time (PTX; plain shifts in triton's interpreter): 0x6400 | v is 1024 + v in fp16.
+Stored numbers are widened by their bits alone, two at a time (PTX; plain shifts in triton's interpreter): v as the bits of an fp16 number
+is 2^-24 v, a subnormal one, which the matrix unit takes like any other.
 What stands in which lane, quantized_decode_attention.py says. Assembly that takes several words takes them as they lie in a thread, so its
 loads must come in one piece: rows of keys are multiples of 16 bytes, and the compiler knows it. Others take plain shifts, more slowly.
 """
@@ -42,8 +43,8 @@ def _pairs(operation: str, count: int) -> str:
     )
 
 
-#: Bytes 0 and 2, then 1 and 3 of a word, then the next's: as 1024 + v.
-_WIDEN_8 = tl.constexpr(_pairs("prmt.b32 {0}, {word}, 0x64646464, 0x4240;\nprmt.b32 {1}, {word}, 0x64646464, 0x4341;\n", 2))
+#: Bytes 0 and 2, then 1 and 3 of a word, then the next's: as 2^-24 v.
+_WIDEN_8 = tl.constexpr(_pairs("prmt.b32 {0}, {word}, 0, 0x4240;\nprmt.b32 {1}, {word}, 0, 0x4341;\n", 2))
 #: The same as e4m3 numbers: fp16 numbers of the same bits, which are 2^-8 of theirs.
 _WIDEN_E4M3 = tl.constexpr(
     _pairs(
@@ -54,12 +55,12 @@ _WIDEN_E4M3 = tl.constexpr(
         2,
     )
 )
-#: Low nibbles of bytes 0 and 2, of 1 and 3, as 1024 + v; the high ones alike, as 1024 + 16 v.
+#: Low nibbles of bytes 0 and 2, of 1 and 3, as 2^-24 v; the high ones alike, as 2^-20 v.
 _WIDEN_4 = tl.constexpr(
     _pairs(
         "shr.b32 u, {word}, 8;\n"
-        "lop3.b32 {0}, {word}, 0x000F000F, 0x64006400, 0xEA;\nlop3.b32 {1}, u, 0x000F000F, 0x64006400, 0xEA;\n"
-        "lop3.b32 {2}, {word}, 0x00F000F0, 0x64006400, 0xEA;\nlop3.b32 {3}, u, 0x00F000F0, 0x64006400, 0xEA;\n",
+        "and.b32 {0}, {word}, 0x000F000F;\nand.b32 {1}, u, 0x000F000F;\n"
+        "and.b32 {2}, {word}, 0x00F000F0;\nand.b32 {3}, u, 0x00F000F0;\n",
         4,
     )
 )
@@ -118,7 +119,7 @@ def signed_bytes(words, INTEGER: tl.constexpr, E4M3: tl.constexpr, dtype: tl.con
 def widened(words, BITS: tl.constexpr, E4M3: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr):
     """Values. int32 [rows, words] -> two tensors [rows, words, 4] of `dtype`.
 
-    8 bit: the bytes, and the same again. 4 bit: low nibbles and 16 times the high ones. fp16: plus 1024.
+    8 bit: the bytes, and the same again. 4 bit: low nibbles and 16 times the high ones. fp16: 2^-24 of these.
     e4m3: 2^-8 of the numbers that the bytes are.
     """
     if ASM:
@@ -135,7 +136,6 @@ def widened(words, BITS: tl.constexpr, E4M3: tl.constexpr, dtype: tl.constexpr, 
             low = _pairs_of(a, b, e, f)
             high = _pairs_of(c, d, g, h)
     else:
-        offset: tl.constexpr = 1024 if dtype == tl.float16 else 0
         numbers = _bytes(words)
         low = numbers
         high = numbers
@@ -146,9 +146,17 @@ def widened(words, BITS: tl.constexpr, E4M3: tl.constexpr, dtype: tl.constexpr, 
             if BITS == 4:
                 low = numbers & 15
                 high = numbers & 240
-            low = (low + offset).to(dtype)
-            high = (high + offset).to(dtype)
+            low = _as_bits(low, dtype)
+            high = _as_bits(high, dtype)
     return low, high
+
+
+@triton.jit
+def _as_bits(numbers, dtype: tl.constexpr):
+    """int32 -> fp32 as they are, or their bits as fp16."""
+    if dtype == tl.float16:
+        numbers = numbers.to(tl.int16).to(tl.float16, bitcast=True)
+    return numbers.to(dtype)
 
 
 @triton.jit

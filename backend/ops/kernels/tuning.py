@@ -35,7 +35,7 @@ __all__ = [
     "sample_config",
     "silu_and_mul_config",
     "skinny_linear_config",
-    "takes_warp_specialized_prefill",
+    "takes_hopper_prefill",
     "w4a16_linear_config",
     "w4a16_skinny_config",
     "w4a16_splits",
@@ -60,6 +60,8 @@ FP32_NUM_STAGES = 3
 # 99 KiB. Chips of data centres have 227 KiB, and two tiles more brought a quarter (H200).
 PREFILL_NUM_STAGES = 3
 PREFILL_NUM_STAGES_LARGE_SHARED = 5
+#: Of `hopper_prefill_attention`, whose program has a multiprocessor to itself; 3 to 6 are within 2 % of each other.
+HOPPER_PREFILL_STAGES = 6
 # Even one tile is worth a program of its own where a batch has few: 640 keys of one sequence took 7.2 us against 13.2 with 256.
 MIN_SPLIT_TOKENS = 64
 MAX_SPLITS = 256
@@ -139,8 +141,6 @@ class PrefillAttentionConfig:
     block_d: int  # head_dim, padded
     num_warps: int
     num_stages: int
-    warp_specialized: bool = False  # `hopper_prefill_attention` where it takes the shapes, with these stages of its own tiles
-    take_turns: bool = False  # there: its halves issue matrix products in turns
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,7 +299,10 @@ def narrow_linear_config(
     if element_bytes == 4:
         return NarrowLinearConfig(MIN_DOT_ROWS, 32, 32, 1, num_warps=4, num_stages=2)
     if gated:
-        block_k, num_stages = (64, 6) if block_m == 128 else (128, 4) if block_m < 64 else (64, 6)
+        if block_m >= 32 and 4 * ceil_div(n, 128) > 3 * num_sms:  # wider tiles read x half as often
+            block_k, num_stages = (128, 3) if block_m == 32 else (64, 4)
+            return NarrowLinearConfig(block_m, 128, block_k, 1, num_warps=8, num_stages=num_stages)
+        block_k, num_stages = (128, 4) if block_m < 64 else (64, 6)
         return NarrowLinearConfig(block_m, 64, block_k, 1, num_warps=4, num_stages=num_stages)
     tiles = ceil_div(n, 64) * ceil_div(num_rows, block_m)
     places = (1 if block_m >= 64 else 2) * num_sms
@@ -368,9 +371,9 @@ def decode_attention_config(
 def quantized_decode_attention_config(
     batch: int, num_kv_heads: int, group_size: int, head_dim: int, element_bytes: int, max_context: int, num_sms: int, bits: int
 ) -> QuantizedDecodeAttentionConfig:
-    """A warp a program: it holds in registers what others hold in shared memory, and a dozen programs on a multiprocessor hide each
-    other's waits. Splits until every multiprocessor has eight. Tiles as long as the registers of 16 programs allow, of 12 where eight
-    query heads share a kv head: by what tests/bench/count_instructions.py counts, not by time. element_bytes: of q.
+    """A warp a program: it holds in registers what others hold in shared memory, and many programs on a multiprocessor hide each other's
+    waits. As many splits as leave all programs in one wave, 16 on a multiprocessor, and tiles as long as the registers of so many allow
+    (H200: 64 x 8192 keys of 8 and 4 bits 255 and 141 us in four splits, 300 and 328 in two). element_bytes: of q.
     """
     if not 8 <= head_dim <= MAX_HEAD_DIM or head_dim % 8:
         raise ConfigError(
@@ -378,11 +381,11 @@ def quantized_decode_attention_config(
         )
     block_half = max(64 if bits == 4 else 32, next_power_of_2(head_dim // 2))
     block_g = max(4, next_power_of_2(group_size))
-    wanted = ceil_div(8 * num_sms, max(batch * num_kv_heads, 1))
+    wanted = 16 * num_sms // max(batch * num_kv_heads, 1)
     num_splits = _clamp(wanted, 1, min(MAX_SPLITS, max(ceil_div(max_context, MIN_SPLIT_TOKENS), 1)))
     is_usual = element_bytes == 2 and head_dim == 128 and block_g <= 8
     block_n = 32 if is_usual and bits == 4 else 16
-    max_registers = (128 if block_g == 4 else 168) if is_usual else 0
+    max_registers = (128 if block_g == 4 else 168) if is_usual and bits == 4 else 0
     num_warps = 8 if element_bytes == 4 else max(1, block_g // 16)
     return QuantizedDecodeAttentionConfig(block_g, block_n, block_half, num_splits, MIN_SPLIT_TOKENS, num_warps, max_registers)
 
@@ -415,10 +418,11 @@ def prefill_attention_config(
     return PrefillAttentionConfig(max(block_m, next_power_of_2(group_size)), block_n, block_d, num_warps, num_stages)
 
 
-def takes_warp_specialized_prefill(
+def takes_hopper_prefill(
     group_size: int, head_dim: int, block_size: int, element_bytes: int, sliding_window: int, compute_capability: int
 ) -> bool:
-    """What `hopper_prefill_attention` is written for: blocks of 64 keys, 16 bit, no window. compute_capability: 10 * major + minor."""
+    """What `hopper_prefill_attention` is written for: blocks of 64 keys, 16 bit, no window. It takes a sixth more work a second than the
+    plain kernel (H200: docs/perf-log.md). compute_capability: 10 * major + minor."""
     is_dense = block_size == 64 and head_dim in (64, 128) and element_bytes == 2
     return group_size <= 64 and is_dense and sliding_window == 0 and compute_capability == 90
 

@@ -67,13 +67,14 @@ def _multiply(acc, words, params, x, dtype: tl.constexpr, SCALE_AFTER: tl.conste
 
 @triton.jit
 def _load_x(x_ptr, begin_m, num_rows, step, stride_row, DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """x^T of a step: [BLOCK_K, BLOCK_M]. Rows past the end repeat the last, or are zeros by a descriptor; they are not stored."""
+    """x^T of a step: [BLOCK_K, BLOCK_M]. Rows past the end are zeros, not asked for: all programs would ask for the same bytes of the L2
+    cache."""
     if DESCRIPTORS:
         x = x_ptr.load([begin_m, step * BLOCK_K]).T
     else:
-        offs_m = tl.minimum(begin_m + tl.arange(0, BLOCK_M), num_rows - 1)
+        offs_m = begin_m + tl.arange(0, BLOCK_M)
         offs_k = step * BLOCK_K + tl.arange(0, BLOCK_K)
-        x = tl.load(x_ptr + offs_m[None, :] * stride_row + offs_k[:, None])
+        x = tl.load(x_ptr + offs_m[None, :] * stride_row + offs_k[:, None], mask=(offs_m < num_rows)[None, :], other=0.0)
     return x
 
 

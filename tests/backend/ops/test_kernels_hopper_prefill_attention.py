@@ -1,21 +1,19 @@
-"""The warp-specialised prefill kernel against float64, as `paged_prefill_attention` launches it when its configuration says so.
+"""The warp-specialised prefill kernel against float64, as `paged_prefill_attention` launches it on sm_90.
 
 On the CPU in an emulation of its barriers and rings (gluon_emulation.py), compiled ahead for sm_90, and on a GPU. Cache slots that no query
 may see hold NaN. Tolerances as in test_kernels_paged_prefill_attention.py.
 """
 
-import dataclasses
 import inspect
 import re
 import subprocess
-import threading
 from pathlib import Path
 
 import pytest
 import torch
 import triton
 from tests.backend.ops.conftest import Target
-from tests.backend.ops.gluon_emulation import Device, emulate
+from tests.backend.ops.gluon_emulation import emulate
 from tests.backend.ops.test_kernels_compile_ahead import POINTERS, SHARED_LIMIT_BYTES, Recorder
 from tests.backend.ops.test_kernels_paged_prefill_attention import Case, inputs, large_inputs, oracle, tolerance
 from triton.backends.compiler import GPUTarget
@@ -42,23 +40,13 @@ CASES = [
 ]
 
 
-@pytest.fixture(autouse=True, params=[False, True], ids=["free", "in-turns"])
-def take_turns(request, monkeypatch):
-    configure(monkeypatch, warp_specialized=True, take_turns=request.param)
-    return request.param
-
-
-def configure(monkeypatch, **changes):
-    chosen = launcher.prefill_attention_config
-    monkeypatch.setattr(launcher, "prefill_attention_config", lambda *shape: dataclasses.replace(chosen(*shape), **changes))
-
-
 def run(case, dtype, monkeypatch, *, seed=0, num_stages=3, num_sms=2, scale=None):
     """(result, float64 result), emulated on `num_sms` multiprocessors, with few stages so that rings go round."""
     tensors = inputs(Target("cpu", dtype, torch.Generator().manual_seed(seed)), case)
     scale = scale or case.head_dim**-0.5
     with monkeypatch.context() as patch:
-        configure(patch, num_stages=num_stages)
+        patch.setattr(launcher, "_compute_capability", lambda device: 90)
+        patch.setattr(launcher, "HOPPER_PREFILL_STAGES", num_stages)
         patch.setattr(module, "num_sms", lambda device: num_sms)
         emulate(module, KERNEL, patch, seed)
         return paged_prefill_attention(*tensors, scale), oracle(*tensors, scale, 0)
@@ -78,23 +66,6 @@ def test_rings_go_round_over_the_items_of_a_program(num_stages, num_sms, monkeyp
     for seed in range(3):
         options = {"seed": seed, "num_stages": num_stages, "num_sms": num_sms}
         assert_close(*run(case, FP16, monkeypatch, **options), **tolerance(FP16))
-
-
-def test_halves_that_take_turns_issue_one_after_the_other(take_turns, monkeypatch):
-    scores_of = []
-    original = Device.multiply
-
-    def multiply(self, a, b, acc, use_acc=True, is_async=False):
-        if not use_acc:
-            scores_of.append(threading.get_ident())
-        return original(self, a, b, acc, use_acc=use_acc, is_async=is_async)
-
-    monkeypatch.setattr(Device, "multiply", multiply)
-    run(Case(4, 2, 64, 64, ((70, 400), (3, 3), (1, 100))), FP16, monkeypatch, num_sms=1)
-    if take_turns:
-        upper, lower = scores_of[:2]
-        assert upper != lower
-        assert scores_of == [upper, lower] * (len(scores_of) // 2)
 
 
 def test_many_rows_are_each_found(monkeypatch, assert_close):
@@ -171,6 +142,7 @@ def compiled_for_hopper(dtype, num_heads, num_kv_heads, head_dim, monkeypatch):
     """The kernel that a launch over blocks of 64 would run on sm_90."""
     launches = []
     monkeypatch.setattr(module, KERNEL, Recorder(getattr(module, KERNEL), launches))
+    monkeypatch.setattr(launcher, "_compute_capability", lambda device: 90)
     cache = torch.empty((4, num_kv_heads, 64, head_dim), dtype=dtype)
     tables, lens = torch.empty((16, 128), dtype=torch.int32), torch.empty(16, dtype=torch.int32)
     bounds = torch.empty(17, dtype=torch.int32)
@@ -260,8 +232,8 @@ def test_the_softmax_runs_under_a_product(dtype, num_heads, num_kv_heads, head_d
 def test_long_prompts_and_contexts(rows, num_heads, num_kv_heads, head_dim, dtype, assert_close):
     q, k_cache, v_cache, *tables = large_inputs(rows, num_heads, num_kv_heads, dtype, head_dim=head_dim)
     for row, (_, length) in enumerate(rows):  # what stands past a context's end must not matter
-        k_cache[tables[0][row, length // 64], :, length % 64 :] = float("nan") if length % 64 else 0.0
-        v_cache[tables[0][row, length // 64], :, length % 64 :] = float("nan") if length % 64 else 0.0
+        for cache in (k_cache, v_cache) if length % 64 else ():
+            cache[tables[0][row, length // 64], :, length % 64 :] = float("nan")
     out = paged_prefill_attention(q, k_cache, v_cache, *tables, head_dim**-0.5)
     group = num_heads // num_kv_heads
     for heads, kv in ((slice(group), slice(1)), (slice(-group, None), slice(-1, None))):
