@@ -12,7 +12,7 @@ that are signed bytes too (q = 256 d0 + d1), so q K^T is exact. A value becomes 
 number then, 2^-24 of itself, and 2^-20 from a high nibble. (1024 + v, another number made of bits alone, loses the last places of a long
 sum to the matrix unit, which cuts them off.) The maximum of the softmax is one of scores + log2 s_n, which keeps P' within fp16 whatever
 the scales are. float8 e4m3: bits shifted into an fp16 number are 2^-8 of it, zeros are 0, and q's digits are fp16: q rounded, and what that
-left. fp32 models: all in fp32, nothing is rounded.
+left. So are those of keys whose rows are no multiple of 16 bytes. fp32 models: all in fp32, nothing is rounded.
 
 Tiling and splits are `paged_decode_attention`'s, transposed: keys and values are the left operands of mma.sync, and the query heads of a kv
 head its columns, each twice, so that four heads fill the 8 columns. Of keys the two are q's digits. Of values they are the outputs of two
@@ -130,7 +130,8 @@ def _quantized_split_kernel(
 
     q_dtype: tl.constexpr = q_ptr.dtype.element_ty
     dtype: tl.constexpr = tl.float32 if q_dtype == tl.float32 else tl.float16
-    INTEGER: tl.constexpr = dtype == tl.float16 and not E4M3  # q K^T by the integer matrix unit
+    # q K^T by the integer matrix unit; triton 3.6 moves bytes between lanes wrongly (seen on sm_90) where their loads are not in one piece
+    INTEGER: tl.constexpr = dtype == tl.float16 and not E4M3 and ALIGNED
     K_UNIT: tl.constexpr = 256.0 if E4M3 else 1.0  # what a number is, over what stands for it in the product
     V_UNIT: tl.constexpr = 256.0 if E4M3 else 16777216.0 if dtype == tl.float16 else 1.0
     HALF: tl.constexpr = HEAD_DIM // 2
