@@ -22,7 +22,7 @@ from turbotriton.backend.ops.kernels import narrow_linear as narrow_module
 from turbotriton.backend.ops.kernels import paged_decode_attention as attention_module
 from turbotriton.backend.ops.kernels import paged_prefill_attention as prefill_module
 from turbotriton.backend.ops.kernels import skinny_linear as linear_module
-from turbotriton.backend.ops.kernels import tuning, w4a16_skinny
+from turbotriton.backend.ops.kernels import tuning
 from turbotriton.backend.ops.kernels import w4a16_linear as w4a16_module
 from turbotriton.backend.ops.operands import W4A16Tiles
 from turbotriton.backend.ops.packing import fragment_params
@@ -244,17 +244,13 @@ def w4a16_weight(k: int, n: int, gated: bool) -> W4A16Tiles:
     return W4A16Tiles(words, fragment_params(scales, zeros, torch.bfloat16), None, torch.bfloat16, gated)
 
 
-def w4a16_call(choice: w4a16_choices.Choice, x: torch.Tensor, weight: W4A16Tiles) -> torch.Tensor | None:
+def w4a16_call(choice: w4a16_choices.Tiles, x: torch.Tensor, weight: W4A16Tiles) -> torch.Tensor | None:
     """None where the choice does not fit the layer."""
     num_sms = torch.cuda.get_device_properties(0).multi_processor_count
     config = choice.config(x.shape[0], weight.in_features, weight.out_features, num_sms)
     if config is None:
         return None
-    if isinstance(config, tuning.W4A16SkinnyConfig):
-        w4a16_skinny.w4a16_skinny_config = lambda *args: config
-        return w4a16_skinny.linear(x, weight)
-    w4a16_module.w4a16_linear_config = lambda *args: config
-    w4a16_module.MAX_W4A16_SKINNY_ROWS = 0
+    w4a16_module.w4a16_linear_config = lambda *args, **facts: config
     return (w4a16_module.w4a16_gate_up if weight.gated else w4a16_module.w4a16_linear)(x, weight)
 
 

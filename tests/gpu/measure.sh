@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What docs/performance.md and docs/quantization.md are made of, in parts of ten minutes at most on an H200, from the repository root:
 #   bash tests/gpu/measure.sh PART... [to FOLDER]
-#     steps     captured decode steps over batches and contexts, drawn; choices that were prepared without a GPU
+#     steps     captured decode steps over batches and contexts, drawn
 #     tiles     tiles of every kernel against each other
 #     dense     the works of bench_engine.py in 16 bits, both shapes
 #     kv        8B, keys and values in 8 and 4 bits
@@ -41,10 +41,6 @@ steps() {
         have $shape
         run "$python" $bench/sweep_steps.py --model "$shm/$shape" --batch 1,2,4,8,16,32,64,128,256 --context 256,1024,2048 --rounds 3 \
             --plots "$folder"
-        run "$python" $bench/sweep_steps.py --model "$shm/$shape" --batch 1,4 --context 384,1024 \
-            --choice decode_attention_config.is_early=true
-        run "$python" $bench/sweep_steps.py --model "$shm/$shape" --batch 8,16,32,64 --context 1024 \
-            --choice narrow_linear_config.early_steps=3 --choice MANY_OUTPUTS=0 --choice MANY_OUTPUTS=0,narrow_linear_config.early_steps=3
     done
 }
 tiles() {
@@ -66,8 +62,6 @@ weights() {
     for dtype in int4 int8 fp8; do
         have 8b $dtype
         engine 8b-$dtype b1,d16,d64,d256,thr,prefill
-        [ $dtype != int4 ] || run "$python" $bench/sweep_steps.py --model "$shm/8b-int4" --batch 1,16,64,256 --context 384 \
-            --choice MAX_W4A16_SKINNY_ROWS=4 --choice w4a16_linear_config.scale_after=true
         rm -rf "${shm:?}/8b-$dtype"
     done
     run "$python" $bench/bench_auto_awq.py --layers 3

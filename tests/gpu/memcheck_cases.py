@@ -32,7 +32,6 @@ from turbotriton.backend.ops.kernels import (
     stage_decode,
     w4a16_dequantize,
     w4a16_linear,
-    w4a16_skinny,
     w8a8_linear,
 )
 from turbotriton.backend.ops.kernels.tuning import W4A16LinearConfig
@@ -88,11 +87,10 @@ def quantised_linears(m: Maker) -> None:
         weight = W4A16Tiles(words, params, None if gated else m.zeros(n), m.dtype, gated)
         call = w4a16_linear.w4a16_gate_up if gated else w4a16_linear.w4a16_linear
         call(m.zeros(num_rows, k), weight)
-        for options in ({"prefetch": True, "scale_after": True}, {"prefetch": True, "num_programs": 5}):
-            config = W4A16LinearConfig(16, 64, 1, num_warps=4, num_stages=3, **options)
-            with mock.patch.object(w4a16_linear, "w4a16_linear_config", lambda *args, config=config: config):
+        for num_splits in (1, 2):
+            config = W4A16LinearConfig(16, 64, num_splits, num_warps=4, num_stages=3, prefetch=True, scale_after=True)
+            with mock.patch.object(w4a16_linear, "w4a16_linear_config", lambda *args, config=config, **facts: config):
                 call(m.zeros(num_rows, k), weight)
-        w4a16_skinny.linear(m.zeros(3, k), weight)
         w4a16_dequantize.dequantize_w4a16(weight)
     for num_rows, k, n in ((3, 72, 40), (33, 208, 130), (3, 2064, 33)):
         int8 = W8A8Weight(m.zeros(n, k, dtype=torch.int8).t(), m.zeros(n, dtype=torch.float32), m.zeros(n))

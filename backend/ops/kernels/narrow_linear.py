@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .launch import ask_for, has_pdl, launch_options, num_sms
+from .launch import has_pdl, launch_options, num_sms
 from .split_sum import sum_of_splits, workspace
 from .tuning import ceil_div, narrow_linear_config
 
@@ -41,7 +41,6 @@ def _narrow_linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     NUM_STAGES: tl.constexpr,
-    EARLY_STEPS: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -56,31 +55,23 @@ def _narrow_linear_kernel(
     steps = tl.cdiv(num_steps, NUM_SPLITS)
     begin = split * steps
     end = tl.minimum(begin + steps, num_steps)
-    # rows past the end repeat the last, and are not stored
+    # Outputs past the end repeat the last, and are not stored. Rows past it are zeros, for all programs would ask the L2 cache for one row.
     rows_ptr = weight_ptr + tl.minimum(offs_n, N - 1).to(tl.int64)[:, None] * stride_weight_row + offs_k[None, :]
     up_ptr = rows_ptr + tl.cast(stride_weight_row, tl.int64) * N
-    x_rows_ptr = x_ptr + tl.minimum(offs_m, num_rows - 1)[None, :] * stride_x_row + offs_k[:, None]
+    x_rows_ptr = x_ptr + offs_m[None, :] * stride_x_row + offs_k[:, None]
+    mask_m = (offs_m < num_rows)[None, :]
     if PDL:
-        if EARLY_STEPS > 0:
-            LINES: tl.constexpr = BLOCK_K * dtype.primitive_bitwidth // 1024
-            at = begin * BLOCK_K + tl.arange(0, LINES) * (BLOCK_K // LINES)
-            lines_ptr = weight_ptr + tl.minimum(offs_n, N - 1).to(tl.int64)[:, None] * stride_weight_row
-            for early in tl.static_range(EARLY_STEPS):
-                line_ptrs = lines_ptr + tl.minimum(at + early * BLOCK_K, K - 1)[None, :]
-                ask_for(line_ptrs)
-                if GATED:
-                    ask_for(line_ptrs + tl.cast(stride_weight_row, tl.int64) * N)
         gdc_wait()
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     acc_up = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for step in tl.range(begin, end, num_stages=NUM_STAGES):
         k = step * BLOCK_K
         if EVEN_K:
-            x = tl.load(x_rows_ptr + k)
+            x = tl.load(x_rows_ptr + k, mask=mask_m, other=0.0)
             weight = tl.load(rows_ptr + k)
         else:
             mask_k = k + offs_k < K
-            x = tl.load(x_rows_ptr + k, mask=mask_k[:, None], other=0.0)
+            x = tl.load(x_rows_ptr + k, mask=mask_m & mask_k[:, None], other=0.0)
             weight = tl.load(rows_ptr + k, mask=mask_k[None, :], other=0.0)
         acc = tl.dot(weight, x, acc=acc, input_precision=PRECISION)
         if GATED:
@@ -101,7 +92,7 @@ def _narrow_linear_kernel(
             gate = acc.to(dtype).to(tl.float32)
             acc = gate / (1.0 + tl.exp(-gate)) * acc_up.to(dtype).to(tl.float32)
         y_rows_ptr = y_ptr + offs_m.to(tl.int64)[None, :] * N + offs_n[:, None]
-        tl.store(y_rows_ptr, acc.to(dtype), mask=(offs_m < num_rows)[None, :] & mask_n[:, None])
+        tl.store(y_rows_ptr, acc.to(dtype), mask=mask_m & mask_n[:, None])
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -151,7 +142,6 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         NUM_STAGES=config.num_stages,
-        EARLY_STEPS=config.early_steps,
         PRECISION="ieee",
         num_warps=config.num_warps,
         **launch_options(has_pdl(x.device)),

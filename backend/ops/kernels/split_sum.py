@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["is_last_of", "sum_of_parts", "sum_of_splits", "workspace"]
+__all__ = ["is_last_of", "sum_of_splits", "workspace"]
 
 WORKSPACE_ELEMENTS = 8 << 20  # fp32: 32 MiB
 NUM_COUNTERS = 4096
@@ -50,26 +50,4 @@ def sum_of_splits(acc, parts_ptr, counters_ptr, tile, split, NUM_SPLITS: tl.cons
         acc = tl.zeros((R, C), acc.dtype)
         for other in range(NUM_SPLITS):
             acc += tl.load(first_ptr + other * R * C, cache_modifier=".cg")
-    return acc, is_last
-
-
-@triton.jit
-def sum_of_parts(acc, parts_ptr, counter_ptr, part, num_parts, first_slot, next_slot):
-    """`sum_of_splits` where programs share the ends of tiles: of one part, acc as it is.
-
-    A program has two slots of acc's size. Part 0 lies in first_slot, part 1 in next_slot, part 2 in next_slot + 2, ...
-    """
-    R: tl.constexpr = acc.shape[0]
-    C: tl.constexpr = acc.shape[1]
-    is_last = True
-    if num_parts > 1:
-        offs = tl.arange(0, R)[:, None] * C + tl.arange(0, C)[None, :]
-        slot = tl.where(part == 0, first_slot, next_slot + 2 * (part - 1))
-        tl.store(parts_ptr + slot.to(tl.int64) * (R * C) + offs, acc)
-        is_last = is_last_of(counter_ptr, num_parts)
-        if is_last:
-            acc = tl.load(parts_ptr + first_slot.to(tl.int64) * (R * C) + offs, cache_modifier=".cg")
-            for other in range(1, num_parts):
-                slot = next_slot + 2 * (other - 1)
-                acc += tl.load(parts_ptr + slot.to(tl.int64) * (R * C) + offs, cache_modifier=".cg")
     return acc, is_last

@@ -37,7 +37,6 @@ __all__ = [
     "skinny_linear_config",
     "takes_hopper_prefill",
     "w4a16_linear_config",
-    "w4a16_skinny_config",
     "w4a16_splits",
     "w8a8_linear_config",
 ]
@@ -120,7 +119,6 @@ class DecodeAttentionConfig:
     min_split_tokens: int  # a multiple of block_n
     num_warps: int
     num_stages: int
-    is_early: bool = False  # asks for its first tile before it waits for the kernel before it; only tiles that lie in one block
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,26 +166,13 @@ class W4A16LinearConfig:
     num_splits: int  # programs that share a tile's inputs
     num_warps: int
     num_stages: int
-    strips: int = 1  # of 16 outputs a warp
-    prefetch: bool = (
-        False  # weights go to registers, two steps at once, the first before the wait; needs inputs for pairs of steps
-    )
+    prefetch: bool = False  # weights go to registers two steps ahead, the first before the wait; needs inputs for pairs of steps
     scale_after: bool = False  # scales come after the product, in fp32
     descriptors: bool = False  # x is fetched by the copy engine (sm_90 on; rows at multiples of 16 bytes)
-    num_programs: int = 0  # so many take equal shares of all tiles' steps, whose num_splits is 1; 0: whole tiles or splits
 
     @property
     def block_n(self) -> int:
-        return 16 * self.num_warps * self.strips
-
-
-@dataclass(frozen=True, slots=True)
-class W4A16SkinnyConfig:
-    strips: int  # of 16 outputs a program
-    block_k: int  # inputs of a warp's step; it divides a group
-    num_warps: int  # they share a strip's inputs
-    programs_per_sm: int  # that take tile after tile
-    zero_after: bool  # zeros are taken away after the product, in fp32
+        return 16 * self.num_warps
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +183,6 @@ class NarrowLinearConfig:
     num_splits: int  # programs that share a tile's inputs
     num_warps: int
     num_stages: int
-    early_steps: int = 0  # whose weights a program asks for before it waits for the kernel before it
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,8 +208,6 @@ MAX_OWN_FP8_ROWS = 64
 #: e4m3 sums of cuBLAS stay in the matrix unit's own accumulators, as ours do.
 FP8_FAST_ACCUMULATION = True
 MAX_PARTS = 8 << 20  # fp32 numbers of split sums, what split_sum.workspace has
-#: Up to so many rows of 4 bit weights go to w4a16_skinny.py, which takes 8; 0: none, until its kernel has been timed.
-MAX_W4A16_SKINNY_ROWS = 0
 #: More rows than these: the weights are dequantised for one linear layer at a time, and torch multiplies.
 MAX_W4A16_ROWS = 256
 
@@ -427,32 +409,33 @@ def takes_hopper_prefill(
     return group_size <= 64 and is_dense and sliding_window == 0 and compute_capability == 90
 
 
-def w4a16_linear_config(num_rows: int, n: int, k: int, group_size: int, num_sms: int) -> W4A16LinearConfig:
-    """n must be a multiple of 64, group_size one of 64. Measured on an H200: small steps from 64 rows on, whose tiles of x are large;
-    splits that give a multiprocessor three programs of few rows, two of 64, one of more. The options that are off here are compiled and
-    tested, not timed yet."""
+def w4a16_linear_config(
+    num_rows: int, n: int, k: int, group_size: int, num_sms: int, *, has_descriptors: bool
+) -> W4A16LinearConfig:
+    """n must be a multiple of 64, group_size one of 64. Measured on an H200. Few rows: instructions bound the time, so scales come after
+    the product, and weights come ahead into registers, two programs a multiprocessor. From 64 rows on x comes by the copy engine; layers
+    whose tiles do not fill the device by themselves are split, their weights ahead too."""
     block_m = _clamp(next_power_of_2(num_rows), MIN_DOT_ROWS, 128)
-    block_k = 128 if group_size % 128 == 0 and block_m < 64 else 64
+    is_few = block_m < 64
+    block_k = 128 if group_size % 128 == 0 and is_few else 64
     num_warps = 8 if n % 128 == 0 else 4
-    tiles = n // (16 * num_warps) * ceil_div(num_rows, block_m)
-    places = (3 if block_m < 64 else 2 if block_m == 64 else 1) * num_sms
-    num_splits = w4a16_splits(tiles, places, k, block_k)
-    return W4A16LinearConfig(block_m, block_k, num_splits, num_warps, num_stages=6 if block_m == 64 else 4)
+    row_blocks = ceil_div(num_rows, block_m)
+    comes_ahead = k % (2 * block_k) == 0 and (is_few or (has_descriptors and n // 128 * row_blocks < num_sms))
+    if comes_ahead:
+        if block_m == 64:
+            num_warps = 4
+        tiles = n // (16 * num_warps) * row_blocks
+        num_splits = w4a16_splits(tiles, (4 if block_m == 64 else 2) * num_sms, k, 2 * block_k)
+        return W4A16LinearConfig(block_m, block_k, num_splits, num_warps, 3, True, is_few, not is_few)
+    tiles = n // (16 * num_warps) * row_blocks
+    num_splits = w4a16_splits(tiles, (3 if is_few else 2 if block_m == 64 else 1) * num_sms, k, block_k)
+    num_stages = 6 if block_m == 64 else 4
+    return W4A16LinearConfig(block_m, block_k, num_splits, num_warps, num_stages, False, is_few, has_descriptors and not is_few)
 
 
 def w4a16_splits(tiles: int, places: int, k: int, block_k: int) -> int:
     """Splits of each tile's inputs that come nearest to a program a place, two steps each at least."""
     return _clamp((places + tiles // 2) // tiles, 1, _clamp(k // (2 * block_k), 1, 16))
-
-
-def w4a16_skinny_config(group_size: int, is_bf16: bool) -> W4A16SkinnyConfig:
-    """group_size must be a multiple of 64. Three programs of 80 registers a thread fill a multiprocessor, two of fp16's 88. Not timed yet.
-
-    Zeros come after the product in bf16, which saves a sixth of the instructions; 128 + nibble costs 0.0001 of an fp32 sum's place in
-    the result. 1024 + nibble in fp16 would cost up to two of its last places where x has one sign.
-    """
-    block_k = 128 if group_size % 128 == 0 else 64
-    return W4A16SkinnyConfig(1, block_k, num_warps=8, programs_per_sm=3 if is_bf16 else 2, zero_after=is_bf16)
 
 
 def quantize_rows_config(n: int) -> QuantizeRowsConfig:

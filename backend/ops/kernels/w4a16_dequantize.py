@@ -30,7 +30,7 @@ def _dequantize_w4a16_kernel(
     BLOCK_K: tl.constexpr = 64 * R
     step = tl.program_id(0)
     tile = tl.program_id(1)
-    words, params = load_weights(words_ptr, params_ptr, tile * W, step, None, N, K, GROUP_SIZE, W, 1, R)
+    words, params = load_weights(words_ptr, params_ptr, tile * W, step, None, N, K, GROUP_SIZE, W, R)
     weight = numbers_of(words, params, out_ptr.dtype.element_ty, "weights", ASM)
     place = tile * 16 * W + tl.arange(0, 16 * W)
     column = place

@@ -5,19 +5,15 @@
 W is the left operand of the matrix instruction and goes from its packed words into the instruction's registers, through no shared
 memory: `packing.pack_fragments` stores it so that the 16 bytes that a thread loads are its share of four 16 x 16 operand tiles.
 
-    strip of 16 outputs   | 64 inputs: 32 lanes x 4 words | next 64 | ...        S strips a warp
-    program               y^T tile [16 W S, BLOCK_M] += W tile [16 W S, 64 R] x^T tile, step after step
+    strip of 16 outputs   | 64 inputs: 32 lanes x 4 words | next 64 | ...        a strip a warp
+    program               y^T tile [16 W, BLOCK_M] += W tile [16 W, 64 R] x^T tile, step after step
 
-NUM_SPLITS programs share the inputs of a tile. With SHARES there are as many programs as places instead, and each takes an equal number
-of turns (a turn: one step, or two), counted through all tiles; the last of those that have a part of a tile adds the parts up in order:
+NUM_SPLITS programs share the inputs of a tile.
 
-    turns       tile 0: 0 1 2 3 | tile 1: 0 1 2 3 | tile 2: 0 1 2 3
-    programs            0 0 0 1           1 1 2 2           2 3 3 3
-
-With PREFETCH a turn is two steps and ends with the loads of the next turn's weights into registers; the first are asked for before the
-wait for the kernel before this one. Else they come with x through the pipeline in shared memory. With SCALE_AFTER the matrix instruction
-multiplies by nibble - zero, and each step's sums by the scale, in fp32: nearer to the formula, whose rounding of weights is left out, and
-cheaper up to 32 rows.
+With PREFETCH two steps' weights are in registers or under way: each is multiplied, then the one after the next is asked for in its place,
+the first two before the wait for the kernel before this one. Else they come with x through the pipeline in shared memory. With SCALE_AFTER
+the matrix instruction multiplies by nibble - zero, and each step's sums by the scale, in fp32: nearer to the formula, whose rounding of
+weights is left out, and cheaper up to 32 rows.
 """
 
 import torch
@@ -28,10 +24,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from turbotriton.backend.ops.operands import W4A16Tiles
 
-from . import w4a16_skinny
 from .launch import has_pdl, launch_options, num_sms
-from .split_sum import sum_of_parts, sum_of_splits, workspace
-from .tuning import MAX_PARTS, MAX_W4A16_SKINNY_ROWS, ceil_div, w4a16_linear_config
+from .split_sum import sum_of_splits, workspace
+from .tuning import ceil_div, w4a16_linear_config
 from .w4a16_words import load_weights, numbers_of
 
 __all__ = ["w4a16_gate_up", "w4a16_linear"]
@@ -46,18 +41,17 @@ def _finished(acc):
 
 @triton.jit
 def _multiply(acc, words, params, x, dtype: tl.constexpr, SCALE_AFTER: tl.constexpr, ASM: tl.constexpr):
-    """acc + a step's products: [16 W S, BLOCK_M], fp32."""
+    """acc + a step's products: [16 W, BLOCK_M], fp32."""
     if SCALE_AFTER:
         W: tl.constexpr = words.shape[0] // 32
-        S: tl.constexpr = params.shape[1] // 2
         M8: tl.constexpr = acc.shape[1] // 8
         part = tl.dot(numbers_of(words, params, dtype, "steps", ASM), x)
         if ASM:
             part = _finished(part)
         # a thread's scales are those of the outputs whose sums it has: lane 4 g + t, outputs g and 8 + g, rows 2 t and 2 t + 1 of 8
         scale = (params >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
-        scale = tl.reshape(tl.broadcast_to(scale[:, :, None], (32 * W, 2 * S, 2 * M8)), (W, 8, 4, S, 2, M8, 2))
-        acc += part * tl.reshape(tl.permute(scale, (3, 0, 4, 1, 5, 2, 6)), acc.shape)
+        scale = tl.reshape(tl.broadcast_to(scale[:, :, None], (32 * W, 2, 2 * M8)), (W, 8, 4, 2, M8, 2))
+        acc += part * tl.reshape(tl.permute(scale, (0, 3, 1, 4, 2, 5)), acc.shape)
     else:
         acc = tl.dot(numbers_of(words, params, dtype, "weights", ASM), x, acc=acc)
         if ASM:
@@ -78,62 +72,6 @@ def _load_x(x_ptr, begin_m, num_rows, step, stride_row, DESCRIPTORS: tl.constexp
     return x
 
 
-@triton.jit
-def _sum_of_steps(
-    x_ptr,
-    words_ptr,
-    params_ptr,
-    ahead,
-    tile,
-    num_row_blocks,
-    begin,
-    end,
-    next_tile,
-    num_rows,
-    N,
-    K,
-    stride_x_row,
-    dtype: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    SCALE_AFTER: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    W: tl.constexpr,
-    S: tl.constexpr,
-    R: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
-    ASM: tl.constexpr,
-):
-    """(the products of a tile over its turns [begin, end), what is loaded ahead of the next tile's first turn)
-
-    ahead: with PREFETCH, words and params of the first turn's two steps; next_tile: < 0 where there is none
-    """
-    acc = tl.zeros((16 * W * S, BLOCK_M), tl.float32)
-    begin_m = tile % num_row_blocks * BLOCK_M
-    strip = tile // num_row_blocks * (W * S)
-    if not PREFETCH:
-        for turn in tl.range(begin, end, num_stages=NUM_STAGES):
-            words, params = load_weights(words_ptr, params_ptr, strip, turn, None, N, K, GROUP_SIZE, W, S, R)
-            x = _load_x(x_ptr, begin_m, num_rows, turn, stride_x_row, DESCRIPTORS, BLOCK_M, 64 * R)
-            acc = _multiply(acc, words, params, x, dtype, SCALE_AFTER, ASM)
-    else:
-        words_0, params_0, words_1, params_1 = ahead
-        for turn in tl.range(begin, end, num_stages=NUM_STAGES):
-            is_last = turn + 1 == end
-            next_strip = tl.where(is_last, next_tile // num_row_blocks * (W * S), strip)
-            step = tl.where(is_last, 0, 2 * turn + 2)
-            is_needed = next_strip >= 0
-            x = _load_x(x_ptr, begin_m, num_rows, 2 * turn, stride_x_row, DESCRIPTORS, BLOCK_M, 64 * R)
-            acc = _multiply(acc, words_0, params_0, x, dtype, SCALE_AFTER, ASM)
-            words_0, params_0 = load_weights(words_ptr, params_ptr, next_strip, step, is_needed, N, K, GROUP_SIZE, W, S, R)
-            x = _load_x(x_ptr, begin_m, num_rows, 2 * turn + 1, stride_x_row, DESCRIPTORS, BLOCK_M, 64 * R)
-            acc = _multiply(acc, words_1, params_1, x, dtype, SCALE_AFTER, ASM)
-            words_1, params_1 = load_weights(words_ptr, params_ptr, next_strip, step + 1, is_needed, N, K, GROUP_SIZE, W, S, R)
-        ahead = (words_0, params_0, words_1, params_1)
-    return acc, ahead
-
-
 @triton.jit(do_not_specialize=["num_rows"])
 def _w4a16_linear_kernel(
     x_ptr,
@@ -151,13 +89,11 @@ def _w4a16_linear_kernel(
     HAS_BIAS: tl.constexpr,
     GATED: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
-    SHARES: tl.constexpr,
     PREFETCH: tl.constexpr,
     SCALE_AFTER: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     W: tl.constexpr,
-    S: tl.constexpr,
     R: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     ASM: tl.constexpr,
@@ -166,67 +102,50 @@ def _w4a16_linear_kernel(
     if PDL:
         gdc_launch_dependents()
     dtype: tl.constexpr = y_ptr.dtype.element_ty
-    TURN: tl.constexpr = 64 * R * (2 if PREFETCH else 1)  # inputs
+    BLOCK_K: tl.constexpr = 64 * R
+    TURN: tl.constexpr = 2 if PREFETCH else 1  # steps
     num_row_blocks = tl.cdiv(num_rows, BLOCK_M)
-    num_turns = K // TURN
-    program = tl.program_id(0)
-    if SHARES:  # turns are counted through all tiles, those of the same weights after each other
-        num_tiles = num_row_blocks * (N // (16 * W * S))
-        share = tl.cdiv(num_tiles * num_turns, tl.num_programs(0))
-        begin = program * share
-        end = tl.minimum(begin + share, num_tiles * num_turns)
-        tile = begin // num_turns
-        turn = begin % num_turns
-    else:
-        split = program // (tl.num_programs(0) // NUM_SPLITS)
-        tile = program % (tl.num_programs(0) // NUM_SPLITS)
-        turn = split * tl.cdiv(num_turns, NUM_SPLITS)
-        end = tl.minimum(turn + tl.cdiv(num_turns, NUM_SPLITS), num_turns)
-    ahead = (0,)
+    num_tiles = tl.num_programs(0) // NUM_SPLITS
+    split = tl.program_id(0) // num_tiles
+    tile = tl.program_id(0) % num_tiles
+    begin_m = tile % num_row_blocks * BLOCK_M
+    strip = tile // num_row_blocks * W
+    num_turns = K // (TURN * BLOCK_K)
+    turns = tl.cdiv(num_turns, NUM_SPLITS)
+    begin = split * turns
+    end = tl.minimum(begin + turns, num_turns)
+    acc = tl.zeros((16 * W, BLOCK_M), tl.float32)
     if PREFETCH:
-        strip = tile // num_row_blocks * (W * S)
-        is_needed = begin < end if SHARES else turn < end
-        words_0, params_0 = load_weights(words_ptr, params_ptr, strip, 2 * turn, is_needed, N, K, GROUP_SIZE, W, S, R)
-        words_1, params_1 = load_weights(words_ptr, params_ptr, strip, 2 * turn + 1, is_needed, N, K, GROUP_SIZE, W, S, R)
-        ahead = (words_0, params_0, words_1, params_1)
+        words_0, params_0 = load_weights(words_ptr, params_ptr, strip, 2 * begin, begin < end, N, K, GROUP_SIZE, W, R)
+        words_1, params_1 = load_weights(words_ptr, params_ptr, strip, 2 * begin + 1, begin < end, N, K, GROUP_SIZE, W, R)
     if PDL:
         gdc_wait()
-    if SHARES:
-        for shared in tl.range(tile, tl.cdiv(end, num_turns), num_stages=1):
-            turn = tl.maximum(begin - shared * num_turns, 0)
-            last = tl.minimum(end - shared * num_turns, num_turns)
-            next_tile = tl.where((shared + 1) * num_turns < end, shared + 1, -num_row_blocks)
-            acc, ahead = _sum_of_steps(
-                x_ptr, words_ptr, params_ptr, ahead, shared, num_row_blocks, turn, last, next_tile, num_rows, N, K, stride_x_row,
-                dtype, GROUP_SIZE, PREFETCH, SCALE_AFTER, DESCRIPTORS, BLOCK_M, W, S, R, NUM_STAGES, ASM,
-            )  # fmt: skip
-            sharer = shared * num_turns // share  # the first program of this tile, which may have begun with another
-            num_parts = ((shared + 1) * num_turns - 1) // share + 1 - sharer
-            slot = 2 * sharer + (sharer * share < shared * num_turns).to(tl.int32)
-            acc, is_last = sum_of_parts(acc, parts_ptr, counters_ptr + shared, program - sharer, num_parts, slot, 2 * sharer + 2)
-            if is_last:
-                _store(acc, bias_ptr, y_ptr, shared, num_row_blocks, num_rows, N, HAS_BIAS, GATED, dtype)
-    else:
-        acc, ahead = _sum_of_steps(
-            x_ptr, words_ptr, params_ptr, ahead, tile, num_row_blocks, turn, end, -num_row_blocks, num_rows, N, K, stride_x_row,
-            dtype, GROUP_SIZE, PREFETCH, SCALE_AFTER, DESCRIPTORS, BLOCK_M, W, S, R, NUM_STAGES, ASM,
-        )  # fmt: skip
-        is_last = True
-        if NUM_SPLITS > 1:
-            acc, is_last = sum_of_splits(acc, parts_ptr, counters_ptr, tile, split, NUM_SPLITS)
-        if is_last:
-            _store(acc, bias_ptr, y_ptr, tile, num_row_blocks, num_rows, N, HAS_BIAS, GATED, dtype)
+    for turn in tl.range(begin, end, num_stages=NUM_STAGES):
+        if PREFETCH:
+            is_needed = turn + 1 < end
+            x = _load_x(x_ptr, begin_m, num_rows, 2 * turn, stride_x_row, DESCRIPTORS, BLOCK_M, BLOCK_K)
+            acc = _multiply(acc, words_0, params_0, x, dtype, SCALE_AFTER, ASM)
+            words_0, params_0 = load_weights(words_ptr, params_ptr, strip, 2 * turn + 2, is_needed, N, K, GROUP_SIZE, W, R)
+            x = _load_x(x_ptr, begin_m, num_rows, 2 * turn + 1, stride_x_row, DESCRIPTORS, BLOCK_M, BLOCK_K)
+            acc = _multiply(acc, words_1, params_1, x, dtype, SCALE_AFTER, ASM)
+            words_1, params_1 = load_weights(words_ptr, params_ptr, strip, 2 * turn + 3, is_needed, N, K, GROUP_SIZE, W, R)
+        else:
+            words, params = load_weights(words_ptr, params_ptr, strip, turn, None, N, K, GROUP_SIZE, W, R)
+            x = _load_x(x_ptr, begin_m, num_rows, turn, stride_x_row, DESCRIPTORS, BLOCK_M, BLOCK_K)
+            acc = _multiply(acc, words, params, x, dtype, SCALE_AFTER, ASM)
+    is_last = True
+    if NUM_SPLITS > 1:
+        acc, is_last = sum_of_splits(acc, parts_ptr, counters_ptr, tile, split, NUM_SPLITS)
+    if is_last:
+        _store(acc, bias_ptr, y_ptr, strip * 16, begin_m, num_rows, N, HAS_BIAS, GATED, dtype)
 
 
 @triton.jit
-def _store(
-    acc, bias_ptr, y_ptr, tile, num_row_blocks, num_rows, N, HAS_BIAS: tl.constexpr, GATED: tl.constexpr, dtype: tl.constexpr
-):
+def _store(acc, bias_ptr, y_ptr, begin_n, begin_m, num_rows, N, HAS_BIAS: tl.constexpr, GATED: tl.constexpr, dtype: tl.constexpr):
     """The sums of a tile, [BLOCK_N, BLOCK_M], as rows of y."""
     BLOCK_N: tl.constexpr = acc.shape[0]
     BLOCK_M: tl.constexpr = acc.shape[1]
-    begin_n = tile // num_row_blocks * BLOCK_N
-    offs_m = tile % num_row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_m = begin_m + tl.arange(0, BLOCK_M)
     mask_m = offs_m < num_rows
     if GATED:  # outputs 0..7 of a strip are gates, 8..15 the ups of the same columns
         offs_n = begin_n // 2 + tl.arange(0, BLOCK_N // 2)
@@ -269,25 +188,19 @@ def _linear(x: torch.Tensor, weight: W4A16Tiles) -> torch.Tensor:
     assert x.stride(1) == 1, "x must be contiguous inside a row"
     assert k == weight.in_features, f"x has {k} columns"
     assert x.dtype is weight.dtype, f"the weight was packed for {weight.dtype}"
-    if 0 < num_rows <= MAX_W4A16_SKINNY_ROWS:
-        return w4a16_skinny.linear(x, weight)
     n = weight.out_features
     y = torch.empty((num_rows, n // 2 if weight.gated else n), dtype=x.dtype, device=x.device)
     if num_rows == 0:
         return y
-    config = w4a16_linear_config(num_rows, n, k, weight.group_size, num_sms(x.device))
+    config = w4a16_linear_config(num_rows, n, k, weight.group_size, num_sms(x.device), has_descriptors=has_pdl(x.device))
     rows = x
     if config.descriptors:
         if x.stride(0) % 8 or x.data_ptr() % 16:
             x = x.clone(memory_format=torch.contiguous_format)
         rows = TensorDescriptor.from_tensor(x, [config.block_m, config.block_k])
-    num_programs = config.num_programs
-    if not num_programs:
-        num_programs = ceil_div(num_rows, config.block_m) * (n // config.block_n) * config.num_splits
-    assert 2 * config.num_programs * config.block_n * config.block_m <= MAX_PARTS, "no room for the parts of so many programs"
-    is_shared = config.num_programs > 0 or config.num_splits > 1
-    parts, counters = workspace(x.device) if is_shared else (None, None)
-    _w4a16_linear_kernel[(num_programs,)](
+    parts, counters = workspace(x.device) if config.num_splits > 1 else (None, None)
+    num_tiles = ceil_div(num_rows, config.block_m) * (n // config.block_n)
+    _w4a16_linear_kernel[(num_tiles * config.num_splits,)](
         rows,
         weight.words,
         weight.params,
@@ -303,13 +216,11 @@ def _linear(x: torch.Tensor, weight: W4A16Tiles) -> torch.Tensor:
         HAS_BIAS=weight.bias is not None,
         GATED=weight.gated,
         NUM_SPLITS=config.num_splits,
-        SHARES=config.num_programs > 0,
         PREFETCH=config.prefetch,
         SCALE_AFTER=config.scale_after,
         DESCRIPTORS=config.descriptors,
         BLOCK_M=config.block_m,
         W=config.num_warps,
-        S=config.strips,
         R=config.block_k // 64,
         NUM_STAGES=config.num_stages,
         ASM=x.is_cuda,

@@ -4,8 +4,7 @@ A nibble becomes a number by its bits: 0x4300 | v is 128 + v in bf16, 0x6400 | v
 ten bits hold a nibble in two places and save two shifts of three. Two numbers sit in a register: they are masked, then the offset and
 the zero are taken away together, which is exact, then they are scaled, which rounds:
 
-    FORM "offset"    128 + v (bf16 only)           7 instructions for the 8 numbers of a word
-    FORM "steps"     v - zero                      11, in fp16 9
+    FORM "steps"     v - zero                      11 instructions for the 8 numbers of a word, in fp16 9
     FORM "weights"   round((v - zero) * scale)     15, in fp16 13
 """
 
@@ -32,7 +31,7 @@ def _asm(kind: str, form: str) -> str:
             lines.append(f"shr.b32 w, ${word}, {shift};")
         mask = "0x00F000F0" if is_second else "0x000F000F"
         lines.append(f"lop3.b32 ${i}, {'w' if shift else f'${word}'}, {mask}, {offsets[is_second]}, 0xEA;")
-    for i in range(8) if form != "offset" else ():
+    for i in range(8):
         zero = 10 + 2 * (i // 4) + 4 * (is_fp16 and i % 2)
         lines.append(f"fma.rn.{kind} ${i}, ${i}, one, ${zero};")
     for i in range(8) if form == "weights" else ():
@@ -40,11 +39,10 @@ def _asm(kind: str, form: str) -> str:
     return "{\n    " + "\n    ".join(lines) + "\n}\n"
 
 
-_OFFSET_BF16 = tl.constexpr(_asm("bf16x2", "offset"))
 _STEPS_BF16, _STEPS_FP16 = tl.constexpr(_asm("bf16x2", "steps")), tl.constexpr(_asm("f16x2", "steps"))
 _WEIGHTS_BF16, _WEIGHTS_FP16 = tl.constexpr(_asm("bf16x2", "weights")), tl.constexpr(_asm("f16x2", "weights"))
 #: by the number of operands after the words
-_TAKES_0, _TAKES_2, _TAKES_4, _TAKES_6 = (tl.constexpr(",".join(["=r"] * 8 + ["r"] * (2 + 2 * count))) for count in (0, 2, 4, 6))
+_TAKES_2, _TAKES_4, _TAKES_6 = (tl.constexpr(",".join(["=r"] * 8 + ["r"] * (2 + 2 * count))) for count in (2, 4, 6))
 
 
 @triton.jit
@@ -68,11 +66,7 @@ def widen(words, low, high, dtype: tl.constexpr, FORM: tl.constexpr, ASM: tl.con
         scale_low = tl.broadcast_to(_twice(low >> 16)[:, :, None], words.shape)
         scale_high = tl.broadcast_to(_twice(high >> 16)[:, :, None], words.shape)
         if dtype == tl.bfloat16:
-            if FORM == "offset":
-                asm: tl.constexpr = _OFFSET_BF16
-                takes: tl.constexpr = _TAKES_0
-                operands = (words,)
-            elif FORM == "steps":
+            if FORM == "steps":
                 asm: tl.constexpr = _STEPS_BF16
                 takes: tl.constexpr = _TAKES_2
                 operands = (words, zero_low, zero_high)
@@ -90,7 +84,6 @@ def widen(words, low, high, dtype: tl.constexpr, FORM: tl.constexpr, ASM: tl.con
                 takes: tl.constexpr = _TAKES_4
                 operands = (words, zero_low, zero_high, second_low, second_high)
             else:
-                tl.static_assert(FORM == "weights", "1024 + nibble would leave too few bits of a sum")
                 asm: tl.constexpr = _WEIGHTS_FP16
                 takes: tl.constexpr = _TAKES_6
                 operands = (words, zero_low, zero_high, second_low, second_high, scale_low, scale_high)
@@ -107,8 +100,7 @@ def widen(words, low, high, dtype: tl.constexpr, FORM: tl.constexpr, ASM: tl.con
         is_high = (tl.arange(0, 4) % 2)[None, None, :, None] == 1
         params = tl.where(is_high, high[:, :, None, None], low[:, :, None, None])
         numbers = nibbles.to(tl.float32) + (128 if dtype == tl.bfloat16 else 1024)
-        if FORM != "offset":
-            numbers += params.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+        numbers += params.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
         if FORM == "weights":
             numbers *= (params >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
         numbers = tl.permute(tl.reshape(numbers.to(dtype), (A, B, 2, 2, 2, 2, 2)), (0, 1, 2, 4, 6, 5, 3))
@@ -117,29 +109,16 @@ def widen(words, low, high, dtype: tl.constexpr, FORM: tl.constexpr, ASM: tl.con
 
 @triton.jit
 def load_weights(
-    words_ptr,
-    params_ptr,
-    first_strip,
-    step,
-    is_needed,
-    N,
-    K,
-    GROUP_SIZE: tl.constexpr,
-    W: tl.constexpr,
-    S: tl.constexpr,
-    R: tl.constexpr,
+    words_ptr, params_ptr, first_strip, step, is_needed, N, K, GROUP_SIZE: tl.constexpr, W: tl.constexpr, R: tl.constexpr
 ):
-    """(words [32 W, S R, 4], params [32 W, 2 S]) of a step: a warp's strips are W apart. is_needed: None, or
-    whether to load at all."""
+    """(words [32 W, R, 4], params [32 W, 2]) of a step, a strip of 16 outputs a warp. is_needed: None, or whether to load at all."""
     thread = tl.arange(0, 32 * W)
-    part = tl.arange(0, S * R)
     strip = first_strip + thread // 32
     lanes = strip.to(tl.int64) * (2 * K) + thread % 32 * 4
-    parts = part // R * (2 * W * K) + part % R * 128
+    parts = tl.arange(0, R) * 128
     ptrs = words_ptr + step * (128 * R) + lanes[:, None, None] + parts[None, :, None] + tl.arange(0, 4)[None, None, :]
-    half = tl.arange(0, 2 * S)
     group = step * (64 * R) // GROUP_SIZE
-    outputs = (strip * 16 + thread % 32 // 4)[:, None] + (half // 2 * (16 * W) + half % 2 * 8)[None, :]
+    outputs = (strip * 16 + thread % 32 // 4)[:, None] + tl.arange(0, 2)[None, :] * 8
     if is_needed is None:
         words, params = tl.load(ptrs), tl.load(params_ptr + group * N + outputs)
     else:
@@ -151,12 +130,11 @@ def load_weights(
 
 @triton.jit
 def numbers_of(words, params, dtype: tl.constexpr, FORM: tl.constexpr, ASM: tl.constexpr):
-    """The numbers of a step in `dtype`: [16 W S, 64 R], a matrix instruction's left operand without another move."""
+    """The numbers of a step in `dtype`: [16 W, 64 R], a matrix instruction's left operand without another move."""
     W: tl.constexpr = words.shape[0] // 32
-    S: tl.constexpr = params.shape[1] // 2
-    R: tl.constexpr = words.shape[1] // S
-    low, high = tl.split(tl.reshape(params, (32 * W, S, 2)))
-    low = tl.reshape(tl.broadcast_to(low[:, :, None], (32 * W, S, R)), (32 * W, S * R))
-    high = tl.reshape(tl.broadcast_to(high[:, :, None], (32 * W, S, R)), (32 * W, S * R))
-    numbers = tl.reshape(widen(words, low, high, dtype, FORM, ASM), (W, 8, 4, S, R, 2, 2, 2, 2, 2))  # W g t S R k32 k1 k16 k8 m8
-    return tl.reshape(tl.permute(numbers, (3, 0, 9, 1, 4, 5, 7, 8, 2, 6)), (16 * W * S, 64 * R))
+    R: tl.constexpr = words.shape[1]
+    low, high = tl.split(params)
+    low = tl.broadcast_to(low[:, None], (32 * W, R))
+    high = tl.broadcast_to(high[:, None], (32 * W, R))
+    numbers = tl.reshape(widen(words, low, high, dtype, FORM, ASM), (W, 8, 4, R, 2, 2, 2, 2, 2))  # W g t R k32 k1 k16 k8 m8
+    return tl.reshape(tl.permute(numbers, (0, 8, 1, 3, 4, 6, 7, 2, 5)), (16 * W, 64 * R))

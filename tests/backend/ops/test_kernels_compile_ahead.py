@@ -4,7 +4,6 @@ A recorder takes the place of each kernel and keeps the arguments; they are spec
 divisible by 16, None and 1 as constants), compiled for a target, and the machine code is read with triton's own cuobjdump.
 """
 
-import dataclasses
 import importlib
 import os
 import re
@@ -187,41 +186,3 @@ def test_programs_of_the_main_attention_tile_that_are_one_wave_share_a_multiproc
     )
     assert 5 * compiled.metadata.shared <= SHARED_LIMIT_BYTES[90]
     assert 5 * resource_usage(compiled.asm["cubin"], tmp_path)["REG"] * 32 * arguments["num_warps"] <= 65536
-
-
-@pytest.mark.parametrize("head_dim", [128, 80])
-def test_what_is_asked_for_early_is_asked_for_before_the_wait_and_costs_no_shared_memory(
-    head_dim, launches, monkeypatch, tmp_path
-):
-    attention, narrow = (importlib.import_module(f"{PACKAGE}.{name}") for name in ("paged_decode_attention", "narrow_linear"))
-    cache, q = torch.empty((4, 8, 64, head_dim), dtype=BF16), torch.empty((1, 32, head_dim), dtype=BF16)
-    tables, lens = torch.empty((1, 128), dtype=torch.int32), torch.empty(1, dtype=torch.int32)
-    x, weight = torch.empty((16, 2048), dtype=BF16), torch.empty((2 * 8192, 2048), dtype=BF16).t()
-    for module, name, early in (
-        (attention, "decode_attention_config", {"is_early": True}),
-        (narrow, "narrow_linear_config", {"early_steps": 3}),
-    ):
-        function = getattr(module, name)
-        monkeypatch.setattr(module, "has_pdl", lambda device: True)
-        monkeypatch.setattr(module, "num_sms", lambda device: 132)
-        for fields in ({}, early):
-            monkeypatch.setattr(
-                module,
-                name,
-                lambda *args, function=function, fields=fields, **facts: dataclasses.replace(function(*args, **facts), **fields),
-            )
-            if module is attention:
-                attention.paged_decode_attention(q, cache, cache, tables, lens, 0.1)
-            else:
-                narrow.gate_up(x, weight)
-    found = []
-    for kernel, arguments in launches:
-        options = {name: arguments[name] for name in ("num_warps", "num_stages") if name in arguments}
-        found.append(triton.compile(source_of(kernel, arguments), target=GPUTarget("cuda", 90, 32), options=options))
-        assert resource_usage(found[-1].asm["cubin"], tmp_path)["STACK"] == 0
-    for plain, early in zip(found[::2], found[1::2], strict=True):
-        assert "prefetch.global.L2" not in plain.asm["ptx"]
-        before, _, after = early.asm["ptx"].partition("griddepcontrol.wait")
-        assert "prefetch.global.L2" in before
-        assert "prefetch.global.L2" not in after
-        assert early.metadata.shared == plain.metadata.shared

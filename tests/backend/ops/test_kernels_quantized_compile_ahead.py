@@ -23,9 +23,7 @@ from turbotriton.backend.ops.kernels import quantized_prefill_attention as prefi
 from turbotriton.backend.ops.kernels import rotary_store_quantized_kv as store
 from turbotriton.backend.ops.kernels import w4a16_dequantize as dequantize
 from turbotriton.backend.ops.kernels import w4a16_linear as w4a16
-from turbotriton.backend.ops.kernels import w4a16_skinny as skinny
 from turbotriton.backend.ops.kernels import w8a8_linear as w8a8
-from turbotriton.backend.ops.kernels.tuning import W4A16SkinnyConfig
 from turbotriton.backend.ops.operands import Fp8Weight, QuantizedPages, StaticInt8Pages, W4A16Tiles, W8A8Weight
 
 NUM_HEADS, NUM_KV_HEADS, BLOCK_SIZE = 32, 8, 64
@@ -43,7 +41,7 @@ CASES = [
 @pytest.fixture
 def launches(monkeypatch):
     recorded = []
-    for module in (attention, store, prefill, w4a16, dequantize, skinny, w8a8, rows_module):
+    for module in (attention, store, prefill, w4a16, dequantize, w8a8, rows_module):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Recorder(getattr(module, name), recorded))
     return recorded
@@ -124,15 +122,10 @@ W4A16_TILES = [
     (1, {"scale_after": True}, (80, 90, 100)),
     (16, {"prefetch": True, "num_stages": 3}, (80, 90, 100)),
     (16, {"prefetch": True, "scale_after": True, "num_stages": 3}, (80, 90, 100)),
-    (16, {"scale_after": True, "strips": 2}, (80, 90, 100)),
-    (64, {"strips": 2, "num_stages": 4}, (80, 90, 100)),
-    (64, {"num_programs": 264}, (80, 90, 100)),
-    (64, {"strips": 2, "num_stages": 4, "prefetch": True, "descriptors": True}, (90, 100)),
-    (256, {"strips": 2, "num_stages": 4, "descriptors": True}, (90, 100)),
+    (64, {"prefetch": True, "num_stages": 3, "num_warps": 4, "descriptors": True}, (90, 100)),
+    (256, {"prefetch": True, "num_stages": 3, "descriptors": True}, (90, 100)),
     (256, {"block_m": 256, "num_stages": 4, "descriptors": True, "num_splits": 4}, (90, 100)),
-    (256, {"block_m": 256, "num_stages": 4, "descriptors": True, "num_programs": 128}, (90,)),
 ]
-W4A16_SKINNY = [(1, 8), (1, 16), (2, 4), (2, 8)]  # strips, warps
 
 
 @pytest.mark.parametrize(
@@ -143,19 +136,16 @@ W4A16_SKINNY = [(1, 8), (1, 16), (2, 4), (2, 8)]  # strips, warps
 def test_every_option_of_4_bit_weights_compiles_without_spills(capability, dtype, launches, monkeypatch, tmp_path):
     k, n = 4096, 28672
     words, params = torch.empty((n // 16, k // 64, 32, 4), dtype=torch.int32), torch.empty((k // 128, n), dtype=torch.int32)
-    for module in (w4a16, skinny):
-        monkeypatch.setattr(module, "has_pdl", lambda device: capability >= 90)
-        monkeypatch.setattr(module, "num_sms", lambda device: 132)
+    monkeypatch.setattr(w4a16, "has_pdl", lambda device: capability >= 90)
+    monkeypatch.setattr(w4a16, "num_sms", lambda device: 132)
     monkeypatch.setattr(w4a16, "workspace", lambda device: (torch.empty(16), torch.empty(16, dtype=torch.int32)))
     choose = w4a16.w4a16_linear_config
     for num_rows, options, chips in W4A16_TILES:
         if capability in chips:
-            monkeypatch.setattr(w4a16, "w4a16_linear_config", lambda *args, options=options: replace(choose(*args), **options))
+            monkeypatch.setattr(
+                w4a16, "w4a16_linear_config", lambda *args, options=options, **facts: replace(choose(*args, **facts), **options)
+            )
             w4a16.w4a16_gate_up(torch.empty((num_rows, k), dtype=dtype), W4A16Tiles(words, params, None, dtype, True))
-    for strips, num_warps in W4A16_SKINNY:
-        config = W4A16SkinnyConfig(strips, 128, num_warps, 2, zero_after=dtype is BF16)
-        monkeypatch.setattr(skinny, "w4a16_skinny_config", lambda *args, config=config: config)
-        skinny.linear(torch.empty((1, k), dtype=dtype), W4A16Tiles(words, params, None, dtype, True))
     for _, arguments in launches:
         arguments["ASM"] = True  # as on a GPU
     for ptx in compile_all(launches, capability, tmp_path):

@@ -13,9 +13,8 @@ import torch
 from tests.backend.ops.conftest import TARGETS, Target
 
 from turbotriton.backend.ops.kernels import w4a16_linear as module
-from turbotriton.backend.ops.kernels import w4a16_skinny as skinny
 from turbotriton.backend.ops.kernels import w4a16_words as words_module
-from turbotriton.backend.ops.kernels.tuning import W4A16LinearConfig, W4A16SkinnyConfig
+from turbotriton.backend.ops.kernels.tuning import W4A16LinearConfig
 from turbotriton.backend.ops.kernels.w4a16_dequantize import dequantize_w4a16
 from turbotriton.backend.ops.kernels.w4a16_linear import w4a16_gate_up, w4a16_linear
 from turbotriton.backend.ops.operands import W4A16Tiles, W4A16Weight
@@ -38,8 +37,8 @@ SHAPES = [
     Shape(70, 192, 64, 64),
 ]
 
-OPTION_NAMES = ("strips", "prefetch", "scale_after", "descriptors")
-OPTIONS = [tuple(names) for count in range(5) for names in itertools.combinations(OPTION_NAMES, count)]
+OPTION_NAMES = ("prefetch", "scale_after", "descriptors")
+OPTIONS = [names for count in range(4) for names in itertools.combinations(OPTION_NAMES, count)]
 
 
 @pytest.fixture(params=[case for case in TARGETS if "fp32" not in str(case.id)])
@@ -78,7 +77,9 @@ def test_splits_of_the_inputs_are_summed_in_order(target, num_splits, assert_clo
     shape = Shape(19, 640, 192, 128, bias=True)
     weight, values = weight_of(target, shape)
     choose = module.w4a16_linear_config
-    monkeypatch.setattr(module, "w4a16_linear_config", lambda *args: replace(choose(*args), num_splits=num_splits))
+    monkeypatch.setattr(
+        module, "w4a16_linear_config", lambda *args, **facts: replace(choose(*args, **facts), num_splits=num_splits)
+    )
     x = target.randn(shape.num_rows, shape.k)
     y = w4a16_linear(x, weight)
     wanted = x.double() @ values + weight.bias.double()
@@ -91,31 +92,26 @@ def test_gate_and_up_are_joined(target, num_splits, assert_close, guarded_output
     shape = Shape(18, 256, 256, 64, bias=True)
     weight, values = weight_of(target, shape, gated=True)
     choose = module.w4a16_linear_config
-    monkeypatch.setattr(module, "w4a16_linear_config", lambda *args: replace(choose(*args), num_splits=num_splits))
+    monkeypatch.setattr(
+        module, "w4a16_linear_config", lambda *args, **facts: replace(choose(*args, **facts), num_splits=num_splits)
+    )
     x = target.randn(shape.num_rows, shape.k)
     gate, up = (x.double() @ values + weight.bias.double()).to(target.dtype).double().chunk(2, dim=1)
     wanted = torch.nn.functional.silu(gate) * up
     assert_close(w4a16_gate_up(x, weight), wanted, max_error=8 * target.eps, rms_error=1.5 * target.eps)
 
 
-@pytest.mark.parametrize(
-    ("options", "shared_by"),
-    [
-        *((options, {"num_programs": 3}) for options in OPTIONS),
-        *((options, {"num_splits": num_splits}) for options in (OPTIONS[2], OPTIONS[-1]) for num_splits in (1, 2)),
-    ],
-    ids=str,
-)
-def test_every_option_of_a_tile(target, options, shared_by, assert_close, guarded_outputs, monkeypatch):
+@pytest.mark.parametrize("num_splits", [1, 2])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_every_option_of_a_tile(target, options, num_splits, assert_close, guarded_outputs, monkeypatch):
     gated = "scale_after" in options
     if "descriptors" in options and target.device == "cuda" and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("the copy engine comes with sm_90")
     num_warps = 4 if target.device == "cuda" else 2  # what Hopper's instruction takes; interpreted, less work
     shape = Shape(19, 256, 64 * num_warps, 128, bias=True)
     weight, values = weight_of(target, shape, gated=gated)
-    choice = {"block_m": 16, "block_k": 64, "num_splits": 1, "num_warps": num_warps, "num_stages": 3} | shared_by
-    choice |= {name: 2 if name == "strips" else True for name in options}
-    monkeypatch.setattr(module, "w4a16_linear_config", lambda *args: W4A16LinearConfig(**choice))
+    config = W4A16LinearConfig(16, 64, num_splits, num_warps, num_stages=3, **dict.fromkeys(options, True))
+    monkeypatch.setattr(module, "w4a16_linear_config", lambda *args, **facts: config)
     x = target.randn(shape.num_rows, shape.k + 8)[:, :-8]
     y = (w4a16_gate_up if gated else w4a16_linear)(x, weight)
     wanted = x.double() @ values + weight.bias.double()
@@ -127,52 +123,6 @@ def test_every_option_of_a_tile(target, options, shared_by, assert_close, guarde
     assert torch.equal((w4a16_gate_up if gated else w4a16_linear)(x, weight), y), "counters did not return to zero"
 
 
-@pytest.mark.parametrize("num_programs", [2, 5, 25])
-@pytest.mark.parametrize("prefetch", [False, True])
-def test_equal_shares_cover_every_tile_once(target, num_programs, prefetch, assert_close, monkeypatch):
-    """4 tiles of 3 turns, or 6: shares that end inside a tile, at its end, hold several tiles, are one turn; programs without work."""
-    shape = Shape(20, 384, 64, 64)
-    weight, values = weight_of(target, shape)
-    config = W4A16LinearConfig(16, 64, 1, num_warps=2, num_stages=2, prefetch=prefetch, num_programs=num_programs)
-    monkeypatch.setattr(module, "w4a16_linear_config", lambda *args: config)
-    x = target.randn(shape.num_rows, shape.k)
-    y = w4a16_linear(x, weight)
-    assert_close(y, x.double() @ values, max_error=2 * target.eps + 2e-6, rms_error=0.6 * target.eps + 1e-6)
-    assert torch.equal(w4a16_linear(x, weight), y)
-
-
-@pytest.mark.parametrize("zero_after", [False, True])
-@pytest.mark.parametrize(
-    ("shape", "strips", "num_warps", "gated"),
-    [
-        (Shape(1, 1024, 128, 128), 2, 4, False),  # four even steps of four warps
-        (Shape(4, 640, 192, 128, bias=True), 1, 4, False),  # warps without a last step
-        (Shape(3, 320, 256, 64, bias=True), 4, 2, True),
-        (Shape(2, 128, 64, 128), 1, 8, False),  # one step in all
-        (Shape(4, 384, 192, 64), 2, 1, True),
-    ],
-    ids=str,
-)
-def test_few_rows_by_warps_that_share_the_inputs(
-    target, shape, strips, num_warps, gated, zero_after, assert_close, guarded_outputs, monkeypatch
-):
-    if zero_after and target.device == "cuda" and target.dtype is torch.float16:
-        pytest.skip("the interpreter's sums are exact enough for 1024 + nibble, a GPU's are not: it is not offered there")
-    weight, values = weight_of(target, shape, gated=gated)
-    block_k = min(shape.group_size, 128)
-    config = W4A16SkinnyConfig(strips, block_k, num_warps, programs_per_sm=1, zero_after=zero_after)
-    monkeypatch.setattr(skinny, "w4a16_skinny_config", lambda *args: config)
-    monkeypatch.setattr(module, "MAX_W4A16_SKINNY_ROWS", 4)
-    x = target.randn(shape.num_rows, shape.k + 7)[:, :-7]  # rows that do not begin at words
-    y = (w4a16_gate_up if gated else w4a16_linear)(x, weight)
-    wanted = x.double() @ values + (0 if weight.bias is None else weight.bias.double())
-    tolerance = {"max_error": 2 * target.eps + 2e-6, "rms_error": 0.6 * target.eps + 1e-6}
-    if gated:
-        gate, up = wanted.to(target.dtype).double().chunk(2, dim=1)
-        wanted, tolerance = torch.nn.functional.silu(gate) * up, {"max_error": 8 * target.eps, "rms_error": 1.5 * target.eps}
-    assert_close(y, wanted, **tolerance)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("num_rows", "options"),
@@ -180,9 +130,10 @@ def test_few_rows_by_warps_that_share_the_inputs(
         *((num_rows, {}) for num_rows in (1, 16, 64, 256)),
         (16, {"scale_after": True}),
         (16, {"prefetch": True, "num_stages": 3}),
-        (16, {"prefetch": True, "scale_after": True, "num_stages": 3, "num_splits": 1, "num_programs": 100}),
-        (64, {"strips": 2, "num_stages": 4, "descriptors": True}),
-        (256, {"block_m": 256, "num_stages": 4, "descriptors": True, "num_splits": 1, "num_programs": 60}),
+        (16, {"prefetch": False, "scale_after": False}),
+        (16, {"prefetch": True, "scale_after": True, "num_stages": 3}),
+        (64, {"prefetch": False, "num_stages": 6, "num_warps": 8}),
+        (256, {"block_m": 256, "num_stages": 3, "descriptors": True}),
     ],
     ids=str,
 )
@@ -193,24 +144,8 @@ def test_long_sums_are_right_again_and_again(num_rows, options, assert_close, mo
     target = Target("cuda", torch.bfloat16, torch.Generator().manual_seed(0))
     weight, values = weight_of(target, Shape(num_rows, 4096, 1024, 128))
     choose = module.w4a16_linear_config
-    monkeypatch.setattr(module, "w4a16_linear_config", lambda *args: replace(choose(*args), **options))
+    monkeypatch.setattr(module, "w4a16_linear_config", lambda *args, **facts: replace(choose(*args, **facts), **options))
     x = target.randn(num_rows, 4096)
-    y = w4a16_linear(x, weight)
-    assert_close(y, x.double() @ values, max_error=2 * target.eps + 2e-6, rms_error=0.6 * target.eps + 1e-6)
-    assert all(torch.equal(w4a16_linear(x, weight), y) for _ in range(200))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("strips", [1, 2])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_a_few_rows_of_one_sign_are_right_again_and_again(strips, dtype, assert_close, monkeypatch):
-    """One sign: nothing of the offsets' sums cancels by itself."""
-    target = Target("cuda", dtype, torch.Generator().manual_seed(0))
-    weight, values = weight_of(target, Shape(1, 4096, 1024, 128))
-    config = W4A16SkinnyConfig(strips, 128, 8, programs_per_sm=1, zero_after=dtype is torch.bfloat16)
-    monkeypatch.setattr(skinny, "w4a16_skinny_config", lambda *args: config)
-    monkeypatch.setattr(module, "MAX_W4A16_SKINNY_ROWS", 1)
-    x = target.randn(1, 4096).abs() + 0.5
     y = w4a16_linear(x, weight)
     assert_close(y, x.double() @ values, max_error=2 * target.eps + 2e-6, rms_error=0.6 * target.eps + 1e-6)
     assert all(torch.equal(w4a16_linear(x, weight), y) for _ in range(200))
@@ -240,11 +175,9 @@ def test_words_by_index():
 
 
 @pytest.mark.parametrize(("kind", "dtype", "offset"), [("bf16x2", torch.bfloat16, 128), ("f16x2", torch.float16, 1024)])
-@pytest.mark.parametrize("form", ["offset", "steps", "weights"])
+@pytest.mark.parametrize("form", ["steps", "weights"])
 def test_the_instructions_that_widen_give_the_numbers(kind, dtype, offset, form):
     """No GPU runs them here: they are carried out line by line, a register as two numbers."""
-    if form == "offset" and kind == "f16x2":
-        return  # not offered
     generator = torch.Generator().manual_seed(2)
     words = torch.randint(-(2**31), 2**31, (2, 500), generator=generator)
     zeros = torch.randint(0, 16, (2, 500), generator=generator)
@@ -257,8 +190,8 @@ def test_the_instructions_that_widen_give_the_numbers(kind, dtype, offset, form)
     def halves(register):
         return [(register >> shift & 0xFFFF).to(torch.int16).view(dtype).double() for shift in (0, 16)]
 
-    operands = [twice(-(zero + offset)) for zero in zeros] if form != "offset" else []
-    if kind == "f16x2" and form != "offset":
+    operands = [twice(-(zero + offset)) for zero in zeros]
+    if kind == "f16x2":
         operands += [twice(-(zero + 64)) for zero in zeros]
     operands += [twice(scale) for scale in scales] if form == "weights" else []
     registers = {"$8": words[0] & 0xFFFFFFFF, "$9": words[1] & 0xFFFFFFFF}
@@ -281,7 +214,7 @@ def test_the_instructions_that_widen_give_the_numbers(kind, dtype, offset, form)
         word, k8, k16 = i // 4, i % 4 // 2, i % 2
         for k1, number in enumerate(halves(registers[f"${i}"])):
             nibble = words[word] >> (k1 * 16 + k8 * 8 + k16 * 4) & 15
-            wanted = nibble + offset if form == "offset" else nibble - zeros[word]
+            wanted = nibble - zeros[word]
             wanted = (wanted.double() * scales[word].double()).to(dtype) if form == "weights" else wanted
             assert torch.equal(number, wanted.double()), f"output {i}, half {k1}"
 
