@@ -27,6 +27,7 @@ from .kernels.tuning import (
     MANY_OUTPUTS,
     MAX_NARROW_GATED_ROWS,
     MAX_NARROW_ROWS,
+    MAX_ROWS_BEFORE_NARROW,
     MAX_SKINNY_NORM_ELEMENTS,
     MAX_W4A16_ROWS,
     MIN_NARROW_SHARED_BYTES,
@@ -59,13 +60,16 @@ def _has_rows_stored(weight: LinearWeight, x: torch.Tensor, max_rows: int) -> Ty
     return isinstance(weight, DenseWeight) and x.shape[0] <= max_rows and weight.weight.stride(0) == 1
 
 
+def _may_be_narrow(x: torch.Tensor) -> bool:
+    return x.element_size() == 2 and shared_memory_bytes(x.device) >= MIN_NARROW_SHARED_BYTES
+
+
 def _is_skinny(weight: LinearWeight, x: torch.Tensor) -> TypeGuard[DenseWeight]:
-    return _has_rows_stored(weight, x, skinny_linear.MAX_SKINNY_ROWS)
+    return _has_rows_stored(weight, x, MAX_ROWS_BEFORE_NARROW if _may_be_narrow(x) else skinny_linear.MAX_SKINNY_ROWS)
 
 
 def _fits_narrow(weight: LinearWeight, x: torch.Tensor, max_rows: int) -> TypeGuard[DenseWeight]:
-    is_roomy = shared_memory_bytes(x.device) >= MIN_NARROW_SHARED_BYTES
-    return _has_rows_stored(weight, x, max_rows) and x.element_size() == 2 and is_roomy
+    return _has_rows_stored(weight, x, max_rows) and _may_be_narrow(x)
 
 
 def _is_narrow(weight: LinearWeight, x: torch.Tensor) -> TypeGuard[DenseWeight]:

@@ -195,6 +195,8 @@ class FixedOrderLinearConfig:
     num_stages: int
 
 
+#: More rows than these are `narrow_linear`'s where it fits: `skinny_linear` takes 8B's step of two rows 5.7 ms, of three 10.4 (H200).
+MAX_ROWS_BEFORE_NARROW = 1
 #: Dense layers of a batch of decodes with at most so many rows have a kernel of their own. With a gate, it saves the launch of SiLU; with
 #: more inputs than outputs, or with very many outputs, it reads faster than cuBLAS (H200: docs/perf-log.md).
 MAX_NARROW_GATED_ROWS = 128
