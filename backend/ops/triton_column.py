@@ -27,6 +27,7 @@ from .kernels.tuning import (
     MANY_OUTPUTS,
     MAX_NARROW_GATED_ROWS,
     MAX_NARROW_ROWS,
+    MAX_NARROW_ROWS_OF_ANY,
     MAX_ROWS_BEFORE_NARROW,
     MAX_SKINNY_NORM_ELEMENTS,
     MAX_W4A16_ROWS,
@@ -76,7 +77,7 @@ def _is_narrow(weight: LinearWeight, x: torch.Tensor) -> TypeGuard[DenseWeight]:
     if not _fits_narrow(weight, x, MAX_NARROW_ROWS):
         return False
     k, n = weight.weight.shape
-    return k > n or n > MANY_OUTPUTS
+    return k > n or n > MANY_OUTPUTS or x.shape[0] <= MAX_NARROW_ROWS_OF_ANY
 
 
 def _turns_whole(batch: AttentionBatch, k_cache: torch.Tensor) -> bool:

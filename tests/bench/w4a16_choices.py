@@ -20,7 +20,7 @@ class Tiles:
         """None where the layer does not fit."""
         today = w4a16_linear_config(rows, n, k, GROUP_SIZE, num_sms, has_descriptors=True)
         config = replace(today, **self.options)
-        turn = config.block_k * (2 if config.prefetch else 1)
+        turn = config.block_k * max(config.ahead, 1)
         if n % config.block_n or k % turn or GROUP_SIZE % config.block_k:
             return None
         tiles = ceil_div(rows, config.block_m) * (n // config.block_n)
@@ -41,17 +41,19 @@ class Tiles:
 
 def choices(rows: int) -> list[Tiles]:
     """Today's first."""
-    plain = {"prefetch": False, "scale_after": False, "descriptors": rows > 32}
-    ahead = plain | {"prefetch": True, "num_stages": 3}
+    plain = {"ahead": 0, "scale_after": False, "descriptors": rows > 32}
+    ahead = plain | {"ahead": 2, "num_stages": 3}
     if rows <= 32:
         after = ahead | {"scale_after": True}
-        found = [Tiles(plain | {"num_stages": 4}, 3), Tiles(ahead, 2), *(Tiles(after, places) for places in (2, 3, 4))]
-        found += [Tiles(after | {"num_stages": stages}, 2) for stages in (2, 4)]
-        return [Tiles(), *found, *(Tiles(after | {"num_warps": 4}, places) for places in (4, 6))]
+        found = [Tiles(plain | {"num_stages": 4}, 3), Tiles(ahead, 2), *(Tiles(after, places) for places in (2, 3))]
+        found += [Tiles(after | {"ahead": 4}, places) for places in (2, 3, 4)]
+        found += [Tiles(after | {"ahead": 4, "num_warps": 4}, places) for places in (3, 4, 6)]
+        return [Tiles(), *found, *(Tiles(after | {"ahead": 4, "block_k": 64}, places) for places in (2, 3))]
     if rows <= 64:
         long = plain | {"block_k": 128, "num_stages": 3, "num_warps": 8}
         found = [Tiles(plain | {"num_stages": stages, "num_warps": 8}, 2) for stages in (4, 6)]
         found += [Tiles(ahead | {"num_warps": 8}, places) for places in (2, 3)] + [Tiles(long, 2)]
+        found += [Tiles(ahead | {"ahead": 4, "num_warps": 4}, places) for places in (2, 3)]
         return [Tiles(), *found, *(Tiles(ahead | {"num_warps": 4}, places) for places in (3, 4))]
     wide = {"block_m": 256}
     found = [Tiles(plain | {"num_stages": 4}, places) for places in (1, 2)] + [Tiles(ahead, places) for places in (1, 2)]

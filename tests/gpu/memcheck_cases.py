@@ -88,7 +88,7 @@ def quantised_linears(m: Maker) -> None:
         call = w4a16_linear.w4a16_gate_up if gated else w4a16_linear.w4a16_linear
         call(m.zeros(num_rows, k), weight)
         for num_splits in (1, 2):
-            config = W4A16LinearConfig(16, 64, num_splits, num_warps=4, num_stages=3, prefetch=True, scale_after=True)
+            config = W4A16LinearConfig(16, 64, num_splits, num_warps=4, num_stages=3, ahead=2, scale_after=True)
             with mock.patch.object(w4a16_linear, "w4a16_linear_config", lambda *args, config=config, **facts: config):
                 call(m.zeros(num_rows, k), weight)
         w4a16_dequantize.dequantize_w4a16(weight)

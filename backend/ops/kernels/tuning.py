@@ -166,7 +166,9 @@ class W4A16LinearConfig:
     num_splits: int  # programs that share a tile's inputs
     num_warps: int
     num_stages: int
-    prefetch: bool = False  # weights go to registers two steps ahead, the first before the wait; needs inputs for pairs of steps
+    ahead: int = (
+        0  # steps whose weights are in registers or under way, the first before the wait; inputs are to be so many steps' or more
+    )
     scale_after: bool = False  # scales come after the product, in fp32
     descriptors: bool = False  # x is fetched by the copy engine (sm_90 on; rows at multiples of 16 bytes)
 
@@ -198,8 +200,9 @@ class FixedOrderLinearConfig:
 #: More rows than these are `narrow_linear`'s where it fits: `skinny_linear` takes 8B's step of two rows 5.7 ms, of three 10.4 (H200).
 MAX_ROWS_BEFORE_NARROW = 1
 #: Dense layers of a batch of decodes with at most so many rows have a kernel of their own. With a gate, it saves the launch of SiLU; with
-#: more inputs than outputs, or with very many outputs, it reads faster than cuBLAS (H200: docs/perf-log.md).
+#: more inputs than outputs, or with very many outputs, it reads faster than cuBLAS; others gain as it starts early (H200: docs/perf-log.md).
 MAX_NARROW_GATED_ROWS = 128
+MAX_NARROW_ROWS_OF_ANY = 48
 MIN_NARROW_SHARED_BYTES = 200 << 10  # of a chip in a data centre; the tiles take up to 136 KiB
 MAX_NARROW_ROWS = 64
 MANY_OUTPUTS = 65536
@@ -428,11 +431,11 @@ def w4a16_linear_config(
             num_warps = 4
         tiles = n // (16 * num_warps) * row_blocks
         num_splits = w4a16_splits(tiles, (4 if block_m == 64 else 2) * num_sms, k, 2 * block_k)
-        return W4A16LinearConfig(block_m, block_k, num_splits, num_warps, 3, True, is_few, not is_few)
+        return W4A16LinearConfig(block_m, block_k, num_splits, num_warps, 3, 2, is_few, not is_few)
     tiles = n // (16 * num_warps) * row_blocks
     num_splits = w4a16_splits(tiles, (3 if is_few else 2 if block_m == 64 else 1) * num_sms, k, block_k)
     num_stages = 6 if block_m == 64 else 4
-    return W4A16LinearConfig(block_m, block_k, num_splits, num_warps, num_stages, False, is_few, has_descriptors and not is_few)
+    return W4A16LinearConfig(block_m, block_k, num_splits, num_warps, num_stages, 0, is_few, has_descriptors and not is_few)
 
 
 def w4a16_splits(tiles: int, places: int, k: int, block_k: int) -> int:

@@ -10,9 +10,9 @@ memory: `packing.pack_fragments` stores it so that the 16 bytes that a thread lo
 
 NUM_SPLITS programs share the inputs of a tile.
 
-With PREFETCH two steps' weights are in registers or under way: each is multiplied, then the one after the next is asked for in its place,
-the first two before the wait for the kernel before this one. Else they come with x through the pipeline in shared memory. With SCALE_AFTER
-the matrix instruction multiplies by nibble - zero, and each step's sums by the scale, in fp32: nearer to the formula, whose rounding of
+AHEAD steps' weights are in registers or under way: after each product the step that comes AHEAD steps later is asked for in its place, the
+first before the wait for the kernel before this one. 0: they come with x through the pipeline in shared memory. With SCALE_AFTER the
+matrix instruction multiplies by nibble - zero, and each step's sums by the scale, in fp32: nearer to the formula, whose rounding of
 weights is left out, and cheaper up to 32 rows.
 """
 
@@ -89,7 +89,7 @@ def _w4a16_linear_kernel(
     HAS_BIAS: tl.constexpr,
     GATED: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
-    PREFETCH: tl.constexpr,
+    AHEAD: tl.constexpr,
     SCALE_AFTER: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -103,7 +103,7 @@ def _w4a16_linear_kernel(
         gdc_launch_dependents()
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     BLOCK_K: tl.constexpr = 64 * R
-    TURN: tl.constexpr = 2 if PREFETCH else 1  # steps
+    TURN: tl.constexpr = AHEAD if AHEAD > 0 else 1  # steps
     num_row_blocks = tl.cdiv(num_rows, BLOCK_M)
     num_tiles = tl.num_programs(0) // NUM_SPLITS
     split = tl.program_id(0) // num_tiles
@@ -115,20 +115,21 @@ def _w4a16_linear_kernel(
     begin = split * turns
     end = tl.minimum(begin + turns, num_turns)
     acc = tl.zeros((16 * W, BLOCK_M), tl.float32)
-    if PREFETCH:
-        words_0, params_0 = load_weights(words_ptr, params_ptr, strip, 2 * begin, begin < end, N, K, GROUP_SIZE, W, R)
-        words_1, params_1 = load_weights(words_ptr, params_ptr, strip, 2 * begin + 1, begin < end, N, K, GROUP_SIZE, W, R)
+    ahead = ()
+    for step in tl.static_range(AHEAD):
+        ahead += load_weights(words_ptr, params_ptr, strip, TURN * begin + step, begin < end, N, K, GROUP_SIZE, W, R)
     if PDL:
         gdc_wait()
     for turn in tl.range(begin, end, num_stages=NUM_STAGES):
-        if PREFETCH:
-            is_needed = turn + 1 < end
-            x = _load_x(x_ptr, begin_m, num_rows, 2 * turn, stride_x_row, DESCRIPTORS, BLOCK_M, BLOCK_K)
-            acc = _multiply(acc, words_0, params_0, x, dtype, SCALE_AFTER, ASM)
-            words_0, params_0 = load_weights(words_ptr, params_ptr, strip, 2 * turn + 2, is_needed, N, K, GROUP_SIZE, W, R)
-            x = _load_x(x_ptr, begin_m, num_rows, 2 * turn + 1, stride_x_row, DESCRIPTORS, BLOCK_M, BLOCK_K)
-            acc = _multiply(acc, words_1, params_1, x, dtype, SCALE_AFTER, ASM)
-            words_1, params_1 = load_weights(words_ptr, params_ptr, strip, 2 * turn + 3, is_needed, N, K, GROUP_SIZE, W, R)
+        if AHEAD > 0:
+            next_turn = ()
+            for step in tl.static_range(AHEAD):
+                x = _load_x(x_ptr, begin_m, num_rows, TURN * turn + step, stride_x_row, DESCRIPTORS, BLOCK_M, BLOCK_K)
+                acc = _multiply(acc, ahead[2 * step], ahead[2 * step + 1], x, dtype, SCALE_AFTER, ASM)
+                next_turn += load_weights(
+                    words_ptr, params_ptr, strip, TURN * (turn + 1) + step, turn + 1 < end, N, K, GROUP_SIZE, W, R
+                )
+            ahead = next_turn
         else:
             words, params = load_weights(words_ptr, params_ptr, strip, turn, None, N, K, GROUP_SIZE, W, R)
             x = _load_x(x_ptr, begin_m, num_rows, turn, stride_x_row, DESCRIPTORS, BLOCK_M, BLOCK_K)
@@ -216,7 +217,7 @@ def _linear(x: torch.Tensor, weight: W4A16Tiles) -> torch.Tensor:
         HAS_BIAS=weight.bias is not None,
         GATED=weight.gated,
         NUM_SPLITS=config.num_splits,
-        PREFETCH=config.prefetch,
+        AHEAD=config.ahead,
         SCALE_AFTER=config.scale_after,
         DESCRIPTORS=config.descriptors,
         BLOCK_M=config.block_m,

@@ -120,10 +120,10 @@ def test_w4a16_kernels_compile_without_spills(capability, dtype, launches, monke
 #: leaves 22 numbers a thread outside the registers.
 W4A16_TILES = [
     (1, {"scale_after": True}, (80, 90, 100)),
-    (16, {"prefetch": True, "num_stages": 3}, (80, 90, 100)),
-    (16, {"prefetch": True, "scale_after": True, "num_stages": 3}, (80, 90, 100)),
-    (64, {"prefetch": True, "num_stages": 3, "num_warps": 4, "descriptors": True}, (90, 100)),
-    (256, {"prefetch": True, "num_stages": 3, "descriptors": True}, (90, 100)),
+    (16, {"ahead": 2, "num_stages": 3}, (80, 90, 100)),
+    (16, {"ahead": 2, "scale_after": True, "num_stages": 3}, (80, 90, 100)),
+    (64, {"ahead": 2, "num_stages": 3, "num_warps": 4, "descriptors": True}, (90, 100)),
+    (256, {"ahead": 2, "num_stages": 3, "descriptors": True}, (90, 100)),
     (256, {"block_m": 256, "num_stages": 4, "descriptors": True, "num_splits": 4}, (90, 100)),
 ]
 

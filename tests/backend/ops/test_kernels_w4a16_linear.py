@@ -37,7 +37,7 @@ SHAPES = [
     Shape(70, 192, 64, 64),
 ]
 
-OPTION_NAMES = ("prefetch", "scale_after", "descriptors")
+OPTION_NAMES = ("ahead", "scale_after", "descriptors")
 OPTIONS = [names for count in range(4) for names in itertools.combinations(OPTION_NAMES, count)]
 
 
@@ -110,7 +110,9 @@ def test_every_option_of_a_tile(target, options, num_splits, assert_close, guard
     num_warps = 4 if target.device == "cuda" else 2  # what Hopper's instruction takes; interpreted, less work
     shape = Shape(19, 256, 64 * num_warps, 128, bias=True)
     weight, values = weight_of(target, shape, gated=gated)
-    config = W4A16LinearConfig(16, 64, num_splits, num_warps, num_stages=3, **dict.fromkeys(options, True))
+    config = W4A16LinearConfig(
+        16, 64, num_splits, num_warps, num_stages=3, **{name: 2 if name == "ahead" else True for name in options}
+    )
     monkeypatch.setattr(module, "w4a16_linear_config", lambda *args, **facts: config)
     x = target.randn(shape.num_rows, shape.k + 8)[:, :-8]
     y = (w4a16_gate_up if gated else w4a16_linear)(x, weight)
@@ -129,10 +131,10 @@ def test_every_option_of_a_tile(target, options, num_splits, assert_close, guard
     [
         *((num_rows, {}) for num_rows in (1, 16, 64, 256)),
         (16, {"scale_after": True}),
-        (16, {"prefetch": True, "num_stages": 3}),
-        (16, {"prefetch": False, "scale_after": False}),
-        (16, {"prefetch": True, "scale_after": True, "num_stages": 3}),
-        (64, {"prefetch": False, "num_stages": 6, "num_warps": 8}),
+        (16, {"ahead": 2, "num_stages": 3}),
+        (16, {"ahead": 0, "scale_after": False}),
+        (16, {"ahead": 2, "scale_after": True, "num_stages": 3}),
+        (64, {"ahead": 0, "num_stages": 6, "num_warps": 8}),
         (256, {"block_m": 256, "num_stages": 3, "descriptors": True}),
     ],
     ids=str,
