@@ -24,7 +24,9 @@ class Tiles:
         if n % config.block_n or k % turn or GROUP_SIZE % config.block_k:
             return None
         tiles = ceil_div(rows, config.block_m) * (n // config.block_n)
-        splits = w4a16_splits(tiles, self.places * num_sms, k, turn) if self.places else today.num_splits
+        splits = (
+            w4a16_splits(tiles, self.places * num_sms, k, max(config.block_k, turn // 2)) if self.places else today.num_splits
+        )
         if splits > 1 and tiles * splits * config.block_n * config.block_m > MAX_PARTS:
             return None
         return replace(config, num_splits=splits)
