@@ -8,7 +8,7 @@ set -eu
 cd "$(dirname "$0")/../.."
 out=${1:?"usage: pack_bundle.sh FOLDER"}
 python=${PYTHON:-python3}
-packages="tritonclient python-rapidjson llguidance fastapi starlette uvicorn httptools pydantic
+packages="tritonclient python-rapidjson llguidance fastapi starlette uvicorn uvloop httptools pydantic
 annotated-types typing-inspection typing-extensions annotated-doc openai jiter distro sniffio httpx2 httpcore2 truststore opentelemetry-api"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

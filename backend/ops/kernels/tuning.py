@@ -200,7 +200,7 @@ class FixedOrderLinearConfig:
 #: More rows than these are `narrow_linear`'s where it fits: `skinny_linear` takes 8B's step of two rows 5.7 ms, of three 10.4 (H200).
 MAX_ROWS_BEFORE_NARROW = 1
 #: Dense layers of a batch of decodes with at most so many rows have a kernel of their own. With a gate, it saves the launch of SiLU; with
-#: more inputs than outputs, or with very many outputs, it reads faster than cuBLAS; others gain by its early start (H200: docs/perf-log.md).
+#: more inputs than outputs, or with very many outputs, it reads faster than cuBLAS; others start early (H200: docs/perf-log.md).
 MAX_NARROW_GATED_ROWS = 128
 MAX_NARROW_ROWS_OF_ANY = 48
 MIN_NARROW_SHARED_BYTES = 200 << 10  # of a chip in a data centre; the tiles take up to 136 KiB
