@@ -12,6 +12,7 @@ __all__ = [
     "DecodeAttentionConfig",
     "FixedOrderLinearConfig",
     "GreedySampleConfig",
+    "HopperNarrowConfig",
     "PrefillAttentionConfig",
     "QuantizeRowsConfig",
     "QuantizedDecodeAttentionConfig",
@@ -25,6 +26,7 @@ __all__ = [
     "decode_attention_config",
     "fixed_order_linear_config",
     "greedy_sample_config",
+    "hopper_narrow_config",
     "narrow_linear_config",
     "next_power_of_2",
     "prefill_attention_config",
@@ -35,6 +37,7 @@ __all__ = [
     "sample_config",
     "silu_and_mul_config",
     "skinny_linear_config",
+    "takes_hopper_narrow",
     "takes_hopper_prefill",
     "w4a16_linear_config",
     "w4a16_splits",
@@ -188,6 +191,15 @@ class NarrowLinearConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class HopperNarrowConfig:
+    block_m: int  # rows of x, padded
+    block_n: int  # outputs of a tile; gated: gates, and as many ups
+    block_k: int  # inputs a step
+    num_programs: int  # at most so many, which take equal shares of all tiles' steps
+    num_stages: int  # steps that a program has room for
+
+
+@dataclass(frozen=True, slots=True)
 class FixedOrderLinearConfig:
     block_m: int  # rows of x a program
     block_n: int  # outputs a program
@@ -206,6 +218,10 @@ MAX_NARROW_ROWS_OF_ANY = 48
 MIN_NARROW_SHARED_BYTES = 200 << 10  # of a chip in a data centre; the tiles take up to 136 KiB
 MAX_NARROW_ROWS = 64
 MANY_OUTPUTS = 65536
+#: Up to so many rows of dense layers go to hopper_narrow_linear.py where it takes them, 128 at most; 0: none, until it has been timed.
+MAX_HOPPER_NARROW_ROWS = 0
+#: Of a program of that kernel, so that two have room on a multiprocessor of 228 KiB, where a program costs another one.
+HOPPER_NARROW_SHARED_BYTES = 110 << 10
 MAX_QUANTIZED_ROW = 65536
 #: e4m3 with at most so many rows has our kernel, beyond them cuBLAS's: a layer of 64 rows takes 88 us against 103, of 256 rows 155 against
 #: 121 (H200: docs/perf-log.md).
@@ -295,6 +311,27 @@ def narrow_linear_config(
     places = (1 if block_m >= 64 else 2) * num_sms
     num_splits = _clamp(next_power_of_2(places // tiles + 1) // 2, 1, 4)
     return NarrowLinearConfig(block_m, 64, 128, num_splits, num_warps=4, num_stages=4)
+
+
+def takes_hopper_narrow(num_rows: int, strides: tuple[int, int], element_bytes: int, compute_capability: int) -> bool:
+    """What `hopper_narrow_linear` is written for: 16 bit, rows of x and of the stored weight at multiples of 16 bytes.
+
+    strides: of x's rows and of the weight's outputs, in elements. compute_capability: 10 * major + minor.
+    """
+    return compute_capability == 90 and num_rows <= 128 and element_bytes == 2 and all(stride % 8 == 0 for stride in strides)
+
+
+def hopper_narrow_config(num_rows: int, n: int, k: int, num_sms: int, *, gated: bool = False) -> HopperNarrowConfig:
+    """A program a multiprocessor; the programs of the next layer take the other half of its shared memory. Splits of equal length where
+    they fill as many. Not timed yet."""
+    block_m = _clamp(next_power_of_2(num_rows), MIN_DOT_ROWS, 128)
+    block_n = 64 if gated else 128
+    block_k = 64
+    halves = 2 if gated else 1
+    num_stages = _clamp(HOPPER_NARROW_SHARED_BYTES // ((halves * block_n + block_m) * block_k * 2), 2, 8)
+    tiles, steps = ceil_div(n, block_n), ceil_div(k, block_k)
+    num_programs = min(num_sms, tiles * steps)
+    return HopperNarrowConfig(block_m, block_n, block_k, num_programs, num_stages)
 
 
 def fixed_order_linear_config(k: int, element_bytes: int) -> FixedOrderLinearConfig:

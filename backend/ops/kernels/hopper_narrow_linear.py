@@ -1,0 +1,346 @@
+"""Linear layers over a batch of decodes for Hopper: y = round(x W + b), and silu(gate) * up of W = [gate | up], as `narrow_linear`'s.
+
+The time is that of reading the weight once, so bytes of it must always be under way, also while the kernel before this one ends. A
+program's warps, written in Gluon, the layer of triton where layouts, shared memory and waits are explicit:
+
+    fetching    | W0 W1 W2 W3 |  wait for the kernel before  | x0 x1 x2 x3 | W4 x4 | W5 x5 | ...     TMA into a ring of NUM_STAGES steps
+    computing                                                | y^T += W0 x0^T | y^T += W1 x1^T | ...
+
+A weight depends on no kernel, so a program fills its ring with it before that wait. It takes less than half of a multiprocessor's shared
+memory and registers: programs of the next layer become resident beside those of this one and have their rings full when it ends.
+
+    W rows      +-- BLOCK_K --+-------- ...            y^T tile [BLOCK_N, BLOCK_M] += W tile x^T tile; sums in fp32
+    BLOCK_N     |             |                        x tiles pass through the L2 cache once for every BLOCK_N outputs
+                +-------------+-------- ...
+
+Shares: the steps of all tiles are counted through, and each program takes `share` of them: a part of a tile, whole tiles, or the end of
+one and the beginning of the next. A tile that lies in one share is done; parts of the others meet in a workspace, where the last program
+to arrive adds them up in the order of their inputs.
+
+    steps       | tile 0              | tile 1              | tile 2 ...
+    programs    | 0        | 1        | 2        | 3        |              programs 1 and 2: the end of one tile, the beginning of another
+
+Barriers of a stage: `full`, which the bytes of both its tiles complete, and `free`, which the computing warps arrive at when the products
+of the step have read them. Step number n of a program lies in stage n % NUM_STAGES, phase n // NUM_STAGES. Rows of x past the end, and
+inputs past K, are zeros that the copy engine writes: nothing is read for them.
+"""
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .launch import has_pdl, launch_options, num_sms
+from .split_sum import is_last_of, workspace
+from .tuning import MAX_PARTS, ceil_div, hopper_narrow_config
+
+__all__ = ["gate_up", "linear"]
+
+load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # renamed after triton 3.6
+
+#: A thread, of 256 threads at launch: two programs have the registers of a multiprocessor. The computing warps have 232 of them.
+LAUNCH_REGISTERS = 128
+FETCH_REGISTERS = gl.constexpr(24)
+
+
+@gluon.jit
+def _load_weights(weight_desc, w_tiles, full, stage, tile, step, N, GATED: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr):
+    """Asks for the W tile of a step; if gated, for that of the gates and that of the ups."""
+    if GATED:
+        load_tile(weight_desc, [tile * BLOCK_N, step * BLOCK_K], full.index(stage), w_tiles.index(2 * stage))
+        load_tile(weight_desc, [N + tile * BLOCK_N, step * BLOCK_K], full.index(stage), w_tiles.index(2 * stage + 1))
+    else:
+        load_tile(weight_desc, [tile * BLOCK_N, step * BLOCK_K], full.index(stage), w_tiles.index(stage))
+
+
+@gluon.jit
+def _fetch(
+    x_desc,
+    weight_desc,
+    work,
+    ring,
+    GATED: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    NUM_STAGES: gl.constexpr,
+    PDL: gl.constexpr,
+):
+    """The one warp that brings tiles."""
+    STEP_BYTES: gl.constexpr = ((2 if GATED else 1) * BLOCK_N + BLOCK_M) * BLOCK_K * 2
+    N, num_steps, begin, end = work
+    x_tiles, w_tiles, full, free = ring
+    early = gl.minimum(begin + NUM_STAGES, end)
+    for at in range(begin, early):
+        stage = at - begin
+        mbarrier.expect(full.index(stage), STEP_BYTES)
+        _load_weights(weight_desc, w_tiles, full, stage, at // num_steps, at % num_steps, N, GATED, BLOCK_N, BLOCK_K)
+    if PDL:
+        gdc_wait()
+    for at in range(begin, early):
+        stage = at - begin
+        load_tile(x_desc, [0, at % num_steps * BLOCK_K], full.index(stage), x_tiles.index(stage))
+    for at in range(early, end):
+        number = at - begin
+        stage = number % NUM_STAGES
+        mbarrier.wait(free.index(stage), number // NUM_STAGES - 1 & 1)
+        mbarrier.expect(full.index(stage), STEP_BYTES)
+        load_tile(x_desc, [0, at % num_steps * BLOCK_K], full.index(stage), x_tiles.index(stage))
+        _load_weights(weight_desc, w_tiles, full, stage, at // num_steps, at % num_steps, N, GATED, BLOCK_N, BLOCK_K)
+
+
+@gluon.jit
+def _sum_of_parts(
+    acc,
+    acc_up,
+    parts_ptr,
+    counters_ptr,
+    tile,
+    num_steps,
+    share,
+    GATED: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):
+    """(acc, acc_up over all inputs of `tile`, whether this program is the last of those that share it: others have sums of no use)
+
+    A program has two slots of its sums' size: part 0 of a tile lies in the second of its program, unless the program begins with the
+    tile, every other part in the first of its program.
+    """
+    SIZE: gl.constexpr = BLOCK_N * BLOCK_M
+    SLOT: gl.constexpr = 2 * SIZE if GATED else SIZE
+    first = tile * num_steps // share
+    part = gl.program_id(0) - first
+    num_parts = ((tile + 1) * num_steps - 1) // share + 1 - first
+    is_last = True
+    if num_parts > 1:
+        offs_n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, LAYOUT))
+        offs_m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, LAYOUT))
+        offs = offs_n[:, None] * BLOCK_M + offs_m[None, :]
+        first_slot = 2 * first + gl.where(first * share < tile * num_steps, 1, 0)
+        mine = gl.where(part == 0, first_slot, 2 * (first + part))
+        slot_ptr = parts_ptr + mine * SLOT
+        gl.store(slot_ptr + offs, acc)
+        if GATED:
+            gl.store(slot_ptr + SIZE + offs, acc_up)
+        is_last = is_last_of(counters_ptr + tile, num_parts)
+        if is_last:
+            slot_ptr = parts_ptr + first_slot * SLOT
+            acc = gl.load(slot_ptr + offs, cache_modifier=".cg")
+            if GATED:
+                acc_up = gl.load(slot_ptr + SIZE + offs, cache_modifier=".cg")
+            for other in range(1, num_parts):
+                slot_ptr = parts_ptr + 2 * (first + other) * SLOT
+                acc += gl.load(slot_ptr + offs, cache_modifier=".cg")
+                if GATED:
+                    acc_up += gl.load(slot_ptr + SIZE + offs, cache_modifier=".cg")
+    return acc, acc_up, is_last
+
+
+@gluon.jit
+def _anew(value):
+    """An integer whose value the compiler takes for another one each time: what follows from it stays where it is used."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [value], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _store(
+    acc,
+    acc_up,
+    bias_ptr,
+    y_ptr,
+    tile,
+    num_rows,
+    N,
+    HAS_BIAS: gl.constexpr,
+    GATED: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):
+    dtype: gl.constexpr = y_ptr.dtype.element_ty
+    num_rows, N = _anew(num_rows), _anew(N)  # addresses of all rows, kept over the products, take too many registers
+    offs_n = tile * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, LAYOUT))
+    offs_m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, LAYOUT))
+    mask_n = offs_n < N
+    if HAS_BIAS:
+        acc += gl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(gl.float32)[:, None]
+    if GATED:
+        if HAS_BIAS:
+            acc_up += gl.load(bias_ptr + N + offs_n, mask=mask_n, other=0.0).to(gl.float32)[:, None]
+        gate = acc.to(dtype).to(gl.float32)
+        acc = gate / (1.0 + gl.exp(-gate)) * acc_up.to(dtype).to(gl.float32)
+    mask = mask_n[:, None] & (offs_m < num_rows)[None, :]
+    gl.store(y_ptr + offs_m[None, :] * N + offs_n[:, None], acc.to(dtype), mask=mask)
+
+
+@gluon.jit
+def _compute(
+    bias_ptr,
+    y_ptr,
+    parts_ptr,
+    counters_ptr,
+    num_rows,
+    share,
+    work,
+    ring,
+    HAS_BIAS: gl.constexpr,
+    GATED: gl.constexpr,
+    IS_SHARED: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    NUM_STAGES: gl.constexpr,
+    PDL: gl.constexpr,
+):
+    """Four warps: products, sums and results."""
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    N, num_steps, begin, end = work
+    x_tiles, w_tiles, full, free = ring
+    if PDL:
+        gdc_wait()
+    number = 0
+    for tile in range(begin // num_steps, (end + num_steps - 1) // num_steps):
+        first = gl.maximum(begin - tile * num_steps, 0)
+        last = gl.minimum(end - tile * num_steps, num_steps)
+        acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, LAYOUT)
+        acc_up = acc
+        for step in range(first, last):
+            stage = number % NUM_STAGES
+            mbarrier.wait(full.index(stage), number // NUM_STAGES & 1)
+            x = x_tiles.index(stage).permute((1, 0))
+            if GATED:
+                acc = warpgroup_mma(w_tiles.index(2 * stage), x, acc, is_async=True)
+                acc_up = warpgroup_mma(w_tiles.index(2 * stage + 1), x, acc_up, is_async=True)
+                acc, acc_up = warpgroup_mma_wait(2, [acc, acc_up])
+            else:
+                acc = warpgroup_mma(w_tiles.index(stage), x, acc, is_async=True)
+                acc = warpgroup_mma_wait(1, [acc])
+            mbarrier.arrive(free.index((number + NUM_STAGES - 1) % NUM_STAGES), count=1, pred=step > first)
+            number += 1
+        if GATED:
+            acc, acc_up = warpgroup_mma_wait(0, [acc, acc_up])
+        else:
+            acc = warpgroup_mma_wait(0, [acc])
+        mbarrier.arrive(free.index((number + NUM_STAGES - 1) % NUM_STAGES), count=1)
+        is_last = True
+        if IS_SHARED:
+            # fmt: off
+            acc, acc_up, is_last = _sum_of_parts(
+                acc, acc_up, parts_ptr, counters_ptr, tile, num_steps, share, GATED, BLOCK_M, BLOCK_N, LAYOUT)
+            # fmt: on
+        if is_last:
+            _store(acc, acc_up, bias_ptr, y_ptr, tile, num_rows, N, HAS_BIAS, GATED, BLOCK_M, BLOCK_N, LAYOUT)
+
+
+@gluon.jit(do_not_specialize=["num_rows", "N", "num_steps", "num_tiles", "share"])
+def _hopper_narrow_kernel(
+    x_desc,
+    weight_desc,
+    bias_ptr,
+    y_ptr,
+    parts_ptr,
+    counters_ptr,
+    num_rows,
+    N,
+    num_tiles,
+    num_steps,
+    share,
+    HAS_BIAS: gl.constexpr,
+    GATED: gl.constexpr,
+    IS_SHARED: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    NUM_STAGES: gl.constexpr,
+    PDL: gl.constexpr,
+):
+    if PDL:
+        gdc_launch_dependents()
+    w_tiles = gl.allocate_shared_memory(
+        weight_desc.dtype, [NUM_STAGES * (2 if GATED else 1), BLOCK_N, BLOCK_K], weight_desc.layout
+    )
+    x_tiles = gl.allocate_shared_memory(x_desc.dtype, [NUM_STAGES, BLOCK_M, BLOCK_K], x_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(NUM_STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(free.index(stage), count=1)
+    fence_async_shared()
+    begin = gl.program_id(0) * share
+    work = (N, num_steps, begin, gl.minimum(begin + share, num_tiles * num_steps))
+    ring = (x_tiles, w_tiles, full, free)
+    # fmt: off
+    gl.warp_specialize(
+        [
+            (_compute, (bias_ptr, y_ptr, parts_ptr, counters_ptr, num_rows, share, work, ring,
+                        HAS_BIAS, GATED, IS_SHARED, BLOCK_M, BLOCK_N, NUM_STAGES, PDL)),
+            (_fetch, (x_desc, weight_desc, work, ring, GATED, BLOCK_M, BLOCK_N, BLOCK_K, NUM_STAGES, PDL)),
+        ],
+        [1],
+        [FETCH_REGISTERS],
+    )
+    # fmt: on
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Launch on the current device, of compute capability 9.0, and stream. `tuning.takes_hopper_narrow` says which operands it takes.
+
+    x: [num_rows, in_features], fp16|bf16, num_rows at most 128, rows of any stride of whole 16 bytes, contiguous inside a row
+    weight: [in_features, out_features], x's dtype, contiguous along in_features (the transpose of a stored [out, in]), the same strides
+    bias: [out_features], contiguous, or None
+
+    in_features must be a multiple of 8 unless strides are. Returns [num_rows, out_features], new, contiguous, in x's dtype. num_rows may
+    be 0.
+    """
+    return _linear(x, weight, bias, gated=False)
+
+
+def gate_up(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """As `linear` with weight [in_features, 2 inter], columns [gate | up], and silu(gate) * up: [num_rows, inter]."""
+    return _linear(x, weight, bias, gated=True)
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, gated: bool) -> torch.Tensor:
+    num_rows, k = x.shape
+    n = weight.shape[1] // 2 if gated else weight.shape[1]
+    y = torch.empty((num_rows, n), dtype=x.dtype, device=x.device)
+    if num_rows == 0:
+        return y
+    config = hopper_narrow_config(num_rows, n, k, num_sms(x.device), gated=gated)
+    block_n, block_k = config.block_n, config.block_k
+    num_tiles, num_steps = ceil_div(n, block_n), ceil_div(k, block_k)
+    share = ceil_div(num_tiles * num_steps, config.num_programs)
+    num_programs = ceil_div(num_tiles * num_steps, share)
+    is_shared = share % num_steps != 0
+    parts, counters = workspace(x.device) if is_shared else (None, None)
+    if counters is not None:
+        assert num_tiles <= counters.numel()
+        assert 2 * num_programs * block_n * config.block_m * (2 if gated else 1) <= MAX_PARTS, "no room for the parts"
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=min(2 * block_k, 128), element_bitwidth=16, rank=2)
+    _hopper_narrow_kernel[(num_programs,)](
+        TensorDescriptor.from_tensor(x, [config.block_m, block_k], layout),
+        TensorDescriptor.from_tensor(weight.t(), [block_n, block_k], layout),
+        bias,
+        y,
+        parts,
+        counters,
+        num_rows,
+        n,
+        num_tiles,
+        num_steps,
+        share,
+        HAS_BIAS=bias is not None,
+        GATED=gated,
+        IS_SHARED=is_shared,
+        BLOCK_M=config.block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        NUM_STAGES=config.num_stages,
+        num_warps=4,
+        maxnreg=LAUNCH_REGISTERS,
+        **launch_options(has_pdl(x.device)),
+    )
+    return y
