@@ -6,8 +6,9 @@ program's warps, written in Gluon, the layer of triton where layouts, shared mem
     fetching    | W0 W1 W2 W3 |  wait for the kernel before  | x0 x1 x2 x3 | W4 x4 | W5 x5 | ...     TMA into a ring of NUM_STAGES steps
     computing                                                | y^T += W0 x0^T | y^T += W1 x1^T | ...
 
-A weight depends on no kernel, so a program fills its ring with it before that wait. It takes less than half of a multiprocessor's shared
-memory and registers: programs of the next layer become resident beside those of this one and have their rings full when it ends.
+A weight depends on no kernel, so a program fills its ring with it before that wait, and asks for AHEAD steps more to come to the L2 cache.
+It takes less than half of a multiprocessor's shared memory and registers: programs of the next layer become resident beside those of this
+one and have their rings full when it ends.
 
     W rows      +-- BLOCK_K --+-------- ...            y^T tile [BLOCK_N, BLOCK_M] += W tile x^T tile; sums in fp32
     BLOCK_N     |             |                        x tiles pass through the L2 cache once for every BLOCK_N outputs
@@ -56,11 +57,31 @@ def _load_weights(weight_desc, w_tiles, full, stage, tile, step, N, GATED: gl.co
 
 
 @gluon.jit
+def _ask_for_rows(weight_ptr, first_row, num_rows, num_bytes, stride_row, BLOCK_N: gl.constexpr):
+    """Brings the next `num_bytes` of BLOCK_N rows of W to the L2 cache; nothing waits for them."""
+    rows = first_row + gl.arange(0, BLOCK_N, layout=gl.BlockedLayout([1], [32], [1], [0]))
+    ptrs = weight_ptr + gl.minimum(rows, num_rows - 1).to(gl.int64) * stride_row
+    gl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;",
+        "=r,l,r",
+        [ptrs, num_bytes + gl.zeros_like(rows)],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
 def _fetch(
     x_desc,
     weight_desc,
+    weight_ptr,
+    stride_weight_row,
+    K,
     work,
     ring,
+    touched,
+    AHEAD: gl.constexpr,
     GATED: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
@@ -68,7 +89,7 @@ def _fetch(
     NUM_STAGES: gl.constexpr,
     PDL: gl.constexpr,
 ):
-    """The one warp that brings tiles."""
+    """The one warp that brings tiles. touched: the barrier of a first copy that makes the engine know x's descriptor, and reads nothing."""
     STEP_BYTES: gl.constexpr = ((2 if GATED else 1) * BLOCK_N + BLOCK_M) * BLOCK_K * 2
     N, num_steps, begin, end = work
     x_tiles, w_tiles, full, free = ring
@@ -77,7 +98,18 @@ def _fetch(
         stage = at - begin
         mbarrier.expect(full.index(stage), STEP_BYTES)
         _load_weights(weight_desc, w_tiles, full, stage, at // num_steps, at % num_steps, N, GATED, BLOCK_N, BLOCK_K)
+    if AHEAD > 0 and early < end:
+        step = early % num_steps
+        stop = gl.minimum(gl.minimum(step + AHEAD, step + end - early), num_steps)
+        num_bytes = 2 * (gl.minimum(stop * BLOCK_K, K) - step * BLOCK_K)
+        rows_ptr = weight_ptr + step * BLOCK_K
+        _ask_for_rows(rows_ptr, early // num_steps * BLOCK_N, N, num_bytes, stride_weight_row, BLOCK_N)
+        if GATED:
+            _ask_for_rows(rows_ptr, N + early // num_steps * BLOCK_N, 2 * N, num_bytes, stride_weight_row, BLOCK_N)
     if PDL:
+        mbarrier.expect(touched, BLOCK_M * BLOCK_K * 2)
+        load_tile(x_desc, [BLOCK_M, 0], touched, x_tiles.index(0))
+        mbarrier.wait(touched, 0)
         gdc_wait()
     for at in range(begin, early):
         stage = at - begin
@@ -89,6 +121,19 @@ def _fetch(
         mbarrier.expect(full.index(stage), STEP_BYTES)
         load_tile(x_desc, [0, at % num_steps * BLOCK_K], full.index(stage), x_tiles.index(stage))
         _load_weights(weight_desc, w_tiles, full, stage, at // num_steps, at % num_steps, N, GATED, BLOCK_N, BLOCK_K)
+
+
+@gluon.jit
+def _add_parts(acc, acc_up, part_ptr, next_ptr, SIZE: gl.constexpr, AT_ONCE: gl.constexpr, GATED: gl.constexpr):
+    part = gl.load(part_ptr, cache_modifier=".cg")
+    if AT_ONCE == 2:
+        after = gl.load(next_ptr, cache_modifier=".cg")
+    acc = acc + part
+    if AT_ONCE == 2:
+        acc = acc + after
+    if GATED:
+        acc_up, _ = _add_parts(acc_up, acc_up, part_ptr + SIZE, next_ptr + SIZE, SIZE, AT_ONCE, False)
+    return acc, acc_up
 
 
 @gluon.jit
@@ -112,6 +157,7 @@ def _sum_of_parts(
     """
     SIZE: gl.constexpr = BLOCK_N * BLOCK_M
     SLOT: gl.constexpr = 2 * SIZE if GATED else SIZE
+    AT_ONCE: gl.constexpr = 2 if SLOT <= 8192 else 1  # 64 registers of each; a part takes as long to arrive as to read
     first = tile * num_steps // share
     part = gl.program_id(0) - first
     num_parts = ((tile + 1) * num_steps - 1) // share + 1 - first
@@ -128,15 +174,15 @@ def _sum_of_parts(
             gl.store(slot_ptr + SIZE + offs, acc_up)
         is_last = is_last_of(counters_ptr + tile, num_parts)
         if is_last:
-            slot_ptr = parts_ptr + first_slot * SLOT
-            acc = gl.load(slot_ptr + offs, cache_modifier=".cg")
-            if GATED:
-                acc_up = gl.load(slot_ptr + SIZE + offs, cache_modifier=".cg")
-            for other in range(1, num_parts):
-                slot_ptr = parts_ptr + 2 * (first + other) * SLOT
-                acc += gl.load(slot_ptr + offs, cache_modifier=".cg")
-                if GATED:
-                    acc_up += gl.load(slot_ptr + SIZE + offs, cache_modifier=".cg")
+            acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, LAYOUT)
+            acc_up = acc
+            for at in range(0, num_parts - AT_ONCE + 1, AT_ONCE):
+                part_ptr = parts_ptr + gl.where(at == 0, first_slot, 2 * (first + at)) * SLOT + offs
+                next_ptr = parts_ptr + 2 * (first + at + AT_ONCE - 1) * SLOT + offs
+                acc, acc_up = _add_parts(acc, acc_up, part_ptr, next_ptr, SIZE, AT_ONCE, GATED)
+            if AT_ONCE == 2 and num_parts % 2 == 1:
+                part_ptr = parts_ptr + 2 * (first + num_parts - 1) * SLOT + offs
+                acc, acc_up = _add_parts(acc, acc_up, part_ptr, part_ptr, SIZE, 1, GATED)
     return acc, acc_up, is_last
 
 
@@ -235,19 +281,23 @@ def _compute(
             _store(acc, acc_up, bias_ptr, y_ptr, tile, num_rows, N, HAS_BIAS, GATED, BLOCK_M, BLOCK_N, LAYOUT)
 
 
-@gluon.jit(do_not_specialize=["num_rows", "N", "num_steps", "num_tiles", "share"])
+@gluon.jit(do_not_specialize=["num_rows", "N", "K", "stride_weight_row", "num_steps", "num_tiles", "share"])
 def _hopper_narrow_kernel(
     x_desc,
     weight_desc,
+    weight_ptr,
     bias_ptr,
     y_ptr,
     parts_ptr,
     counters_ptr,
     num_rows,
     N,
+    K,
+    stride_weight_row,
     num_tiles,
     num_steps,
     share,
+    AHEAD: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     GATED: gl.constexpr,
     IS_SHARED: gl.constexpr,
@@ -265,9 +315,11 @@ def _hopper_narrow_kernel(
     x_tiles = gl.allocate_shared_memory(x_desc.dtype, [NUM_STAGES, BLOCK_M, BLOCK_K], x_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], mbarrier.MBarrierLayout())
+    touched = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(NUM_STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(free.index(stage), count=1)
+    mbarrier.init(touched, count=1)
     fence_async_shared()
     begin = gl.program_id(0) * share
     work = (N, num_steps, begin, gl.minimum(begin + share, num_tiles * num_steps))
@@ -277,7 +329,8 @@ def _hopper_narrow_kernel(
         [
             (_compute, (bias_ptr, y_ptr, parts_ptr, counters_ptr, num_rows, share, work, ring,
                         HAS_BIAS, GATED, IS_SHARED, BLOCK_M, BLOCK_N, NUM_STAGES, PDL)),
-            (_fetch, (x_desc, weight_desc, work, ring, GATED, BLOCK_M, BLOCK_N, BLOCK_K, NUM_STAGES, PDL)),
+            (_fetch, (x_desc, weight_desc, weight_ptr, stride_weight_row, K, work, ring, touched,
+                      AHEAD, GATED, BLOCK_M, BLOCK_N, BLOCK_K, NUM_STAGES, PDL)),
         ],
         [1],
         [FETCH_REGISTERS],
@@ -323,15 +376,19 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *,
     _hopper_narrow_kernel[(num_programs,)](
         TensorDescriptor.from_tensor(x, [config.block_m, block_k], layout),
         TensorDescriptor.from_tensor(weight.t(), [block_n, block_k], layout),
+        weight,
         bias,
         y,
         parts,
         counters,
         num_rows,
         n,
+        k,
+        weight.stride(1),
         num_tiles,
         num_steps,
         share,
+        AHEAD=config.num_ahead,
         HAS_BIAS=bias is not None,
         GATED=gated,
         IS_SHARED=is_shared,

@@ -197,6 +197,7 @@ class HopperNarrowConfig:
     block_k: int  # inputs a step
     num_programs: int  # at most so many, which take equal shares of all tiles' steps
     num_stages: int  # steps that a program has room for
+    num_ahead: int = 0  # more, whose weights a program asks for before it waits for the kernel before it
 
 
 @dataclass(frozen=True, slots=True)

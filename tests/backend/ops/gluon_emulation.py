@@ -155,7 +155,8 @@ class Device:
 
     def load_tile(self, descriptor: Any, coordinates: Sequence[Any], barrier: Barrier, target: Shared) -> None:
         base, begins = descriptor.base, list(map(int, coordinates))
-        if not descriptor.is_early:
+        is_read = all(begin < size for begin, size in zip(begins, base.shape, strict=True))
+        if is_read and not descriptor.is_early:
             self.touch()
         assert target.data.numel() == math.prod(descriptor.block_shape)
         target.data.fill_(float("nan"))
