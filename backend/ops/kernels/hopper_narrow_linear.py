@@ -14,17 +14,19 @@ one and have their rings full when it ends.
     BLOCK_N     |             |                        x tiles pass through the L2 cache once for every BLOCK_N outputs
                 +-------------+-------- ...
 
-Shares: the steps of all tiles are counted through, and each program takes `share` of them: a part of a tile, whole tiles, or the end of
-one and the beginning of the next. A tile that lies in one share is done; parts of the others meet in a workspace, where the last program
-to arrive adds them up in the order of their inputs.
+Shares: the steps of all tiles are counted through, and each program takes as many of them, give or take one: a part of a tile, whole
+tiles, or the end of one and the beginning of the next. A tile that lies in one share is done; parts of the others meet in a workspace,
+where the last program to arrive adds them up in the order of their inputs.
 
     steps       | tile 0              | tile 1              | tile 2 ...
-    programs    | 0        | 1        | 2        | 3        |              programs 1 and 2: the end of one tile, the beginning of another
+    programs    | 0           | 1           | 2           | 3 ...         program 1: the end of a tile and the beginning of another
 
 Barriers of a stage: `full`, which the bytes of both its tiles complete, and `free`, which the computing warps arrive at when the products
 of the step have read them. Step number n of a program lies in stage n % NUM_STAGES, phase n // NUM_STAGES. Rows of x past the end, and
 inputs past K, are zeros that the copy engine writes: nothing is read for them.
 """
+
+import functools
 
 import torch
 from triton.experimental import gluon
@@ -37,7 +39,9 @@ from .launch import has_pdl, launch_options, num_sms
 from .split_sum import is_last_of, workspace
 from .tuning import MAX_PARTS, ceil_div, hopper_narrow_config
 
-__all__ = ["gate_up", "linear"]
+__all__ = ["MAX_ROWS", "gate_up", "linear", "takes"]
+
+MAX_ROWS = 128  # one tile of rows
 
 load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # renamed after triton 3.6
 
@@ -47,7 +51,9 @@ FETCH_REGISTERS = gl.constexpr(24)
 
 
 @gluon.jit
-def _load_weights(weight_desc, w_tiles, full, stage, tile, step, N, GATED: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr):
+def _load_weights(
+    weight_desc, w_tiles, full, stage, tile, step, N, GATED: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr
+):
     """Asks for the W tile of a step; if gated, for that of the gates and that of the ups."""
     if GATED:
         load_tile(weight_desc, [tile * BLOCK_N, step * BLOCK_K], full.index(stage), w_tiles.index(2 * stage))
@@ -144,7 +150,7 @@ def _sum_of_parts(
     counters_ptr,
     tile,
     num_steps,
-    share,
+    num_all,
     GATED: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
@@ -158,15 +164,16 @@ def _sum_of_parts(
     SIZE: gl.constexpr = BLOCK_N * BLOCK_M
     SLOT: gl.constexpr = 2 * SIZE if GATED else SIZE
     AT_ONCE: gl.constexpr = 2 if SLOT <= 8192 else 1  # 64 registers of each; a part takes as long to arrive as to read
-    first = tile * num_steps // share
+    num_programs = gl.num_programs(0)
+    first = ((tile * num_steps + 1) * num_programs - 1) // num_all  # the program that has this tile's first step
     part = gl.program_id(0) - first
-    num_parts = ((tile + 1) * num_steps - 1) // share + 1 - first
+    num_parts = ((tile + 1) * num_steps * num_programs - 1) // num_all + 1 - first
     is_last = True
     if num_parts > 1:
         offs_n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, LAYOUT))
         offs_m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, LAYOUT))
         offs = offs_n[:, None] * BLOCK_M + offs_m[None, :]
-        first_slot = 2 * first + gl.where(first * share < tile * num_steps, 1, 0)
+        first_slot = 2 * first + gl.where(first * num_all // num_programs < tile * num_steps, 1, 0)
         mine = gl.where(part == 0, first_slot, 2 * (first + part))
         slot_ptr = parts_ptr + mine * SLOT
         gl.store(slot_ptr + offs, acc)
@@ -230,7 +237,7 @@ def _compute(
     parts_ptr,
     counters_ptr,
     num_rows,
-    share,
+    num_all,
     work,
     ring,
     HAS_BIAS: gl.constexpr,
@@ -275,13 +282,13 @@ def _compute(
         if IS_SHARED:
             # fmt: off
             acc, acc_up, is_last = _sum_of_parts(
-                acc, acc_up, parts_ptr, counters_ptr, tile, num_steps, share, GATED, BLOCK_M, BLOCK_N, LAYOUT)
+                acc, acc_up, parts_ptr, counters_ptr, tile, num_steps, num_all, GATED, BLOCK_M, BLOCK_N, LAYOUT)
             # fmt: on
         if is_last:
             _store(acc, acc_up, bias_ptr, y_ptr, tile, num_rows, N, HAS_BIAS, GATED, BLOCK_M, BLOCK_N, LAYOUT)
 
 
-@gluon.jit(do_not_specialize=["num_rows", "N", "K", "stride_weight_row", "num_steps", "num_tiles", "share"])
+@gluon.jit(do_not_specialize=["num_rows", "N", "K", "stride_weight_row", "num_steps", "num_all"])
 def _hopper_narrow_kernel(
     x_desc,
     weight_desc,
@@ -294,9 +301,8 @@ def _hopper_narrow_kernel(
     N,
     K,
     stride_weight_row,
-    num_tiles,
     num_steps,
-    share,
+    num_all,
     AHEAD: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     GATED: gl.constexpr,
@@ -321,13 +327,13 @@ def _hopper_narrow_kernel(
         mbarrier.init(free.index(stage), count=1)
     mbarrier.init(touched, count=1)
     fence_async_shared()
-    begin = gl.program_id(0) * share
-    work = (N, num_steps, begin, gl.minimum(begin + share, num_tiles * num_steps))
+    begin = gl.program_id(0) * num_all // gl.num_programs(0)
+    work = (N, num_steps, begin, (gl.program_id(0) + 1) * num_all // gl.num_programs(0))
     ring = (x_tiles, w_tiles, full, free)
     # fmt: off
     gl.warp_specialize(
         [
-            (_compute, (bias_ptr, y_ptr, parts_ptr, counters_ptr, num_rows, share, work, ring,
+            (_compute, (bias_ptr, y_ptr, parts_ptr, counters_ptr, num_rows, num_all, work, ring,
                         HAS_BIAS, GATED, IS_SHARED, BLOCK_M, BLOCK_N, NUM_STAGES, PDL)),
             (_fetch, (x_desc, weight_desc, weight_ptr, stride_weight_row, K, work, ring, touched,
                       AHEAD, GATED, BLOCK_M, BLOCK_N, BLOCK_K, NUM_STAGES, PDL)),
@@ -338,15 +344,30 @@ def _hopper_narrow_kernel(
     # fmt: on
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Launch on the current device, of compute capability 9.0, and stream. `tuning.takes_hopper_narrow` says which operands it takes.
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
-    x: [num_rows, in_features], fp16|bf16, num_rows at most 128, rows of any stride of whole 16 bytes, contiguous inside a row
-    weight: [in_features, out_features], x's dtype, contiguous along in_features (the transpose of a stored [out, in]), the same strides
+
+def takes(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether `linear` and `gate_up` do: 16 bit, on sm_90, not too many rows, and tensors that the copy engine can read."""
+    stored = weight.t()
+    return (
+        _is_hopper(x.device)
+        and x.element_size() == 2
+        and x.shape[0] <= MAX_ROWS
+        and all(t.stride(1) == 1 and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0 for t in (x, stored))
+    )
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Launch on the current device, of compute capability 9.0, and stream.
+
+    x: [num_rows, in_features], fp16|bf16, num_rows at most 128, 16-byte aligned, rows of any stride of whole 16 bytes, contiguous in a row
+    weight: [in_features, out_features], x's dtype, the transpose of a stored [out_features, in_features] with strides and alignment as x's
     bias: [out_features], contiguous, or None
 
-    in_features must be a multiple of 8 unless strides are. Returns [num_rows, out_features], new, contiguous, in x's dtype. num_rows may
-    be 0.
+    Returns [num_rows, out_features], new, contiguous, in x's dtype. num_rows may be 0. `takes` says whether operands are so.
     """
     return _linear(x, weight, bias, gated=False)
 
@@ -365,9 +386,9 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *,
     config = hopper_narrow_config(num_rows, n, k, num_sms(x.device), gated=gated)
     block_n, block_k = config.block_n, config.block_k
     num_tiles, num_steps = ceil_div(n, block_n), ceil_div(k, block_k)
-    share = ceil_div(num_tiles * num_steps, config.num_programs)
-    num_programs = ceil_div(num_tiles * num_steps, share)
-    is_shared = share % num_steps != 0
+    num_programs = config.num_programs
+    assert num_programs <= num_tiles * num_steps < 2**31 // num_programs, "shares of no step, or products that overflow"
+    is_shared = num_tiles % num_programs != 0
     parts, counters = workspace(x.device) if is_shared else (None, None)
     if counters is not None:
         assert num_tiles <= counters.numel()
@@ -385,9 +406,8 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *,
         n,
         k,
         weight.stride(1),
-        num_tiles,
         num_steps,
-        share,
+        num_tiles * num_steps,
         AHEAD=config.num_ahead,
         HAS_BIAS=bias is not None,
         GATED=gated,

@@ -37,7 +37,6 @@ __all__ = [
     "sample_config",
     "silu_and_mul_config",
     "skinny_linear_config",
-    "takes_hopper_narrow",
     "takes_hopper_prefill",
     "w4a16_linear_config",
     "w4a16_splits",
@@ -195,7 +194,7 @@ class HopperNarrowConfig:
     block_m: int  # rows of x, padded
     block_n: int  # outputs of a tile; gated: gates, and as many ups
     block_k: int  # inputs a step
-    num_programs: int  # at most so many, which take equal shares of all tiles' steps
+    num_programs: int  # they take equal shares of all tiles' steps
     num_stages: int  # steps that a program has room for
     num_ahead: int = 0  # more, whose weights a program asks for before it waits for the kernel before it
 
@@ -314,24 +313,23 @@ def narrow_linear_config(
     return NarrowLinearConfig(block_m, 64, 128, num_splits, num_warps=4, num_stages=4)
 
 
-def takes_hopper_narrow(num_rows: int, strides: tuple[int, int], element_bytes: int, compute_capability: int) -> bool:
-    """What `hopper_narrow_linear` is written for: 16 bit, rows of x and of the stored weight at multiples of 16 bytes.
-
-    strides: of x's rows and of the weight's outputs, in elements. compute_capability: 10 * major + minor.
-    """
-    return compute_capability == 90 and num_rows <= 128 and element_bytes == 2 and all(stride % 8 == 0 for stride in strides)
-
-
 def hopper_narrow_config(num_rows: int, n: int, k: int, num_sms: int, *, gated: bool = False) -> HopperNarrowConfig:
-    """A program a multiprocessor; the programs of the next layer take the other half of its shared memory. Splits of equal length where
-    they fill as many. Not timed yet."""
+    """About a program a multiprocessor, and the programs of the next layer in the other half of it. Splits of equal length where those
+    are about as many, else equal shares. Wide tiles, since every tile reads x; narrow ones where there are few. Not timed yet."""
     block_m = _clamp(next_power_of_2(num_rows), MIN_DOT_ROWS, 128)
-    block_n = 64 if gated else 128
-    block_k = 64
     halves = 2 if gated else 1
+    is_wide = block_m <= 64 and 4 * ceil_div(n, 256 // halves) > 3 * num_sms  # 256 x 64 fp32 sums are 128 registers a thread
+    is_small = not gated and 8 * ceil_div(n, 128) <= num_sms
+    block_n = (256 if is_wide else 64 if is_small else 128) // halves
+    block_k = 32 if is_wide else 64
     num_stages = _clamp(HOPPER_NARROW_SHARED_BYTES // ((halves * block_n + block_m) * block_k * 2), 2, 8)
     tiles, steps = ceil_div(n, block_n), ceil_div(k, block_k)
-    num_programs = min(num_sms, tiles * steps)
+    if tiles >= num_sms:
+        num_programs = ceil_div(tiles, ceil_div(tiles, num_sms))
+        num_programs = num_programs if 4 * num_programs > 3 * num_sms else num_sms
+    else:
+        splits = _clamp((num_sms + tiles // 2) // tiles, 1, steps)
+        num_programs = tiles * splits if 4 * num_sms > 3 * tiles * splits > 2 * num_sms else min(num_sms, tiles * steps)
     return HopperNarrowConfig(block_m, block_n, block_k, num_programs, num_stages)
 
 

@@ -9,7 +9,8 @@ do at any time is done at a random one, so that a missing wait shows up as NaN, 
                         product may add to it
 
 With programmatic launch (PDL) each partition waits for the kernel before this one before it touches memory, but for the descriptors that
-`emulate` is told of. It knows one block of threads a partition: no warps, no lanes, no registers, no proxies of memory and no fences. Those are read in PTX.
+`emulate` is told of. It knows one block of threads a partition: no warps, no lanes, no registers, no proxies of memory and no fences.
+Those are read in PTX.
 """
 
 import math
