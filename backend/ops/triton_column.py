@@ -10,7 +10,7 @@ from typing import TypeGuard
 
 import torch
 
-from .kernels import narrow_linear, skinny_linear, skinny_qkv
+from .kernels import hopper_narrow_linear, narrow_linear, skinny_linear, skinny_qkv
 from .kernels.launch import shared_memory_bytes
 from .kernels.paged_decode_attention import paged_decode_attention, rotary_decode_attention
 from .kernels.paged_prefill_attention import paged_prefill_attention
@@ -25,6 +25,7 @@ from .kernels.silu_and_mul import silu_and_mul
 from .kernels.stage_decode import stage_decode
 from .kernels.tuning import (
     MANY_OUTPUTS,
+    MAX_HOPPER_NARROW_ROWS,
     MAX_NARROW_GATED_ROWS,
     MAX_NARROW_ROWS,
     MAX_NARROW_ROWS_OF_ANY,
@@ -91,6 +92,10 @@ def _is_narrow(weight: LinearWeight, x: torch.Tensor) -> TypeGuard[DenseWeight]:
     return k > n or n > MANY_OUTPUTS or x.shape[0] <= MAX_NARROW_ROWS_OF_ANY
 
 
+def _is_hopper_narrow(weight: LinearWeight, x: torch.Tensor) -> TypeGuard[DenseWeight]:
+    return _has_rows_stored(weight, x, MAX_HOPPER_NARROW_ROWS) and hopper_narrow_linear.takes(x, weight.weight)
+
+
 def _turns_whole(batch: AttentionBatch, k_cache: torch.Tensor) -> bool:
     """Whether rotary takes all dims of a head."""
     return 2 * batch.cos.shape[1] == k_cache.shape[3]
@@ -106,6 +111,8 @@ def linear(x: torch.Tensor | QuantizedRows, weight: LinearWeight) -> torch.Tenso
     assert isinstance(x, torch.Tensor), "8 bit rows meet 8 bit weights only"
     if _is_skinny(weight, x):
         return skinny_linear.linear(x, weight.weight, weight.bias)
+    if _is_hopper_narrow(weight, x):
+        return hopper_narrow_linear.linear(x, weight.weight, weight.bias)
     if _is_narrow(weight, x):
         return narrow_linear.linear(x, weight.weight, weight.bias)
     if isinstance(weight, W4A16Tiles):
@@ -219,6 +226,9 @@ def norm_gate_up_silu(
     if isinstance(weight, W4A16Tiles) and x.shape[0] <= MAX_W4A16_ROWS:
         y, residual = rms_norm(x, norm.weight, norm.eps, residual)
         return w4a16_gate_up(y, weight), residual
+    if _is_hopper_narrow(weight, x):
+        y, residual = rms_norm(x, norm.weight, norm.eps, residual)
+        return hopper_narrow_linear.gate_up(y, weight.weight, weight.bias), residual
     if _fits_narrow(weight, x, MAX_NARROW_GATED_ROWS):
         y, residual = rms_norm(x, norm.weight, norm.eps, residual)
         return narrow_linear.gate_up(y, weight.weight, weight.bias), residual

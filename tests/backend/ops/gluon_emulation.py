@@ -5,11 +5,15 @@
 do at any time is done at a random one, so that a missing wait shows up as NaN, as an assertion or as partitions that all wait for ever:
 
     a tile's copy       its destination is NaN from the request until it lands, mostly when every partition waits for something
-    a matrix product    reads its operands when it is issued or when it is waited for; its result is no tensor before that
+    a matrix product    reads its operands when it is issued or when it is waited for; its result is no tensor before that, but another
+                        product may add to it
 
-It knows one block of threads a partition: no warps, no lanes, no registers, no proxies of memory and no fences. Those are read in PTX.
+With programmatic launch (PDL) each partition waits for the kernel before this one before it touches memory, but for the descriptors that
+`emulate` is told of. It knows one block of threads a partition: no warps, no lanes, no registers, no proxies of memory and no fences.
+Those are read in PTX.
 """
 
+import math
 import random
 import threading
 import types
@@ -71,16 +75,23 @@ class Barrier:
 class Product:
     """A matrix product that was issued."""
 
-    def __init__(self, compute: Callable[[], torch.Tensor], *, early: bool) -> None:
-        self.compute, self.result = compute, compute() if early else None
+    def __init__(self, compute: Callable[[], torch.Tensor]) -> None:
+        self.compute = compute
+        self.result: torch.Tensor | None = None
+
+    def finish(self) -> torch.Tensor:
+        if self.result is None:
+            self.result = self.compute()
+        return self.result
 
 
 class Device:
     """What the partitions of one program share."""
 
-    def __init__(self, seed: int, program: int, num_programs: int) -> None:
+    def __init__(self, seed: int, program: int, num_programs: int, *, pdl: bool = False) -> None:
         self.random = random.Random(seed)
         self.program, self.num_programs = program, num_programs
+        self.pdl = pdl
         self.changed = threading.Condition(threading.RLock())
         self.local = threading.local()
         self.copies: list[Callable[[], None]] = []
@@ -92,6 +103,12 @@ class Device:
         if not hasattr(self.local, "products"):
             self.local.products = []
         return self.local.products
+
+    def wait_for_previous(self) -> None:
+        self.local.has_waited = True
+
+    def touch(self) -> None:
+        assert not self.pdl or getattr(self.local, "has_waited", False), "memory is touched before the wait for the kernel before"
 
     def settle(self, barrier: Barrier) -> None:
         if barrier.arrivals == 0 and barrier.num_bytes == 0:
@@ -138,12 +155,18 @@ class Device:
         self.changed.notify_all()
 
     def load_tile(self, descriptor: Any, coordinates: Sequence[Any], barrier: Barrier, target: Shared) -> None:
-        base, (block, head, *rest) = descriptor.base, map(int, coordinates)
-        assert rest == [0, 0]
+        base, begins = descriptor.base, list(map(int, coordinates))
+        is_read = all(begin < size for begin, size in zip(begins, base.shape, strict=True))
+        if is_read and not descriptor.is_early:
+            self.touch()
+        assert target.data.numel() == math.prod(descriptor.block_shape)
         target.data.fill_(float("nan"))
 
         def copy() -> None:
-            target.data.copy_(base[block, head].view(target.data.shape))
+            tile = base[tuple(slice(begin, begin + size) for begin, size in zip(begins, descriptor.block_shape, strict=True))]
+            lacking = [size - there for size, there in zip(descriptor.block_shape, tile.shape, strict=True)]
+            padding = [each for size in reversed(lacking) for each in (0, size)]
+            target.data.copy_(torch.nn.functional.pad(tile, padding).view(target.data.shape))  # zeros past the end
             barrier.num_bytes -= target.data.numel() * target.data.element_size()
             self.settle(barrier)
 
@@ -151,21 +174,26 @@ class Device:
             self.copies.append(copy)
             self.changed.notify_all()
 
-    def multiply(self, a: Any, b: Shared, acc: torch.Tensor, use_acc: bool = True, is_async: bool = False) -> Product:
+    def multiply(self, a: Any, b: Shared, acc: Any, use_acc: bool = True, is_async: bool = False) -> Product:
         assert is_async
-        start = acc.clone() if use_acc else torch.zeros_like(acc)
+        start = (acc if isinstance(acc, Product) else acc.clone()) if use_acc else torch.zeros_like(acc)
         left = a.data if isinstance(a, Shared) else a.clone()
-        product = Product(lambda: start + left.float() @ b.data.float(), early=self.random.random() < 0.5)
+
+        def compute() -> torch.Tensor:
+            return (start.finish() if isinstance(start, Product) else start) + left.float() @ b.data.float()
+
+        product = Product(compute)
+        if self.random.random() < 0.5:
+            product.finish()
         self.products().append(product)
         return product
 
     def wait_products(self, num_outstanding: int, deps: Sequence[Product]) -> Any:
+        """A product that is still under way stays what it is, to which another may add."""
         products = self.products()
         while len(products) > num_outstanding:
-            product = products.pop(0)
-            product.result = product.compute() if product.result is None else product.result
-        assert not any(dep in products for dep in deps), "a result is used before its product is waited for"
-        results = [dep.result for dep in deps]
+            products.pop(0).finish()
+        results = [dep if dep in products else dep.result for dep in deps]
         return results[0] if len(results) == 1 else tuple(results)
 
     def specialize(
@@ -197,16 +225,23 @@ def _tensor(value: Any) -> torch.Tensor:
     return value if isinstance(value, torch.Tensor) else torch.tensor(value)
 
 
-def _load(pointer: Pointer, mask: Any = None, other: Any = None) -> torch.Tensor:
+def _load(pointer: Pointer, mask: Any = None, other: Any = None, cache_modifier: str = "") -> torch.Tensor:
     offsets = _tensor(pointer.offsets).long()
     if mask is None:
         return pointer.flat[offsets]
     return torch.where(mask, pointer.flat[torch.where(mask, offsets, 0)], other)
 
 
-def _store(pointer: Pointer, value: torch.Tensor, mask: torch.Tensor) -> None:
-    mask = mask.expand(value.shape)
-    pointer.flat[pointer.offsets.expand(value.shape)[mask]] = value[mask]
+def _store(pointer: Pointer, value: Any, mask: Any = True) -> None:
+    value = _tensor(value).to(pointer.flat.dtype)
+    mask = _tensor(mask).expand(value.shape)
+    pointer.flat[_tensor(pointer.offsets).expand(value.shape)[mask].long()] = value[mask]
+
+
+def _atomic_add(pointer: Pointer, value: int, sem: str) -> torch.Tensor:
+    before = pointer.flat[int(pointer.offsets)].clone()
+    pointer.flat[int(pointer.offsets)] += value
+    return before
 
 
 def _language(device: Device) -> types.SimpleNamespace:
@@ -219,8 +254,16 @@ def _language(device: Device) -> types.SimpleNamespace:
     def nothing(*args: Any, **kwargs: Any) -> None:
         return None
 
+    def touching(function: Callable[..., Any]) -> Callable[..., Any]:
+        def touch(*args: Any, **kwargs: Any) -> Any:
+            device.touch()
+            return function(*args, **kwargs)
+
+        return touch
+
     return types.SimpleNamespace(
         constexpr=None,
+        int32=torch.int32,
         int64=torch.int64,
         float32=torch.float32,
         NVMMADistributedLayout=nothing,
@@ -232,8 +275,11 @@ def _language(device: Device) -> types.SimpleNamespace:
         static_range=range,
         allocate_shared_memory=allocate,
         warp_specialize=device.specialize,
-        load=_load,
-        store=_store,
+        load=touching(_load),
+        store=touching(_store),
+        atomic_add=touching(_atomic_add),
+        debug_barrier=nothing,
+        inline_asm_elementwise=lambda asm, constraints, args, **facts: args[0],
         arange=lambda start, end, layout: torch.arange(start, end),
         full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
         zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
@@ -244,6 +290,7 @@ def _language(device: Device) -> types.SimpleNamespace:
         maximum=lambda a, b: torch.maximum(_tensor(a), _tensor(b)),
         max=lambda value, axis: value.amax(axis),
         sum=lambda value, axis: value.sum(axis),
+        exp=torch.exp,
         exp2=torch.exp2,
     )
 
@@ -256,8 +303,12 @@ def _as_python(module_names: dict[str, Any], device: Device) -> dict[str, Any]:
             names[name] = types.FunctionType(value.fn.__code__, names, name, value.fn.__defaults__)
         elif type(value).__name__ == "constexpr":
             names[name] = value.value
+    language = _language(device)
     names.update(
-        gl=_language(device),
+        gl=language,
+        tl=language,  # of functions that triton's own kernels have too
+        gdc_launch_dependents=lambda: None,
+        gdc_wait=device.wait_for_previous,
         mbarrier=types.SimpleNamespace(
             MBarrierLayout=lambda: None, init=device.init, arrive=device.arrive, expect=device.expect, wait=device.wait
         ),
@@ -270,25 +321,35 @@ def _as_python(module_names: dict[str, Any], device: Device) -> dict[str, Any]:
     return names
 
 
-def emulate(module: types.ModuleType, kernel: str, monkeypatch: pytest.MonkeyPatch, seed: int = 0) -> None:
-    """The module's `kernel` runs on the CPU when it is launched, program after program."""
+def emulate(
+    module: types.ModuleType, kernel: str, monkeypatch: pytest.MonkeyPatch, seed: int = 0, early: Sequence[str] = ()
+) -> None:
+    """The module's `kernel` runs on the CPU when it is launched, program after program.
+
+    early: arguments, descriptors of what no other kernel writes
+    """
 
     def argument(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             num_elements = value.untyped_storage().nbytes() // value.element_size() - value.storage_offset()
             return Pointer(value.as_strided((num_elements,), (1,)))
         if hasattr(value, "base"):
-            return types.SimpleNamespace(base=value.base, dtype=value.base.dtype, layout=None)
+            return types.SimpleNamespace(
+                base=value.base, dtype=value.base.dtype, block_shape=value.block_shape, layout=None, is_early=False
+            )
         return value
 
     original = getattr(module, kernel)
 
     class Launcher:
         def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
-            def launch(*args: Any, num_warps: int, **constants: Any) -> None:
+            def launch(*args: Any, num_warps: int, maxnreg: int = 0, launch_pdl: bool = False, **constants: Any) -> None:
                 values = dict(zip(original.arg_names, map(argument, args), strict=False)) | constants
+                for name in early:
+                    values[name].is_early = True
                 for program in range(grid[0]):
-                    _as_python(vars(module) | {kernel: original}, Device(seed + program, program, grid[0]))[kernel](**values)
+                    device = Device(seed + program, program, grid[0], pdl=launch_pdl)
+                    _as_python(vars(module) | {kernel: original}, device)[kernel](**values)
 
             return launch
 
