@@ -188,6 +188,12 @@ class NarrowLinearConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class HopperGateUpConfig:
+    num_stages: int  # steps of 64 inputs that a program has room for
+    group_m: int  # row blocks that go by together
+
+
+@dataclass(frozen=True, slots=True)
 class FixedOrderLinearConfig:
     block_m: int  # rows of x a program
     block_n: int  # outputs a program
@@ -295,6 +301,11 @@ def narrow_linear_config(
     places = (1 if block_m >= 64 else 2) * num_sms
     num_splits = _clamp(next_power_of_2(places // tiles + 1) // 2, 1, 4)
     return NarrowLinearConfig(block_m, 64, 128, num_splits, num_warps=4, num_stages=4)
+
+
+def hopper_gate_up_config() -> HopperGateUpConfig:
+    """Four stages and the tile of y fill the shared memory. Not timed yet."""
+    return HopperGateUpConfig(num_stages=4, group_m=16)
 
 
 def fixed_order_linear_config(k: int, element_bytes: int) -> FixedOrderLinearConfig:

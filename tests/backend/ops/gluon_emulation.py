@@ -5,7 +5,9 @@
 do at any time is done at a random one, so that a missing wait shows up as NaN, as an assertion or as partitions that all wait for ever:
 
     a tile's copy       its destination is NaN from the request until it lands, mostly when every partition waits for something
-    a matrix product    reads its operands when it is issued or when it is waited for; its result is no tensor before that
+    a matrix product    reads its operands when it is issued or when it is waited for; its result is no tensor before that, but what
+                        the next product may add to
+    a tile's store      reads its source when it is issued or when it is waited for
 
 It knows one block of threads a partition: no warps, no lanes, no registers, no proxies of memory and no fences. Those are read in PTX.
 """
@@ -69,10 +71,19 @@ class Barrier:
 
 
 class Product:
-    """A matrix product that was issued."""
+    """A matrix product that was issued; `before`: what it adds to, if anything."""
 
-    def __init__(self, compute: Callable[[], torch.Tensor], *, early: bool) -> None:
-        self.compute, self.result = compute, compute() if early else None
+    def __init__(self, a: Any, b: Shared, before: "torch.Tensor | Product | None") -> None:
+        self.operands = a.data if isinstance(a, Shared) else a.clone(), b.data, before
+        self.result: torch.Tensor | None = None
+
+    def compute(self) -> torch.Tensor:
+        """The products before it come first."""
+        if self.result is None:
+            left, right, before = self.operands
+            start = before.compute() if isinstance(before, Product) else 0.0 if before is None else before
+            self.result = start + left.float() @ right.float()
+        return self.result
 
 
 class Device:
@@ -92,6 +103,11 @@ class Device:
         if not hasattr(self.local, "products"):
             self.local.products = []
         return self.local.products
+
+    def stores(self) -> list[Callable[[], None]]:
+        if not hasattr(self.local, "stores"):
+            self.local.stores = []
+        return self.local.stores
 
     def settle(self, barrier: Barrier) -> None:
         if barrier.arrivals == 0 and barrier.num_bytes == 0:
@@ -138,12 +154,13 @@ class Device:
         self.changed.notify_all()
 
     def load_tile(self, descriptor: Any, coordinates: Sequence[Any], barrier: Barrier, target: Shared) -> None:
-        base, (block, head, *rest) = descriptor.base, map(int, coordinates)
-        assert rest == [0, 0]
+        """What lies outside of the tensor is zeros, and counts among the bytes that come."""
+        source = descriptor.base[_box(coordinates, target)]
         target.data.fill_(float("nan"))
 
         def copy() -> None:
-            target.data.copy_(base[block, head].view(target.data.shape))
+            target.data.zero_()
+            target.data[tuple(map(slice, source.shape))] = source
             barrier.num_bytes -= target.data.numel() * target.data.element_size()
             self.settle(barrier)
 
@@ -151,21 +168,38 @@ class Device:
             self.copies.append(copy)
             self.changed.notify_all()
 
-    def multiply(self, a: Any, b: Shared, acc: torch.Tensor, use_acc: bool = True, is_async: bool = False) -> Product:
+    def store_tile(self, descriptor: Any, coordinates: Sequence[Any], source: Shared) -> None:
+        """What lies outside of the tensor is not written."""
+        target = descriptor.base[_box(coordinates, source)]
+
+        def copy() -> None:
+            target.copy_(source.data[tuple(map(slice, target.shape))])
+
+        if self.random.random() < 0.5:
+            copy()
+        else:
+            self.stores().append(copy)
+
+    def wait_stores(self, num_outstanding: int) -> None:
+        assert num_outstanding == 0
+        while self.stores():
+            self.stores().pop(0)()
+
+    def multiply(
+        self, a: Any, b: Shared, acc: torch.Tensor | Product, use_acc: bool = True, is_async: bool = False
+    ) -> Product:
         assert is_async
-        start = acc.clone() if use_acc else torch.zeros_like(acc)
-        left = a.data if isinstance(a, Shared) else a.clone()
-        product = Product(lambda: start + left.float() @ b.data.float(), early=self.random.random() < 0.5)
+        product = Product(a, b, (acc if isinstance(acc, Product) else acc.clone()) if use_acc else None)
+        if self.random.random() < 0.5:
+            product.compute()
         self.products().append(product)
         return product
 
-    def wait_products(self, num_outstanding: int, deps: Sequence[Product]) -> Any:
+    def wait_products(self, num_outstanding: int, deps: Sequence[Product | torch.Tensor]) -> Any:
         products = self.products()
         while len(products) > num_outstanding:
-            product = products.pop(0)
-            product.result = product.compute() if product.result is None else product.result
-        assert not any(dep in products for dep in deps), "a result is used before its product is waited for"
-        results = [dep.result for dep in deps]
+            products.pop(0).compute()
+        results = [dep.compute() if isinstance(dep, Product) and dep not in products else dep for dep in deps]
         return results[0] if len(results) == 1 else tuple(results)
 
     def specialize(
@@ -175,6 +209,7 @@ class Device:
             try:
                 function(*args)
                 assert not self.products(), "a product is never waited for"
+                assert not self.stores(), "a store is never waited for"
             except BaseException as error:  # noqa: BLE001 (raised again by the thread that started this one)
                 with self.changed:
                     self.failures.append(error)
@@ -191,6 +226,37 @@ class Device:
         if self.failures:
             raise self.failures[0]
         assert not self.copies, "a tile is never waited for"
+
+
+def _box(coordinates: Sequence[Any], tile: Shared) -> tuple[slice, ...]:
+    assert len(coordinates) == tile.data.dim()
+    return tuple(slice(int(start), int(start) + size) for start, size in zip(coordinates, tile.data.shape, strict=True))
+
+
+def _halves(words: torch.Tensor, dtype: torch.dtype, *, high: bool) -> torch.Tensor:
+    return (words >> (16 if high else 0)).to(torch.int16).view(dtype).float()
+
+
+def _word(low: torch.Tensor, high: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    low, high = (value.to(dtype).view(torch.int16).int() for value in (low, high))
+    return high << 16 | low & 0xFFFF
+
+
+ASSEMBLY: dict[str, Callable[..., torch.Tensor]] = {
+    "ex2.approx.ftz.f32 $0, $1": torch.exp2,
+    "rcp.approx.ftz.f32 $0, $1": torch.reciprocal,
+    "cvt.rn.bf16x2.f32 $0, $2, $1": lambda low, high: _word(low, high, torch.bfloat16),
+    "cvt.rn.f16x2.f32 $0, $2, $1": lambda low, high: _word(low, high, torch.float16),
+    "shl.b32 $0, $1, 16": lambda words: _halves(words, torch.bfloat16, high=False),
+    "and.b32 $0, $1, 0xffff0000": lambda words: _halves(words, torch.bfloat16, high=True),
+    "cvt.f32.f16 $0, low": lambda words: _halves(words, torch.float16, high=False),
+    "cvt.f32.f16 $0, high": lambda words: _halves(words, torch.float16, high=True),
+}
+
+
+def _inline_assembly(asm: str, constraints: str, args: Sequence[torch.Tensor], **facts: Any) -> torch.Tensor:
+    (function,) = (function for text, function in ASSEMBLY.items() if text in asm)
+    return function(*args)
 
 
 def _tensor(value: Any) -> torch.Tensor:
@@ -221,8 +287,10 @@ def _language(device: Device) -> types.SimpleNamespace:
 
     return types.SimpleNamespace(
         constexpr=None,
+        int32=torch.int32,
         int64=torch.int64,
         float32=torch.float32,
+        bfloat16=torch.bfloat16,
         NVMMADistributedLayout=nothing,
         BlockedLayout=nothing,
         SliceLayout=nothing,
@@ -238,7 +306,10 @@ def _language(device: Device) -> types.SimpleNamespace:
         full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
         zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
         zeros_like=torch.zeros_like,
-        convert_layout=lambda value, layout: value,
+        convert_layout=lambda value, layout, assert_trivial=False: value,
+        split=lambda value: value.unbind(-1),
+        join=lambda a, b: torch.stack((a, b), dim=-1),
+        inline_asm_elementwise=_inline_assembly,
         where=lambda condition, a, b: torch.where(_tensor(condition), a, b),
         minimum=lambda a, b: torch.minimum(_tensor(a), _tensor(b)),
         maximum=lambda a, b: torch.maximum(_tensor(a), _tensor(b)),
@@ -262,6 +333,8 @@ def _as_python(module_names: dict[str, Any], device: Device) -> dict[str, Any]:
             MBarrierLayout=lambda: None, init=device.init, arrive=device.arrive, expect=device.expect, wait=device.wait
         ),
         load_tile=device.load_tile,
+        store_tile=device.store_tile,
+        tma=types.SimpleNamespace(store_wait=device.wait_stores),
         warpgroup_mma=device.multiply,
         warpgroup_mma_wait=device.wait_products,
         fence_async_shared=lambda: None,
