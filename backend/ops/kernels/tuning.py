@@ -12,6 +12,7 @@ __all__ = [
     "DecodeAttentionConfig",
     "FixedOrderLinearConfig",
     "GreedySampleConfig",
+    "HopperGateUpConfig",
     "PrefillAttentionConfig",
     "QuantizeRowsConfig",
     "QuantizedDecodeAttentionConfig",
@@ -25,6 +26,7 @@ __all__ = [
     "decode_attention_config",
     "fixed_order_linear_config",
     "greedy_sample_config",
+    "hopper_gate_up_config",
     "narrow_linear_config",
     "next_power_of_2",
     "prefill_attention_config",
@@ -35,6 +37,7 @@ __all__ = [
     "sample_config",
     "silu_and_mul_config",
     "skinny_linear_config",
+    "takes_hopper_gate_up",
     "takes_hopper_prefill",
     "w4a16_linear_config",
     "w4a16_splits",
@@ -211,6 +214,9 @@ MAX_NARROW_GATED_ROWS = 128
 MAX_NARROW_ROWS_OF_ANY = 48
 MIN_NARROW_SHARED_BYTES = 200 << 10  # of a chip in a data centre; the tiles take up to 136 KiB
 MAX_NARROW_ROWS = 64
+#: Dense layers with a gate have a kernel of their own again from so many rows on, where the chip is Hopper's: one of the token counts that
+#: a runner warms up with. No batch has so many: not timed yet.
+MIN_HOPPER_GATE_UP_ROWS = 1 << 30
 MANY_OUTPUTS = 65536
 MAX_QUANTIZED_ROW = 65536
 #: e4m3 with at most so many rows has our kernel, beyond them cuBLAS's: a layer of 64 rows takes 88 us against 103, of 256 rows 155 against
@@ -306,6 +312,11 @@ def narrow_linear_config(
 def hopper_gate_up_config() -> HopperGateUpConfig:
     """Four stages and the tile of y fill the shared memory. Not timed yet."""
     return HopperGateUpConfig(num_stages=4, group_m=16)
+
+
+def takes_hopper_gate_up(k: int, inter: int, element_bytes: int, compute_capability: int) -> bool:
+    """What `hopper_gate_up` is written for: 16 bit, rows of x, W and y at multiples of 16 bytes. compute_capability: 10 * major + minor."""
+    return element_bytes == 2 and k % 8 == 0 and inter % 8 == 0 and compute_capability == 90
 
 
 def fixed_order_linear_config(k: int, element_bytes: int) -> FixedOrderLinearConfig:

@@ -185,9 +185,7 @@ class Device:
         while self.stores():
             self.stores().pop(0)()
 
-    def multiply(
-        self, a: Any, b: Shared, acc: torch.Tensor | Product, use_acc: bool = True, is_async: bool = False
-    ) -> Product:
+    def multiply(self, a: Any, b: Shared, acc: torch.Tensor | Product, use_acc: bool = True, is_async: bool = False) -> Product:
         assert is_async
         product = Product(a, b, (acc if isinstance(acc, Product) else acc.clone()) if use_acc else None)
         if self.random.random() < 0.5:
