@@ -1,4 +1,4 @@
-"""Tile choices of the kernels that a step lives on, against each other: sweep_tiles.py [linear|narrow|attention|prefill|gate_up|w4a16]
+"""Tile choices of the kernels that a step lives on, compared: sweep_tiles.py [linear|narrow|attention|prefill|gate_up|prompt_linear|w4a16]
 
 Method as in bench_ops.py: calls over weights or caches that together exceed the L2 cache, captured in one CUDA graph; the median of
 its replays. All choices are compiled in several processes first. They stand in backend/ops/kernels/tuning.py; w4a16 (w4a16_choices.py)
@@ -19,6 +19,7 @@ import w4a16_choices
 from triton.errors import TritonError
 
 from turbotriton.backend.ops.kernels import hopper_gate_up as gate_up_module
+from turbotriton.backend.ops.kernels import hopper_linear as hopper_linear_module
 from turbotriton.backend.ops.kernels import narrow_linear as narrow_module
 from turbotriton.backend.ops.kernels import paged_decode_attention as attention_module
 from turbotriton.backend.ops.kernels import paged_prefill_attention as prefill_module
@@ -276,6 +277,40 @@ def gate_ups(all_rows: list[int]) -> None:
             )
 
 
+def prompt_linears(all_rows: list[int]) -> None:
+    """Plain layers of prompts: cuBLAS beside the kernel for Hopper."""
+    choices = [{"num_stages": 4, "group_m": group} for group in (4, 8, 16, 32)]
+    for name, (hidden, inter, qkv, _, _) in SHAPES.items():
+        for layer, k, n in (("qkv", hidden, qkv), ("o", hidden, hidden), ("gate_up", hidden, 2 * inter), ("down", inter, hidden)):
+            copies = max(2, min(24, (400 << 20) // (k * n * 2)))
+            weights = [(randn(n, k) * k**-0.5).t() for _ in range(copies)]
+            for rows in all_rows:
+                x = randn(rows, k)
+                teraflop = 2 * rows * k * n / 1e12
+                product = median_us([lambda w=w: x @ w for w in weights])
+                found = []
+                for choice in choices:
+                    config = dataclasses.replace(tuning.hopper_linear_config(), **choice)
+                    hopper_linear_module.hopper_linear_config = lambda config=config: config
+                    calls = [lambda w=w: hopper_linear_module.linear(x, w) for w in weights]
+                    if compile_ahead.compiles(calls):
+                        continue
+                    text = " ".join(f"{key} {value}" for key, value in choice.items())
+                    if not (rms := relative_rms(calls[0](), x @ weights[0])) < 0.01:
+                        print(f"prompt_linear {name} {layer} x {rows}, {text}: WRONG, {rms:.3f} away", flush=True)
+                    found.append((median_us(calls), text))
+                hopper_linear_module.hopper_linear_config = tuning.hopper_linear_config
+                if not found:  # in a process that only compiles
+                    continue
+                found.sort()
+                best = ";  ".join(f"{us:.1f} us {text}" for us, text in found)
+                print(
+                    f"prompt_linear {name} {layer} {rows}x{k}x{n}: cuBLAS {product:.1f} us ({teraflop / product * 1e6:.0f} TFLOP/s); "
+                    f"{teraflop / found[0][0] * 1e6:.0f} TFLOP/s: {best}",
+                    flush=True,
+                )
+
+
 def w4a16_weight(k: int, n: int, gated: bool) -> W4A16Tiles:
     words = torch.randint(-(2**31), 2**31 - 1, (n // 16, k // 64, 32, 4), dtype=torch.int32, device="cuda")
     scales = torch.rand((k // w4a16_choices.GROUP_SIZE, n), device="cuda") * 0.01 + 0.001
@@ -346,10 +381,12 @@ def w4a16_plan(all_rows: list[int], num_sms: int) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "what", nargs="*", default=["attention", "linear", "narrow", "prefill"], help="(default: all but the last two)"
+        "what", nargs="*", default=["attention", "linear", "narrow", "prefill"], help="(default: all but the last three)"
     )
     parser.add_argument("--narrow-rows", default="16,64", help="the same of narrow layers (default: %(default)s)")
-    parser.add_argument("--gate-up-rows", default="256,512,2048,8192", help="the same of gate_up (default: %(default)s)")
+    parser.add_argument(
+        "--gate-up-rows", default="256,512,2048,8192", help="the same of gate_up and prompt_linear (default: %(default)s)"
+    )
     parser.add_argument("--rows", default="1", help="rows of x, comma-separated (default: %(default)s)")
     parser.add_argument("--plan", action="store_true", help="print the choices of w4a16 for 132 multiprocessors")
     args = parser.parse_args()
@@ -364,6 +401,8 @@ def main() -> int:
         prefills()
     if "gate_up" in args.what:
         gate_ups(list(map(int, args.gate_up_rows.split(","))))
+    if "prompt_linear" in args.what:
+        prompt_linears(list(map(int, args.gate_up_rows.split(","))))
     if "narrow" in args.what:
         for rows in map(int, args.narrow_rows.split(",")):
             narrows(rows)

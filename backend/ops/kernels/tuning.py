@@ -314,6 +314,11 @@ def hopper_gate_up_config() -> HopperGateUpConfig:
     return HopperGateUpConfig(num_stages=4, group_m=16)
 
 
+def hopper_linear_config() -> HopperGateUpConfig:
+    """Four stages and what stores go through fill the shared memory. Not timed yet."""
+    return HopperGateUpConfig(num_stages=4, group_m=16)
+
+
 def takes_hopper_gate_up(k: int, inter: int, element_bytes: int, compute_capability: int) -> bool:
     """What `hopper_gate_up` is written for: 16 bit, rows of x, W and y at multiples of 16 bytes. compute_capability: 10 * major + minor."""
     return element_bytes == 2 and k % 8 == 0 and inter % 8 == 0 and compute_capability == 90

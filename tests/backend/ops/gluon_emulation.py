@@ -252,7 +252,11 @@ ASSEMBLY: dict[str, Callable[..., torch.Tensor]] = {
 }
 
 
-def _inline_assembly(asm: str, constraints: str, args: Sequence[torch.Tensor], **facts: Any) -> torch.Tensor:
+def _inline_assembly(
+    asm: str, constraints: str, args: Sequence[torch.Tensor], dtype: torch.dtype, is_pure: bool, pack: int
+) -> torch.Tensor:
+    if "mov.b32 {$0, high}, $1" in asm or "mov.b32 {low, $0}, $1" in asm:
+        return _halves(args[0], dtype, high="{low, $0}" in asm).to(dtype)
     (function,) = (function for text, function in ASSEMBLY.items() if text in asm)
     return function(*args)
 
@@ -289,6 +293,7 @@ def _language(device: Device) -> types.SimpleNamespace:
         int64=torch.int64,
         float32=torch.float32,
         bfloat16=torch.bfloat16,
+        float16=torch.float16,
         NVMMADistributedLayout=nothing,
         BlockedLayout=nothing,
         SliceLayout=nothing,
