@@ -10,7 +10,7 @@ from typing import TypeGuard
 
 import torch
 
-from .kernels import hopper_narrow_linear, narrow_linear, skinny_linear, skinny_qkv
+from .kernels import hopper_gate_up, hopper_narrow_linear, narrow_linear, skinny_linear, skinny_qkv
 from .kernels.launch import shared_memory_bytes
 from .kernels.paged_decode_attention import paged_decode_attention, rotary_decode_attention
 from .kernels.paged_prefill_attention import paged_prefill_attention
@@ -32,6 +32,7 @@ from .kernels.tuning import (
     MAX_ROWS_BEFORE_NARROW,
     MAX_SKINNY_NORM_ELEMENTS,
     MAX_W4A16_ROWS,
+    MIN_HOPPER_GATE_UP_ROWS,
     MIN_NARROW_SHARED_BYTES,
     ceil_div,
     next_power_of_2,
@@ -94,6 +95,11 @@ def _is_narrow(weight: LinearWeight, x: torch.Tensor) -> TypeGuard[DenseWeight]:
 
 def _is_hopper_narrow(weight: LinearWeight, x: torch.Tensor) -> TypeGuard[DenseWeight]:
     return _has_rows_stored(weight, x, MAX_HOPPER_NARROW_ROWS) and hopper_narrow_linear.takes(x, weight.weight)
+
+
+def _is_for_hopper(weight: LinearWeight, x: torch.Tensor) -> TypeGuard[DenseWeight]:
+    """Enough rows for the gated layer of prompts, where the device and the weight are what it takes."""
+    return isinstance(weight, DenseWeight) and x.shape[0] >= MIN_HOPPER_GATE_UP_ROWS and hopper_gate_up.takes(x, weight.weight)
 
 
 def _turns_whole(batch: AttentionBatch, k_cache: torch.Tensor) -> bool:
@@ -232,6 +238,9 @@ def norm_gate_up_silu(
     if _fits_narrow(weight, x, MAX_NARROW_GATED_ROWS):
         y, residual = rms_norm(x, norm.weight, norm.eps, residual)
         return narrow_linear.gate_up(y, weight.weight, weight.bias), residual
+    if _is_for_hopper(weight, x):
+        y, residual = rms_norm(x, norm.weight, norm.eps, residual)
+        return hopper_gate_up.gate_up(y, weight.weight, weight.bias), residual
     gate_up, residual = norm_linear(x, residual, norm, weight)
     if isinstance(weight, W8A8Weight | Fp8Weight):  # all of a model's layers are stored alike: down_projection is 8 bit too
         return silu_and_mul_rows(gate_up, weight.weight.dtype), residual

@@ -1,8 +1,8 @@
-"""Tile choices of the kernels that a step lives on, timed against each other: sweep_tiles.py [linear|narrow|attention|prefill|w4a16]
+"""Tile choices of the kernels that a step lives on, compared: sweep_tiles.py [linear|narrow|attention|prefill|gate_up|prompt_linear|w4a16]
 
 Method as in bench_ops.py: calls over weights or caches that together exceed the L2 cache, captured in one CUDA graph; the median of
 its replays. All choices are compiled in several processes first. They stand in backend/ops/kernels/tuning.py; w4a16 (w4a16_choices.py)
-compares each result with today's, and `--plan` prints them with their programs and needs no GPU.
+compares each result with today's, and `--plan` prints them with their programs and needs no GPU. gate_up compares with cuBLAS and SiLU.
 """
 # ruff: noqa: B023 (every closure is called before the loop goes on)
 
@@ -18,6 +18,8 @@ import torch
 import w4a16_choices
 from triton.errors import TritonError
 
+from turbotriton.backend.ops.kernels import hopper_gate_up as gate_up_module
+from turbotriton.backend.ops.kernels import hopper_linear as hopper_linear_module
 from turbotriton.backend.ops.kernels import hopper_narrow_linear as hopper_module
 from turbotriton.backend.ops.kernels import narrow_linear as narrow_module
 from turbotriton.backend.ops.kernels import paged_decode_attention as attention_module
@@ -25,6 +27,7 @@ from turbotriton.backend.ops.kernels import paged_prefill_attention as prefill_m
 from turbotriton.backend.ops.kernels import skinny_linear as linear_module
 from turbotriton.backend.ops.kernels import tuning
 from turbotriton.backend.ops.kernels import w4a16_linear as w4a16_module
+from turbotriton.backend.ops.kernels.silu_and_mul import silu_and_mul
 from turbotriton.backend.ops.operands import W4A16Tiles
 from turbotriton.backend.ops.packing import fragment_params
 
@@ -284,6 +287,77 @@ def prefills() -> None:
         print(f"prefill attention {heads} heads, {len(lengths)} rows to {max(lengths)}, TFLOP/s: {best}", flush=True)
 
 
+def relative_rms(y: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((y.float() - wanted.float()).square().mean().sqrt() / wanted.float().square().mean().sqrt())
+
+
+def gate_ups(all_rows: list[int]) -> None:
+    choices = [{"num_stages": stages, "group_m": group} for stages in (4, 3) for group in (4, 8, 16, 32, 64)]
+    for name, (hidden, inter, _, _, _) in SHAPES.items():
+        copies = max(2, min(24, (400 << 20) // (hidden * 2 * inter * 2)))
+        weights = [(randn(2 * inter, hidden) * hidden**-0.5).t() for _ in range(copies)]
+        for rows in all_rows:
+            x = randn(rows, hidden)
+            teraflop = 2 * rows * hidden * 2 * inter / 1e12
+            product = median_us([lambda w=w: x @ w for w in weights])
+            both = median_us([lambda w=w: silu_and_mul(x @ w) for w in weights])
+            found = []
+            for choice in choices:
+                config = dataclasses.replace(tuning.hopper_gate_up_config(), **choice)
+                gate_up_module.hopper_gate_up_config = lambda config=config: config
+                calls = [lambda w=w: gate_up_module.gate_up(x, w) for w in weights]
+                if compile_ahead.compiles(calls):
+                    continue
+                text = " ".join(f"{key} {value}" for key, value in choice.items())
+                if not (rms := relative_rms(calls[0](), silu_and_mul(x @ weights[0]))) < 0.01:
+                    print(f"gate_up {name} x {rows}, {text}: WRONG, {rms:.3f} away", flush=True)
+                found.append((median_us(calls), text))
+            gate_up_module.hopper_gate_up_config = tuning.hopper_gate_up_config
+            if not found:  # in a process that only compiles
+                continue
+            found.sort()
+            best = ";  ".join(f"{us:.1f} us {text}" for us, text in found)
+            print(
+                f"gate_up {name} {rows}x{hidden}x{2 * inter}: cuBLAS {product:.1f} us ({teraflop / product * 1e6:.0f} TFLOP/s), with SiLU "
+                f"{both:.1f} us; {teraflop / found[0][0] * 1e6:.0f} TFLOP/s: {best}",
+                flush=True,
+            )
+
+
+def prompt_linears(all_rows: list[int]) -> None:
+    """Plain layers of prompts: cuBLAS beside the kernel for Hopper."""
+    choices = [{"num_stages": 4, "group_m": group} for group in (4, 8, 16, 32)]
+    for name, (hidden, inter, qkv, _, _) in SHAPES.items():
+        for layer, k, n in (("qkv", hidden, qkv), ("o", hidden, hidden), ("gate_up", hidden, 2 * inter), ("down", inter, hidden)):
+            copies = max(2, min(24, (400 << 20) // (k * n * 2)))
+            weights = [(randn(n, k) * k**-0.5).t() for _ in range(copies)]
+            for rows in all_rows:
+                x = randn(rows, k)
+                teraflop = 2 * rows * k * n / 1e12
+                product = median_us([lambda w=w: x @ w for w in weights])
+                found = []
+                for choice in choices:
+                    config = dataclasses.replace(tuning.hopper_linear_config(), **choice)
+                    hopper_linear_module.hopper_linear_config = lambda config=config: config
+                    calls = [lambda w=w: hopper_linear_module.linear(x, w) for w in weights]
+                    if compile_ahead.compiles(calls):
+                        continue
+                    text = " ".join(f"{key} {value}" for key, value in choice.items())
+                    if not (rms := relative_rms(calls[0](), x @ weights[0])) < 0.01:
+                        print(f"prompt_linear {name} {layer} x {rows}, {text}: WRONG, {rms:.3f} away", flush=True)
+                    found.append((median_us(calls), text))
+                hopper_linear_module.hopper_linear_config = tuning.hopper_linear_config
+                if not found:  # in a process that only compiles
+                    continue
+                found.sort()
+                best = ";  ".join(f"{us:.1f} us {text}" for us, text in found)
+                print(
+                    f"prompt_linear {name} {layer} {rows}x{k}x{n}: cuBLAS {product:.1f} us ({teraflop / product * 1e6:.0f} TFLOP/s); "
+                    f"{teraflop / found[0][0] * 1e6:.0f} TFLOP/s: {best}",
+                    flush=True,
+                )
+
+
 def w4a16_weight(k: int, n: int, gated: bool) -> W4A16Tiles:
     words = torch.randint(-(2**31), 2**31 - 1, (n // 16, k // 64, 32, 4), dtype=torch.int32, device="cuda")
     scales = torch.rand((k // w4a16_choices.GROUP_SIZE, n), device="cuda") * 0.01 + 0.001
@@ -324,8 +398,7 @@ def w4a16(all_rows: list[int]) -> None:
                     print(f"{layer} x {rows}: {choice}: left out, {problem}", flush=True)
                     sums[index] = float("inf")
                     continue
-                rms = float((y.float() - wanted.float()).square().mean().sqrt() / wanted.float().square().mean().sqrt())
-                if not rms < 0.01:
+                if not (rms := relative_rms(y, wanted)) < 0.01:
                     print(f"{layer} x {rows}: {choice}: WRONG, {rms:.3f} away from today's", flush=True)
                 times.append((median_us(calls), str(choice)))
                 sums[index] += times[-1][0]
@@ -354,8 +427,13 @@ def w4a16_plan(all_rows: list[int], num_sms: int) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", default=["attention", "linear", "narrow", "prefill"], help="(default: all but w4a16)")
+    parser.add_argument(
+        "what", nargs="*", default=["attention", "linear", "narrow", "prefill"], help="(default: all but the last three)"
+    )
     parser.add_argument("--narrow-rows", default="16,64", help="the same of narrow layers (default: %(default)s)")
+    parser.add_argument(
+        "--gate-up-rows", default="256,512,2048,8192", help="the same of gate_up and prompt_linear (default: %(default)s)"
+    )
     parser.add_argument("--rows", default="1", help="rows of x, comma-separated (default: %(default)s)")
     parser.add_argument("--plan", action="store_true", help="print the choices of w4a16 for 132 multiprocessors")
     args = parser.parse_args()
@@ -368,6 +446,10 @@ def main() -> int:
         attentions()
     if "prefill" in args.what:
         prefills()
+    if "gate_up" in args.what:
+        gate_ups(list(map(int, args.gate_up_rows.split(","))))
+    if "prompt_linear" in args.what:
+        prompt_linears(list(map(int, args.gate_up_rows.split(","))))
     if "narrow" in args.what:
         for rows in map(int, args.narrow_rows.split(",")):
             narrows(rows)

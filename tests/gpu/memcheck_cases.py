@@ -15,6 +15,8 @@ import triton.language as tl
 from turbotriton.backend.ops.kernels import (
     fixed_order_linear,
     greedy_sample,
+    hopper_gate_up,
+    hopper_linear,
     hopper_prefill_attention,
     narrow_linear,
     paged_decode_attention,
@@ -77,6 +79,10 @@ def dense_linears(m: Maker) -> None:
     for num_rows, k, n in ((5, 200, 70), (33, 1100, 130)):
         narrow_linear.linear(m.zeros(num_rows, k), m.weight(k, n), m.zeros(n))
         narrow_linear.gate_up(m.zeros(num_rows, k), m.weight(k, 2 * n))
+    if m.device == "cpu" or torch.cuda.get_device_capability() == (9, 0):
+        for num_rows, k, n in ((1, 72, 8), (200, 200, 136)):
+            hopper_gate_up.gate_up(m.zeros(num_rows, k), m.weight(k, 2 * n), m.zeros(2 * n))
+            hopper_linear.linear(m.zeros(num_rows, k), m.weight(k, n), m.zeros(n))
     for num_rows, k, n in ((1, 1100, 33), (70, 72, 130)):
         fixed_order_linear.linear(m.zeros(num_rows, k), m.weight(k, n), m.zeros(n))
 

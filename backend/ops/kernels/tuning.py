@@ -12,6 +12,7 @@ __all__ = [
     "DecodeAttentionConfig",
     "FixedOrderLinearConfig",
     "GreedySampleConfig",
+    "HopperGateUpConfig",
     "HopperNarrowConfig",
     "PrefillAttentionConfig",
     "QuantizeRowsConfig",
@@ -26,6 +27,7 @@ __all__ = [
     "decode_attention_config",
     "fixed_order_linear_config",
     "greedy_sample_config",
+    "hopper_gate_up_config",
     "hopper_narrow_config",
     "narrow_linear_config",
     "next_power_of_2",
@@ -37,6 +39,7 @@ __all__ = [
     "sample_config",
     "silu_and_mul_config",
     "skinny_linear_config",
+    "takes_hopper_gate_up",
     "takes_hopper_prefill",
     "w4a16_linear_config",
     "w4a16_splits",
@@ -200,6 +203,12 @@ class HopperNarrowConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class HopperGateUpConfig:
+    num_stages: int  # steps of 64 inputs that a program has room for
+    group_m: int  # row blocks that go by together
+
+
+@dataclass(frozen=True, slots=True)
 class FixedOrderLinearConfig:
     block_m: int  # rows of x a program
     block_n: int  # outputs a program
@@ -217,6 +226,9 @@ MAX_NARROW_GATED_ROWS = 128
 MAX_NARROW_ROWS_OF_ANY = 48
 MIN_NARROW_SHARED_BYTES = 200 << 10  # of a chip in a data centre; the tiles take up to 136 KiB
 MAX_NARROW_ROWS = 64
+#: Dense layers with a gate have a kernel of their own again from so many rows on, where the chip is Hopper's: one of the token counts that
+#: a runner warms up with. No batch has so many: not timed yet.
+MIN_HOPPER_GATE_UP_ROWS = 1 << 30
 MANY_OUTPUTS = 65536
 #: Up to so many rows of dense layers go to hopper_narrow_linear.py where it takes them, 128 at most; 0: none, until it has been timed.
 MAX_HOPPER_NARROW_ROWS = 0
@@ -331,6 +343,21 @@ def hopper_narrow_config(num_rows: int, n: int, k: int, num_sms: int, *, gated: 
         splits = _clamp((num_sms + tiles // 2) // tiles, 1, steps)
         num_programs = tiles * splits if 4 * num_sms > 3 * tiles * splits > 2 * num_sms else min(num_sms, tiles * steps)
     return HopperNarrowConfig(block_m, block_n, block_k, num_programs, num_stages)
+
+
+def hopper_gate_up_config() -> HopperGateUpConfig:
+    """Four stages and the tile of y fill the shared memory. Not timed yet."""
+    return HopperGateUpConfig(num_stages=4, group_m=16)
+
+
+def hopper_linear_config() -> HopperGateUpConfig:
+    """Four stages and what stores go through fill the shared memory. Not timed yet."""
+    return HopperGateUpConfig(num_stages=4, group_m=16)
+
+
+def takes_hopper_gate_up(k: int, inter: int, element_bytes: int, compute_capability: int) -> bool:
+    """What `hopper_gate_up` is written for: 16 bit, rows of x, W and y at multiples of 16 bytes. compute_capability: 10 * major + minor."""
+    return element_bytes == 2 and k % 8 == 0 and inter % 8 == 0 and compute_capability == 90
 
 
 def fixed_order_linear_config(k: int, element_bytes: int) -> FixedOrderLinearConfig:

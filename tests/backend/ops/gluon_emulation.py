@@ -7,6 +7,7 @@ do at any time is done at a random one, so that a missing wait shows up as NaN, 
     a tile's copy       its destination is NaN from the request until it lands, mostly when every partition waits for something
     a matrix product    reads its operands when it is issued or when it is waited for; its result is no tensor before that, but another
                         product may add to it
+    a tile's store      reads its source when it is issued or when it is waited for
 
 With programmatic launch (PDL) each partition waits for the kernel before this one before it touches memory, but for the descriptors that
 `emulate` is told of. It knows one block of threads a partition: no warps, no lanes, no registers, no proxies of memory and no fences.
@@ -73,15 +74,18 @@ class Barrier:
 
 
 class Product:
-    """A matrix product that was issued."""
+    """A matrix product that was issued; `before`: what it adds to, if anything."""
 
-    def __init__(self, compute: Callable[[], torch.Tensor]) -> None:
-        self.compute = compute
+    def __init__(self, a: Any, b: Shared, before: "torch.Tensor | Product | None") -> None:
+        self.operands = a.data if isinstance(a, Shared) else a.clone(), b.data, before
         self.result: torch.Tensor | None = None
 
-    def finish(self) -> torch.Tensor:
+    def compute(self) -> torch.Tensor:
+        """The products before it come first."""
         if self.result is None:
-            self.result = self.compute()
+            left, right, before = self.operands
+            start = before.compute() if isinstance(before, Product) else 0.0 if before is None else before
+            self.result = start + left.float() @ right.float()
         return self.result
 
 
@@ -109,6 +113,11 @@ class Device:
 
     def touch(self) -> None:
         assert not self.pdl or getattr(self.local, "has_waited", False), "memory is touched before the wait for the kernel before"
+
+    def stores(self) -> list[Callable[[], None]]:
+        if not hasattr(self.local, "stores"):
+            self.local.stores = []
+        return self.local.stores
 
     def settle(self, barrier: Barrier) -> None:
         if barrier.arrivals == 0 and barrier.num_bytes == 0:
@@ -174,26 +183,36 @@ class Device:
             self.copies.append(copy)
             self.changed.notify_all()
 
-    def multiply(self, a: Any, b: Shared, acc: Any, use_acc: bool = True, is_async: bool = False) -> Product:
-        assert is_async
-        start = (acc if isinstance(acc, Product) else acc.clone()) if use_acc else torch.zeros_like(acc)
-        left = a.data if isinstance(a, Shared) else a.clone()
+    def store_tile(self, descriptor: Any, coordinates: Sequence[Any], source: Shared) -> None:
+        """What lies outside of the tensor is not written."""
+        target = descriptor.base[_box(coordinates, source)]
 
-        def compute() -> torch.Tensor:
-            return (start.finish() if isinstance(start, Product) else start) + left.float() @ b.data.float()
+        def copy() -> None:
+            target.copy_(source.data[tuple(map(slice, target.shape))])
 
-        product = Product(compute)
         if self.random.random() < 0.5:
-            product.finish()
+            copy()
+        else:
+            self.stores().append(copy)
+
+    def wait_stores(self, num_outstanding: int) -> None:
+        assert num_outstanding == 0
+        while self.stores():
+            self.stores().pop(0)()
+
+    def multiply(self, a: Any, b: Shared, acc: torch.Tensor | Product, use_acc: bool = True, is_async: bool = False) -> Product:
+        assert is_async
+        product = Product(a, b, (acc if isinstance(acc, Product) else acc.clone()) if use_acc else None)
+        if self.random.random() < 0.5:
+            product.compute()
         self.products().append(product)
         return product
 
-    def wait_products(self, num_outstanding: int, deps: Sequence[Product]) -> Any:
-        """A product that is still under way stays what it is, to which another may add."""
+    def wait_products(self, num_outstanding: int, deps: Sequence[Product | torch.Tensor]) -> Any:
         products = self.products()
         while len(products) > num_outstanding:
-            products.pop(0).finish()
-        results = [dep if dep in products else dep.result for dep in deps]
+            products.pop(0).compute()
+        results = [dep.compute() if isinstance(dep, Product) and dep not in products else dep for dep in deps]
         return results[0] if len(results) == 1 else tuple(results)
 
     def specialize(
@@ -203,6 +222,7 @@ class Device:
             try:
                 function(*args)
                 assert not self.products(), "a product is never waited for"
+                assert not self.stores(), "a store is never waited for"
             except BaseException as error:  # noqa: BLE001 (raised again by the thread that started this one)
                 with self.changed:
                     self.failures.append(error)
@@ -219,6 +239,41 @@ class Device:
         if self.failures:
             raise self.failures[0]
         assert not self.copies, "a tile is never waited for"
+
+
+def _box(coordinates: Sequence[Any], tile: Shared) -> tuple[slice, ...]:
+    assert len(coordinates) == tile.data.dim()
+    return tuple(slice(int(start), int(start) + size) for start, size in zip(coordinates, tile.data.shape, strict=True))
+
+
+def _halves(words: torch.Tensor, dtype: torch.dtype, *, high: bool) -> torch.Tensor:
+    return (words >> (16 if high else 0)).to(torch.int16).view(dtype).float()
+
+
+def _word(low: torch.Tensor, high: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    low, high = (value.to(dtype).view(torch.int16).int() for value in (low, high))
+    return high << 16 | low & 0xFFFF
+
+
+ASSEMBLY: dict[str, Callable[..., torch.Tensor]] = {
+    "ex2.approx.ftz.f32 $0, $1": torch.exp2,
+    "rcp.approx.ftz.f32 $0, $1": torch.reciprocal,
+    "cvt.rn.bf16x2.f32 $0, $2, $1": lambda low, high: _word(low, high, torch.bfloat16),
+    "cvt.rn.f16x2.f32 $0, $2, $1": lambda low, high: _word(low, high, torch.float16),
+    "shl.b32 $0, $1, 16": lambda words: _halves(words, torch.bfloat16, high=False),
+    "and.b32 $0, $1, 0xffff0000": lambda words: _halves(words, torch.bfloat16, high=True),
+    "cvt.f32.f16 $0, low": lambda words: _halves(words, torch.float16, high=False),
+    "cvt.f32.f16 $0, high": lambda words: _halves(words, torch.float16, high=True),
+}
+
+
+def _inline_assembly(asm: str, constraints: str, args: Sequence[Any], dtype: torch.dtype, is_pure: bool, pack: int) -> Any:
+    if not is_pure:  # a hint to the memory or to the compiler
+        return args[0]
+    if "mov.b32 {$0, high}, $1" in asm or "mov.b32 {low, $0}, $1" in asm:
+        return _halves(args[0], dtype, high="{low, $0}" in asm).to(dtype)
+    (function,) = (function for text, function in ASSEMBLY.items() if text in asm)
+    return function(*args)
 
 
 def _tensor(value: Any) -> torch.Tensor:
@@ -266,6 +321,8 @@ def _language(device: Device) -> types.SimpleNamespace:
         int32=torch.int32,
         int64=torch.int64,
         float32=torch.float32,
+        bfloat16=torch.bfloat16,
+        float16=torch.float16,
         NVMMADistributedLayout=nothing,
         BlockedLayout=nothing,
         SliceLayout=nothing,
@@ -279,12 +336,14 @@ def _language(device: Device) -> types.SimpleNamespace:
         store=touching(_store),
         atomic_add=touching(_atomic_add),
         debug_barrier=nothing,
-        inline_asm_elementwise=lambda asm, constraints, args, **facts: args[0],
         arange=lambda start, end, layout: torch.arange(start, end),
         full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
         zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
         zeros_like=torch.zeros_like,
-        convert_layout=lambda value, layout: value,
+        convert_layout=lambda value, layout, assert_trivial=False: value,
+        split=lambda value: value.unbind(-1),
+        join=lambda a, b: torch.stack((a, b), dim=-1),
+        inline_asm_elementwise=_inline_assembly,
         where=lambda condition, a, b: torch.where(_tensor(condition), a, b),
         minimum=lambda a, b: torch.minimum(_tensor(a), _tensor(b)),
         maximum=lambda a, b: torch.maximum(_tensor(a), _tensor(b)),
@@ -313,6 +372,8 @@ def _as_python(module_names: dict[str, Any], device: Device) -> dict[str, Any]:
             MBarrierLayout=lambda: None, init=device.init, arrive=device.arrive, expect=device.expect, wait=device.wait
         ),
         load_tile=device.load_tile,
+        store_tile=device.store_tile,
+        tma=types.SimpleNamespace(store_wait=device.wait_stores),
         warpgroup_mma=device.multiply,
         warpgroup_mma_wait=device.wait_products,
         fence_async_shared=lambda: None,
