@@ -16,7 +16,6 @@ from turbotriton.backend.ops.kernels import (
     fixed_order_linear,
     greedy_sample,
     hopper_gate_up,
-    hopper_linear,
     hopper_prefill_attention,
     narrow_linear,
     paged_decode_attention,
@@ -82,7 +81,6 @@ def dense_linears(m: Maker) -> None:
     if m.device == "cpu" or torch.cuda.get_device_capability() == (9, 0):
         for num_rows, k, n in ((1, 72, 8), (200, 200, 136)):
             hopper_gate_up.gate_up(m.zeros(num_rows, k), m.weight(k, 2 * n), m.zeros(2 * n))
-            hopper_linear.linear(m.zeros(num_rows, k), m.weight(k, n), m.zeros(n))
     for num_rows, k, n in ((1, 1100, 33), (70, 72, 130)):
         fixed_order_linear.linear(m.zeros(num_rows, k), m.weight(k, n), m.zeros(n))
 

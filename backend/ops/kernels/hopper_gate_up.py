@@ -19,7 +19,7 @@ A stage has two barriers: `full`, which the bytes of its tiles complete, and `fr
 read it. Step number n of a program, over all its tiles, lies in stage n % NUM_STAGES and waits for phase n // NUM_STAGES; the fetching
 warp waits for the phase before, so the first round passes at once.
 
-Tiles go in groups of GROUP_M row blocks, in a group column after column, so that those under way at one time share x and W in the L2 cache.
+Tiles go in groups of group_m row blocks, in a group column after column, so that those under way at one time share x and W in the L2 cache.
 Rows, columns and inputs past the end are zeros in a tile that is fetched, and are not stored.
 """
 
@@ -51,22 +51,22 @@ MINUS_LOG2_E = gl.constexpr(-math.log2(math.e))
 
 
 @gluon.jit
-def _locate(item, num_blocks_m, num_blocks_n, GROUP_M: gl.constexpr):
+def _locate(item, num_blocks_m, num_blocks_n, group_m):
     """(row block, column block) of a tile."""
-    first = item // (GROUP_M * num_blocks_n) * GROUP_M
-    size = gl.minimum(num_blocks_m - first, GROUP_M)
-    within = item % (GROUP_M * num_blocks_n)
+    first = item // (group_m * num_blocks_n) * group_m
+    size = gl.minimum(num_blocks_m - first, group_m)
+    within = item % (group_m * num_blocks_n)
     return first + within % size, within // size
 
 
 @gluon.jit
-def _fetch(x_desc, weight_desc, num_blocks_m, num_blocks_n, num_steps, rings, GROUP_M: gl.constexpr, NUM_STAGES: gl.constexpr):
+def _fetch(x_desc, weight_desc, num_blocks_m, num_blocks_n, num_steps, rings, group_m, NUM_STAGES: gl.constexpr):
     """The one warp that brings tiles of x and W."""
     STAGE_BYTES: gl.constexpr = (BLOCK_M + 2 * BLOCK_N) * BLOCK_K * 2
     x_tiles, weight_tiles, full, free = rings
     number = 0
     for item in range(gl.program_id(0), num_blocks_m * num_blocks_n, gl.num_programs(0)):
-        block_m, block_n = _locate(item, num_blocks_m, num_blocks_n, GROUP_M)
+        block_m, block_n = _locate(item, num_blocks_m, num_blocks_n, group_m)
         for step in range(num_steps):
             stage = number % NUM_STAGES
             mbarrier.wait(free.index(stage), (number // NUM_STAGES & 1) ^ 1)
@@ -123,7 +123,7 @@ def _with_bias(sums, bias_ptr, first, inter, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def _round(
-    acc, bias_ptr, item, inter, num_blocks_m, num_blocks_n, HAS_BIAS: gl.constexpr, GROUP_M: gl.constexpr, dtype: gl.constexpr
+    acc, bias_ptr, item, inter, num_blocks_m, num_blocks_n, HAS_BIAS: gl.constexpr, group_m, dtype: gl.constexpr
 ):
     """Words of the left and of the right half of a tile's columns: [64, 64] each."""
     PART: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF_N, 16])
@@ -136,7 +136,7 @@ def _round(
     right_gate = gl.convert_layout(right_gate, PART, assert_trivial=True)
     right_up = gl.convert_layout(right_up, PART, assert_trivial=True)
     if HAS_BIAS:
-        _block_m, block_n = _locate(item, num_blocks_m, num_blocks_n, GROUP_M)
+        _block_m, block_n = _locate(item, num_blocks_m, num_blocks_n, group_m)
         first = block_n * BLOCK_N
         left_gate = _with_bias(left_gate, bias_ptr, first, inter, PART)
         left_up = _with_bias(left_up, bias_ptr + inter, first, inter, PART)
@@ -162,10 +162,10 @@ def _silu_and_mul(words, dtype: gl.constexpr):
 
 @gluon.jit
 def _finish(
-    left, right, item, num_blocks_m, num_blocks_n, y_desc, y_tiles, HALF: gl.constexpr, GROUP_M: gl.constexpr, dtype: gl.constexpr
+    left, right, item, num_blocks_m, num_blocks_n, y_desc, y_tiles, HALF: gl.constexpr, group_m, dtype: gl.constexpr
 ):
     """SiLU and the store of 64 rows of a tile."""
-    block_m, block_n = _locate(item, num_blocks_m, num_blocks_n, GROUP_M)
+    block_m, block_n = _locate(item, num_blocks_m, num_blocks_n, group_m)
     row, column = block_m * BLOCK_M + HALF * HALF_M, block_n * BLOCK_N
     tma.store_wait(0)  # the stores of the tile before have read what is written now
     y_tiles.index(0).store(_silu_and_mul(left, dtype))
@@ -187,7 +187,7 @@ def _compute(
     y_tiles,
     HALF: gl.constexpr,
     HAS_BIAS: gl.constexpr,
-    GROUP_M: gl.constexpr,
+    group_m,
     NUM_STAGES: gl.constexpr,
 ):
     """Four warps: rows HALF * 64 to HALF * 64 + 63 of each tile. y_tiles: [2, 64, 64], their own."""
@@ -208,19 +208,19 @@ def _compute(
             weight = weight_tiles.index(stage).reshape([2 * BLOCK_N, BLOCK_K]).permute((1, 0))
             acc = warpgroup_mma(x, weight, acc, use_acc=step > 0, is_async=True)
             if (step == under) & (number > step):
-                _finish(left, right, done, num_blocks_m, num_blocks_n, y_desc, y_tiles, HALF, GROUP_M, dtype)
+                _finish(left, right, done, num_blocks_m, num_blocks_n, y_desc, y_tiles, HALF, group_m, dtype)
             acc = warpgroup_mma_wait(1, [acc])
             mbarrier.arrive(free.index((number - 1) % NUM_STAGES), count=1, pred=step > 0)
             number += 1
         acc = warpgroup_mma_wait(0, [acc])
         mbarrier.arrive(free.index((number - 1) % NUM_STAGES), count=1)
-        left, right = _round(acc, bias_ptr, item, inter, num_blocks_m, num_blocks_n, HAS_BIAS, GROUP_M, dtype)
+        left, right = _round(acc, bias_ptr, item, inter, num_blocks_m, num_blocks_n, HAS_BIAS, group_m, dtype)
         done = item
-    _finish(left, right, done, num_blocks_m, num_blocks_n, y_desc, y_tiles, HALF, GROUP_M, dtype)
+    _finish(left, right, done, num_blocks_m, num_blocks_n, y_desc, y_tiles, HALF, group_m, dtype)
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["inter", "num_blocks_m", "num_blocks_n", "num_steps"])
+@gluon.jit(do_not_specialize=["inter", "num_blocks_m", "num_blocks_n", "num_steps", "group_m"])
 def _hopper_gate_up_kernel(
     x_desc,
     weight_desc,
@@ -230,8 +230,8 @@ def _hopper_gate_up_kernel(
     num_blocks_m,
     num_blocks_n,
     num_steps,
+    group_m,
     HAS_BIAS: gl.constexpr,
-    GROUP_M: gl.constexpr,
     NUM_STAGES: gl.constexpr,
 ):
     x_tiles = gl.allocate_shared_memory(x_desc.dtype, [NUM_STAGES, BLOCK_M, BLOCK_K], x_desc.layout)
@@ -249,10 +249,10 @@ def _hopper_gate_up_kernel(
     gl.warp_specialize(
         [
             (_compute, (y_desc, bias_ptr, inter, num_blocks_m, num_blocks_n, num_steps, rings, upper,
-                        0, HAS_BIAS, GROUP_M, NUM_STAGES)),
+                        0, HAS_BIAS, group_m, NUM_STAGES)),
             (_compute, (y_desc, bias_ptr, inter, num_blocks_m, num_blocks_n, num_steps, rings, lower,
-                        1, HAS_BIAS, GROUP_M, NUM_STAGES)),
-            (_fetch, (x_desc, weight_desc, num_blocks_m, num_blocks_n, num_steps, rings, GROUP_M, NUM_STAGES)),
+                        1, HAS_BIAS, group_m, NUM_STAGES)),
+            (_fetch, (x_desc, weight_desc, num_blocks_m, num_blocks_n, num_steps, rings, group_m, NUM_STAGES)),
         ],
         [4, 1],
         [COMPUTE_REGISTERS, FETCH_REGISTERS],
@@ -291,7 +291,7 @@ def gate_up(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
     y = torch.empty((num_rows, inter), dtype=x.dtype, device=x.device)
     if num_rows == 0:
         return y
-    config = hopper_gate_up_config()
+    config = hopper_gate_up_config(num_rows, k)
     plain = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     paired = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
     num_blocks_m, num_blocks_n = ceil_div(num_rows, BLOCK_M.value), ceil_div(inter, BLOCK_N.value)
@@ -305,8 +305,8 @@ def gate_up(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
         num_blocks_m,
         num_blocks_n,
         ceil_div(k, BLOCK_K.value),
+        config.group_m,
         HAS_BIAS=bias is not None,
-        GROUP_M=config.group_m,
         NUM_STAGES=config.num_stages,
         num_warps=4,
     )

@@ -227,8 +227,8 @@ MAX_NARROW_ROWS_OF_ANY = 48
 MIN_NARROW_SHARED_BYTES = 200 << 10  # of a chip in a data centre; the tiles take up to 136 KiB
 MAX_NARROW_ROWS = 64
 #: Dense layers with a gate have a kernel of their own again from so many rows on, where the chip is Hopper's: one of the token counts that
-#: a runner warms up with. No batch has so many: not timed yet.
-MIN_HOPPER_GATE_UP_ROWS = 1 << 30
+#: a runner warms up with. It joins SiLU to cuBLAS's speed (H200: docs/perf-log.md).
+MIN_HOPPER_GATE_UP_ROWS = 256
 MANY_OUTPUTS = 65536
 #: Up to so many rows of dense layers go to hopper_narrow_linear.py where it takes them, 128 at most; 0: none, until it has been timed.
 MAX_HOPPER_NARROW_ROWS = 0
@@ -345,14 +345,10 @@ def hopper_narrow_config(num_rows: int, n: int, k: int, num_sms: int, *, gated: 
     return HopperNarrowConfig(block_m, block_n, block_k, num_programs, num_stages)
 
 
-def hopper_gate_up_config() -> HopperGateUpConfig:
-    """Four stages and the tile of y fill the shared memory. Not timed yet."""
-    return HopperGateUpConfig(num_stages=4, group_m=16)
-
-
-def hopper_linear_config() -> HopperGateUpConfig:
-    """Four stages and what stores go through fill the shared memory. Not timed yet."""
-    return HopperGateUpConfig(num_stages=4, group_m=16)
+def hopper_gate_up_config(num_rows: int, k: int) -> HopperGateUpConfig:
+    """Four stages and the tile of y fill the shared memory. A group's rows of x are 4 MiB where all would be more than 16."""
+    row_blocks = ceil_div(num_rows, 128)
+    return HopperGateUpConfig(num_stages=4, group_m=row_blocks if row_blocks * k <= 65536 else _clamp(16384 // k, 1, 16))
 
 
 def takes_hopper_gate_up(k: int, inter: int, element_bytes: int, compute_capability: int) -> bool:
@@ -481,8 +477,8 @@ def w4a16_linear_config(
     num_rows: int, n: int, k: int, group_size: int, num_sms: int, *, has_descriptors: bool
 ) -> W4A16LinearConfig:
     """n must be a multiple of 64, group_size one of 64. Measured on an H200. Few rows: instructions bound the time, so scales come after
-    the product, and weights come ahead into registers, two programs a multiprocessor. From 64 rows on x comes by the copy engine; layers
-    whose tiles do not fill the device by themselves are split, their weights ahead too."""
+    the product, and weights come ahead into registers, in programs of 16 warps together on a multiprocessor. From 64 rows on x comes by
+    the copy engine; layers whose tiles do not fill the device by themselves are split, their weights ahead too."""
     block_m = _clamp(next_power_of_2(num_rows), MIN_DOT_ROWS, 128)
     is_few = block_m < 64
     block_k = 128 if group_size % 128 == 0 and is_few else 64
@@ -490,11 +486,12 @@ def w4a16_linear_config(
     row_blocks = ceil_div(num_rows, block_m)
     comes_ahead = k % (2 * block_k) == 0 and (is_few or (has_descriptors and n // 128 * row_blocks < num_sms))
     if comes_ahead:
-        if block_m == 64:
-            num_warps = 4
+        ahead = 4 if block_m == MIN_DOT_ROWS and k % (4 * block_k) == 0 else 2
+        is_small = ahead == 4 or block_m == 64
+        num_warps = 4 if is_small else num_warps
         tiles = n // (16 * num_warps) * row_blocks
-        num_splits = w4a16_splits(tiles, (4 if block_m == 64 else 2) * num_sms, k, 2 * block_k)
-        return W4A16LinearConfig(block_m, block_k, num_splits, num_warps, 3, 2, is_few, not is_few)
+        num_splits = w4a16_splits(tiles, (4 if is_small else 2) * num_sms, k, 2 * block_k)
+        return W4A16LinearConfig(block_m, block_k, num_splits, num_warps, 3, ahead, is_few, not is_few)
     tiles = n // (16 * num_warps) * row_blocks
     num_splits = w4a16_splits(tiles, (3 if is_few else 2 if block_m == 64 else 1) * num_sms, k, block_k)
     num_stages = 6 if block_m == 64 else 4

@@ -29,7 +29,7 @@ from turbotriton.backend.ops.operands import DenseWeight, NormWeight
 
 BF16, FP16 = torch.bfloat16, torch.float16
 KERNEL = "_hopper_gate_up_kernel"
-CONFIG = module.hopper_gate_up_config()
+CONFIG = module.hopper_gate_up_config(1, 64)
 
 
 class Shape(NamedTuple):
@@ -75,7 +75,7 @@ def run(shape, dtype, monkeypatch, *, seed=0, num_sms=2, scale=1.0, **choice):
     """(result, float64 result), emulated on `num_sms` multiprocessors."""
     tensors = inputs(shape, dtype, seed=seed, scale=scale)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "hopper_gate_up_config", lambda: replace(CONFIG, **choice))
+        patch.setattr(module, "hopper_gate_up_config", lambda *shape: replace(CONFIG, **choice))
         patch.setattr(module, "num_sms", lambda device: num_sms)
         emulate(module, KERNEL, patch, seed)
         return gate_up(*tensors), oracle(*tensors)
@@ -302,7 +302,7 @@ def test_on_a_gpu_gates_of_any_size(dtype, assert_close):
 def test_on_a_gpu_every_choice_gives_the_same_bits(num_stages, group_m, monkeypatch):
     tensors = inputs(Shape(1111, 1096, 1544), BF16, "cuda")
     usual = gate_up(*tensors)
-    monkeypatch.setattr(module, "hopper_gate_up_config", lambda: replace(CONFIG, num_stages=num_stages, group_m=group_m))
+    monkeypatch.setattr(module, "hopper_gate_up_config", lambda *shape: replace(CONFIG, num_stages=num_stages, group_m=group_m))
     assert torch.equal(gate_up(*tensors), usual)
 
 
