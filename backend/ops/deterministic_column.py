@@ -18,17 +18,7 @@ from .kernels.rotary_store_quantized_kv import rotary_store_quantized_kv
 from .kernels.silu_and_mul import silu_and_mul
 from .kernels.w4a16_dequantize import dequantize_w4a16
 from .kernels.w8a8_linear import w8a8_linear
-from .operands import (
-    AttentionBatch,
-    DenseWeight,
-    KvPages,
-    LinearWeight,
-    NormWeight,
-    UnrotatedDecodes,
-    W4A16Tiles,
-    W4A16Weight,
-    W8A8Weight,
-)
+from .operands import AttentionBatch, DenseWeight, KvPages, LinearWeight, NormWeight, W4A16Tiles, W4A16Weight, W8A8Weight
 from .reference import units
 from .reference.linear import dequantized, quantized_tokens
 from .table import REFERENCE
@@ -67,15 +57,9 @@ def fixed_order_norm_gate_up_silu(
 
 
 def fixed_order_attention(
-    q: torch.Tensor | UnrotatedDecodes,
-    k_cache: KvPages,
-    v_cache: KvPages,
-    batch: AttentionBatch,
-    scale: float,
-    sliding_window: int,
+    q: torch.Tensor, k_cache: KvPages, v_cache: KvPages, batch: AttentionBatch, scale: float, sliding_window: int
 ) -> torch.Tensor:
     """Decodes as chunks of one query: a query then sees its keys in the same tiles and order, alone, in a batch and in any chunk."""
-    assert isinstance(q, torch.Tensor), "this column's own units rotate"
     assert isinstance(k_cache, torch.Tensor), "refused when the engine starts"
     assert isinstance(v_cache, torch.Tensor), "refused when the engine starts"
     bounds = torch.arange(batch.num_decodes + 1, dtype=torch.int32, device=q.device)

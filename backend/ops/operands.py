@@ -25,7 +25,6 @@ __all__ = [
     "QuantizedRows",
     "SamplingBatch",
     "StaticInt8Pages",
-    "UnrotatedDecodes",
     "W4A16Tiles",
     "W4A16Weight",
     "W8A8Weight",
@@ -254,18 +253,6 @@ class AttentionBatch:
     max_decode_context: int
     cu_seqlens_q: torch.Tensor
     prefills: tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class UnrotatedDecodes:
-    """q of a step, where a column leaves rotary and store of its decodes to its own attention.
-
-    qkv: [num_decodes, (num_heads + 2 num_kv_heads) * head_dim], of which nothing is rotated or stored
-    q:   [num_tokens - num_decodes, num_heads, head_dim], of the prompts' tokens, whose keys and values are stored
-    """
-
-    qkv: torch.Tensor
-    q: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,16 +14,7 @@ from typing import Protocol
 
 import torch
 
-from .operands import (
-    AttentionBatch,
-    KvPages,
-    LinearWeight,
-    NormWeight,
-    QkvWeights,
-    QuantizedRows,
-    SamplingBatch,
-    UnrotatedDecodes,
-)
+from .operands import AttentionBatch, KvPages, LinearWeight, NormWeight, QkvWeights, QuantizedRows, SamplingBatch
 from .reference import by_token
 from .reference.attention import attention
 from .reference.sample import sample
@@ -79,8 +70,7 @@ class NormQkvRotaryStore(Protocol):
         q, k = rotary(q), rotary(k);   q *= q_scale;   cache[slot_mapping] = k, v      (quantised as the pages' class says)
 
     Rounds to the compute dtype after each line; rotary on half-split pairs (i, i + rotary_dim / 2) in fp32.
-    Returns (q: [num_tokens, num_heads, head_dim], r: [num_tokens, hidden]). A column may leave the last line of decodes to its attention,
-    and return UnrotatedDecodes.
+    Returns (q: [num_tokens, num_heads, head_dim], r: [num_tokens, hidden]).
     """
 
     def __call__(
@@ -91,14 +81,13 @@ class NormQkvRotaryStore(Protocol):
         batch: AttentionBatch,
         k_cache: KvPages,
         v_cache: KvPages,
-    ) -> tuple[torch.Tensor | UnrotatedDecodes, torch.Tensor]: ...
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 class Attention(Protocol):
     """Causal grouped-query attention of a mixed batch over the paged cache, which already holds the step's own keys.
 
-    q: [num_tokens, num_heads, head_dim], as the column's norm_qkv_rotary_store gives it; head h reads kv head
-       h // (num_heads / num_kv_heads)
+    q: [num_tokens, num_heads, head_dim]; head h reads kv head h // (num_heads / num_kv_heads)
     k_cache, v_cache: this layer's, of one format; quantised ones stand for the values that their class defines
     scale: multiplies q k^T, usually head_dim ** -0.5
     sliding_window: keys that a query sees, itself included; 0: all
@@ -110,7 +99,7 @@ class Attention(Protocol):
 
     def __call__(
         self,
-        q: torch.Tensor | UnrotatedDecodes,
+        q: torch.Tensor,
         k_cache: KvPages,
         v_cache: KvPages,
         batch: AttentionBatch,

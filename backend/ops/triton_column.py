@@ -12,7 +12,7 @@ import torch
 
 from .kernels import hopper_gate_up, hopper_narrow_linear, narrow_linear, skinny_linear, skinny_qkv
 from .kernels.launch import shared_memory_bytes
-from .kernels.paged_decode_attention import paged_decode_attention, rotary_decode_attention
+from .kernels.paged_decode_attention import paged_decode_attention
 from .kernels.paged_prefill_attention import paged_prefill_attention
 from .kernels.quantize_rows import quantize_rows, rms_norm_rows, silu_and_mul_rows
 from .kernels.quantized_decode_attention import quantized_decode_attention
@@ -34,7 +34,6 @@ from .kernels.tuning import (
     MAX_W4A16_ROWS,
     MIN_HOPPER_GATE_UP_ROWS,
     MIN_NARROW_SHARED_BYTES,
-    ceil_div,
     next_power_of_2,
 )
 from .kernels.w4a16_dequantize import dequantize_w4a16
@@ -49,24 +48,14 @@ from .operands import (
     NormWeight,
     QkvWeights,
     QuantizedRows,
-    UnrotatedDecodes,
     W4A16Tiles,
     W8A8Weight,
 )
 from .reference import units
-from .reference.attention import attention as mixed_attention
+from .reference.attention import attention
 from .table import REFERENCE
 
 __all__ = ["TRITON"]
-
-
-_attention = functools.partial(
-    mixed_attention,
-    paged_decode_attention=paged_decode_attention,
-    paged_prefill_attention=paged_prefill_attention,
-    quantized_decode_attention=quantized_decode_attention,
-    quantized_prefill_attention=quantized_prefill_attention,
-)
 
 
 def _has_rows_stored(weight: LinearWeight, x: torch.Tensor, max_rows: int) -> TypeGuard[DenseWeight]:
@@ -147,12 +136,11 @@ def norm_qkv_rotary_store(
     batch: AttentionBatch,
     k_cache: KvPages,
     v_cache: KvPages,
-) -> tuple[torch.Tensor | UnrotatedDecodes, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     qkv = weights.qkv
-    is_plain = weights.q_norm is None
-    if is_plain and isinstance(k_cache, torch.Tensor) and isinstance(v_cache, torch.Tensor) and _turns_whole(batch, k_cache):
-        if not (_norm_fits(x) and _is_skinny(qkv, x)):
-            return _qkv_of_decodes(x, residual, weights, batch, k_cache, v_cache)
+    is_few = weights.q_norm is None and _norm_fits(x) and _is_skinny(qkv, x)
+    if isinstance(k_cache, torch.Tensor) and isinstance(v_cache, torch.Tensor) and is_few and _turns_whole(batch, k_cache):
+        assert isinstance(qkv, DenseWeight)
         return skinny_qkv.norm_qkv_rotary_store(
             x,
             residual,
@@ -179,49 +167,6 @@ def norm_qkv_rotary_store(
         rotary_store_kv=rotary_store_kv,
         rotary_store_quantized_kv=rotary_store_quantized_kv,
     )
-
-
-def _qkv_of_decodes(
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    weights: QkvWeights,
-    batch: AttentionBatch,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-) -> tuple[torch.Tensor | UnrotatedDecodes, torch.Tensor]:
-    """Rotary and store of the decodes are left to `attention`, which saves their launch."""
-    qkv, residual = norm_linear(x, residual, weights.norm, weights.qkv)
-    _, num_kv_heads, _, head_dim = k_cache.shape
-    num_heads, n = qkv.shape[1] // head_dim - 2 * num_kv_heads, batch.num_decodes
-    q_scale = None if batch.q_scale is None else batch.q_scale[n:]
-    rest = qkv[n:], batch.cos[n:], batch.sin[n:], q_scale, k_cache, v_cache, batch.slot_mapping[n:]
-    q = rotary_store_kv(*rest, num_heads, num_kv_heads)
-    return UnrotatedDecodes(qkv[:n], q) if n else q, residual
-
-
-def attention(
-    q: torch.Tensor | UnrotatedDecodes,
-    k_cache: KvPages,
-    v_cache: KvPages,
-    batch: AttentionBatch,
-    scale: float,
-    sliding_window: int,
-) -> torch.Tensor:
-    if not isinstance(q, UnrotatedDecodes):
-        return _attention(q, k_cache, v_cache, batch, scale, sliding_window)
-    assert isinstance(k_cache, torch.Tensor), "made for dense pages"
-    assert isinstance(v_cache, torch.Tensor), "made for dense pages"
-    n = batch.num_decodes
-    num_blocks = ceil_div(batch.max_decode_context, k_cache.shape[2])
-    q_scale = None if batch.q_scale is None else batch.q_scale[:n]
-    tables, lens = batch.block_tables[:n, :num_blocks], batch.context_lens[:n]
-    attended = rotary_decode_attention(
-        q.qkv, batch.cos[:n], batch.sin[:n], q_scale, k_cache, v_cache, tables, lens, scale, sliding_window
-    )
-    if not batch.prefills:
-        return attended
-    rest = dataclasses.replace(batch, num_decodes=0, block_tables=batch.block_tables[n:], context_lens=batch.context_lens[n:])
-    return torch.cat((attended, _attention(q.q, k_cache, v_cache, rest, scale, sliding_window)))
 
 
 def norm_gate_up_silu(
@@ -251,7 +196,13 @@ TRITON = dataclasses.replace(
     REFERENCE,
     stage_decode=stage_decode,
     norm_qkv_rotary_store=norm_qkv_rotary_store,
-    attention=attention,
+    attention=functools.partial(
+        attention,
+        paged_decode_attention=paged_decode_attention,
+        paged_prefill_attention=paged_prefill_attention,
+        quantized_decode_attention=quantized_decode_attention,
+        quantized_prefill_attention=quantized_prefill_attention,
+    ),
     output_projection=functools.partial(units.output_projection, linear=linear),
     norm_gate_up_silu=norm_gate_up_silu,
     down_projection=linear,

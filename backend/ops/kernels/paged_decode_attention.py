@@ -15,9 +15,6 @@ and the program that comes last of a (sequence, kv head) adds them in their orde
 holds at least MIN_SPLIT keys, so short rows of a batch use few splits.
 
 Scores, softmax and sums in fp32; the weights are rounded to V's dtype for the second product, the result once.
-
-With ROTARY q comes as the linear layer left it, in a row with its key and value: each program rotates q for itself, and the one that has
-the row's last key makes that key, stores it and its value in the cache, and takes them from there as its first.
 """
 
 import math
@@ -30,7 +27,7 @@ from .launch import has_pdl, launch_options, num_sms, wait_for_previous
 from .split_sum import is_last_of, workspace
 from .tuning import decode_attention_config, next_power_of_2
 
-__all__ = ["paged_decode_attention", "rotary_decode_attention"]
+__all__ = ["paged_decode_attention"]
 
 REDUCE_TILE = 16  # splits that are added at once, at most
 REDUCE_ELEMENTS = 1024  # and fp32 numbers of them a warp: 32 a thread
@@ -94,9 +91,6 @@ def _add_splits(
 @triton.jit(do_not_specialize=["stride_table_row", "num_splits"])
 def _split_kernel(
     q_ptr,
-    cos_ptr,
-    sin_ptr,
-    q_scale_ptr,
     k_cache_ptr,
     v_cache_ptr,
     block_tables_ptr,
@@ -109,7 +103,6 @@ def _split_kernel(
     scale_log2,
     stride_q_row,
     stride_q_head,
-    stride_cos_row,
     stride_k_block,
     stride_k_head,
     stride_k_token,
@@ -117,7 +110,6 @@ def _split_kernel(
     stride_v_head,
     stride_v_token,
     stride_table_row,
-    ROTARY: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -139,7 +131,6 @@ def _split_kernel(
     kv_head = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
     first, start, end = _key_range(context_lens_ptr, sequence, SLIDING_WINDOW, BLOCK_N)
-    newest = end - 1
     num_used = 1
     if not ONE_SPLIT:
         split_tokens = _split_tokens(end - start, num_splits, MIN_SPLIT, BLOCK_N)
@@ -160,38 +151,11 @@ def _split_kernel(
     next_block = tl.load(table_ptr + tl.minimum(start, tl.maximum(end - 1, 0)) // BLOCK_SIZE) if ONE_BLOCK else 0
     mask_q = (offs_g < GROUP_SIZE)[:, None] & mask_d[None, :]
     heads = kv_head * GROUP_SIZE + offs_g
-    q_rows_ptr = q_ptr + sequence * stride_q_row + heads[:, None] * stride_q_head
+    q = tl.load(q_ptr + sequence * stride_q_row + heads[:, None] * stride_q_head + offs_d[None, :], mask=mask_q, other=0.0)
+
     maximum = tl.full((BLOCK_G,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_G,), tl.float32)
     acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
-    if ROTARY:
-        dtype: tl.constexpr = q_ptr.dtype.element_ty
-        angles = sequence * stride_cos_row + offs_d % (HEAD_DIM // 2)
-        cos = tl.load(cos_ptr + angles, mask=mask_d, other=0.0)
-        sin = tl.load(sin_ptr + angles, mask=mask_d, other=0.0)
-        scale = 1.0 if q_scale_ptr is None else tl.load(q_scale_ptr + sequence)
-        q = (_rotated(q_rows_ptr, mask_q, cos[None, :], sin[None, :], HEAD_DIM, BLOCK_D) * scale).to(dtype)
-        has_newest = (end > newest) & (newest >= 0)
-        mask_newest = offs_d < tl.where(has_newest, HEAD_DIM, 0)
-        k_ptr = q_ptr + sequence * stride_q_row + (NUM_HEADS + kv_head) * stride_q_head
-        new_k = _rotated(k_ptr, mask_newest[None, :], cos[None, :], sin[None, :], HEAD_DIM, BLOCK_D).to(dtype)
-        v_ptr = k_ptr + (NUM_HEADS // GROUP_SIZE) * stride_q_head
-        new_v = tl.load(v_ptr + offs_d[None, :], mask=mask_newest[None, :], other=0.0)
-        new_block = tl.load(table_ptr + tl.maximum(newest, 0) // BLOCK_SIZE).to(tl.int64)
-        place = newest % BLOCK_SIZE
-        tl.store(
-            k_head_ptr + new_block * stride_k_block + place * stride_k_token + offs_d[None, :], new_k, mask=mask_newest[None, :]
-        )
-        tl.store(
-            v_head_ptr + new_block * stride_v_block + place * stride_v_token + offs_d[None, :], new_v, mask=mask_newest[None, :]
-        )
-        score = tl.sum(q.to(tl.float32) * new_k.to(tl.float32), axis=1) * scale_log2
-        maximum = tl.where(has_newest, score, maximum)
-        total = tl.where(has_newest, 1.0, total)
-        acc = tl.where(has_newest, new_v.to(tl.float32), acc)
-        end = tl.where(has_newest, newest, end)
-    else:
-        q = tl.load(q_rows_ptr + offs_d[None, :], mask=mask_q, other=0.0)
     # Every tile holds at least one key that is seen, so `maximum` is finite after the first.
     for tile in tl.range(start, end, BLOCK_N, num_stages=NUM_STAGES):
         positions = tile + offs_n
@@ -236,46 +200,6 @@ def _split_kernel(
             )  # fmt: skip
 
 
-@triton.jit
-def _rotated(rows_ptr, mask, cos, sin, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Heads at rows_ptr, [n, 1], rotated (rotary_store_kv.py) over the whole of HEAD_DIM: fp32 [n, BLOCK_D]; cos, sin: [1, BLOCK_D]."""
-    HALF: tl.constexpr = HEAD_DIM // 2
-    offs_d = tl.arange(0, BLOCK_D)[None, :]
-    is_first = offs_d < HALF
-    own = tl.load(rows_ptr + offs_d, mask=mask, other=0.0).to(tl.float32)
-    other = tl.load(rows_ptr + tl.where(is_first, offs_d + HALF, offs_d - HALF), mask=mask, other=0.0).to(tl.float32)
-    return own * cos + tl.where(is_first, -other, other) * sin
-
-
-def rotary_decode_attention(
-    qkv: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    q_scale: torch.Tensor | None,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    context_lens: torch.Tensor,
-    scale: float,
-    sliding_window: int = 0,
-) -> torch.Tensor:
-    """`rotary_store_kv` of each row's newest token, over the whole head, and `paged_decode_attention`, in one launch.
-
-    qkv: [batch, (num_heads + 2 num_kv_heads) * head_dim], fp16|bf16|fp32, rows of any stride, contiguous inside a row
-    cos, sin: [batch, head_dim / 2], fp32, contiguous, of one stride      q_scale: [batch], fp32, contiguous, or None
-    The token's place is that of position context_lens - 1 in its blocks; of a row without a context nothing is stored.
-    The rest and the result: as `paged_decode_attention`'s, which see this key and value already.
-    """
-    _, num_kv_heads, _, head_dim = k_cache.shape
-    assert 2 * cos.shape[1] == head_dim, "rotary over a part of the head is rotary_store_kv's"
-    assert cos.stride() == sin.stride()
-    assert 1 == qkv.stride(1) == cos.stride(1) or cos.shape[1] == 1
-    assert q_scale is None or q_scale.stride(0) == 1
-    heads = qkv.unflatten(1, (-1, head_dim))
-    q = heads[:, : heads.shape[1] - 2 * num_kv_heads]
-    return _attention(q, (cos, sin, q_scale), k_cache, v_cache, block_tables, context_lens, scale, sliding_window)
-
-
 def paged_decode_attention(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -295,20 +219,6 @@ def paged_decode_attention(
 
     Returns [batch, num_heads, head_dim], new, contiguous, in q's dtype. batch may be 0. Raises ConfigError when head_dim > 256.
     """
-    return _attention(q, None, k_cache, v_cache, block_tables, context_lens, scale, sliding_window)
-
-
-def _attention(
-    q: torch.Tensor,
-    rotary: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    context_lens: torch.Tensor,
-    scale: float,
-    sliding_window: int,
-) -> torch.Tensor:
-    """rotary: cos, sin, q_scale; q is the beginning of rows of qkv then."""
     batch, num_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
     config = decode_attention_config(
@@ -335,12 +245,8 @@ def _attention(
         assert batch * num_kv_heads <= counters.numel(), f"{batch} x {num_kv_heads} heads are too many to split"
         partial = torch.empty((batch, num_heads, num_splits, head_dim), dtype=torch.float32, device=q.device)
         log_weight = torch.empty((batch, num_heads, num_splits), dtype=torch.float32, device=q.device)
-    cos, sin, q_scale = rotary or (None, None, None)
     _split_kernel[(batch, num_kv_heads, num_splits)](
         q,
-        cos,
-        sin,
-        q_scale,
         k_cache,
         v_cache,
         block_tables,
@@ -353,11 +259,9 @@ def _attention(
         scale * math.log2(math.e),
         q.stride(0),
         q.stride(1),
-        0 if cos is None else cos.stride(0),
         *k_cache.stride()[:3],
         *v_cache.stride()[:3],
         block_tables.stride(0),
-        ROTARY=rotary is not None,
         NUM_HEADS=num_heads,
         GROUP_SIZE=num_heads // num_kv_heads,
         HEAD_DIM=head_dim,

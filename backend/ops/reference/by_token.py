@@ -9,17 +9,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from ..operands import (
-    AttentionBatch,
-    DenseWeight,
-    KvPages,
-    LinearWeight,
-    NormWeight,
-    QkvWeights,
-    QuantizedRows,
-    UnrotatedDecodes,
-    W4A16Weight,
-)
+from ..operands import AttentionBatch, DenseWeight, KvPages, LinearWeight, NormWeight, QkvWeights, QuantizedRows, W4A16Weight
 from . import units
 from .attention import attention as mixed_attention
 from .linear import dequantized
@@ -74,15 +64,9 @@ def norm_qkv_rotary_store(
 
 
 def attention(
-    q: torch.Tensor | UnrotatedDecodes,
-    k_cache: KvPages,
-    v_cache: KvPages,
-    batch: AttentionBatch,
-    scale: float,
-    sliding_window: int,
+    q: torch.Tensor, k_cache: KvPages, v_cache: KvPages, batch: AttentionBatch, scale: float, sliding_window: int
 ) -> torch.Tensor:
     """Each query as a decode of its own, prompts' as well."""
-    assert isinstance(q, torch.Tensor), "UnrotatedDecodes are a column's own"
     contexts = batch.context_lens.tolist()
     rows = [(row, contexts[row]) for row in range(batch.num_decodes)]
     for row, (num_queries, context) in enumerate(batch.prefills, batch.num_decodes):

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from turbotriton.backend.ops.kernels import paged_decode_attention as module
-from turbotriton.backend.ops.kernels.paged_decode_attention import paged_decode_attention, rotary_decode_attention
-from turbotriton.backend.ops.kernels.rotary_store_kv import rotary_store_kv
+from turbotriton.backend.ops.kernels.paged_decode_attention import paged_decode_attention
 from turbotriton.contract.errors import ConfigError
 
 
@@ -104,34 +103,6 @@ def test_any_number_of_splits_gives_the_same_result(target, num_sms, assert_clos
     tensors = inputs(target, case)
     out = paged_decode_attention(*tensors, 0.2)
     assert_close(out, oracle(*tensors, 0.2, 0), **tolerance(target.dtype))
-
-
-@pytest.mark.parametrize("num_sms", [2, pytest.param(64, marks=pytest.mark.slow)], ids="{}_sms".format)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(part).replace(" ", "") for part in case))
-def test_rotary_and_store_in_the_same_launch(target, case, num_sms, assert_close, guarded_outputs, monkeypatch):
-    """As rotary_store_kv and attention after it. The newest key's slot, in its row's last split, holds NaN before."""
-    monkeypatch.setattr(module, "num_sms", lambda device: num_sms)
-    _, k_cache, v_cache, tables, lens = inputs(target, case)
-    newest = lens.long() - 1
-    rows = torch.arange(len(lens), device=target.device)
-    slots = tables[rows, newest.clamp_min(0) // case.block_size].long() * case.block_size + newest % case.block_size
-    slots = torch.where(newest < 0, -1, slots)
-    for slot in slots[slots >= 0].tolist():
-        for cache in (k_cache, v_cache):
-            cache[slot // case.block_size, :, slot % case.block_size] = float("nan")
-    num_rows = case.num_heads + 2 * case.num_kv_heads
-    qkv = target.randn(len(lens), num_rows * case.head_dim + 8)[:, :-8]
-    angle = target.randn_fp32(len(lens), case.head_dim // 2) * 3
-    q_scale = None if case.num_kv_heads == 1 else target.randn_fp32(len(lens)).abs() + 0.5
-    rotary = angle.cos(), angle.sin(), q_scale
-    wanted_k, wanted_v = k_cache.clone(), v_cache.clone()
-    scale = case.head_dim**-0.5
-    out = rotary_decode_attention(qkv, *rotary, k_cache, v_cache, tables, lens, scale, case.sliding_window)
-    q = rotary_store_kv(qkv, *rotary, wanted_k, wanted_v, slots, case.num_heads, case.num_kv_heads)
-    assert torch.equal(v_cache.nan_to_num(7.0), wanted_v.nan_to_num(7.0))
-    assert torch.equal(k_cache.isnan(), wanted_k.isnan())
-    assert_close(k_cache.nan_to_num(7.0), wanted_k.nan_to_num(7.0).double(), max_error=2 * target.eps, rms_error=target.eps)
-    assert_close(out, oracle(q, k_cache, v_cache, tables, lens, scale, case.sliding_window), **tolerance(target.dtype))
 
 
 def test_more_splits_than_the_reduction_adds_at_once(target, assert_close, guarded_outputs, monkeypatch):
