@@ -10,7 +10,7 @@ from typing import TypeGuard
 
 import torch
 
-from .kernels import hopper_gate_up, hopper_narrow_linear, narrow_linear, skinny_linear, skinny_qkv
+from .kernels import hopper_gate_up, narrow_linear, skinny_linear, skinny_qkv
 from .kernels.launch import shared_memory_bytes
 from .kernels.paged_decode_attention import paged_decode_attention
 from .kernels.paged_prefill_attention import paged_prefill_attention
@@ -25,7 +25,6 @@ from .kernels.silu_and_mul import silu_and_mul
 from .kernels.stage_decode import stage_decode
 from .kernels.tuning import (
     MANY_OUTPUTS,
-    MAX_HOPPER_NARROW_ROWS,
     MAX_NARROW_GATED_ROWS,
     MAX_NARROW_ROWS,
     MAX_NARROW_ROWS_OF_ANY,
@@ -82,10 +81,6 @@ def _is_narrow(weight: LinearWeight, x: torch.Tensor) -> TypeGuard[DenseWeight]:
     return k > n or n > MANY_OUTPUTS or x.shape[0] <= MAX_NARROW_ROWS_OF_ANY
 
 
-def _is_hopper_narrow(weight: LinearWeight, x: torch.Tensor) -> TypeGuard[DenseWeight]:
-    return _has_rows_stored(weight, x, MAX_HOPPER_NARROW_ROWS) and hopper_narrow_linear.takes(x, weight.weight)
-
-
 def _is_for_hopper(weight: LinearWeight, x: torch.Tensor) -> TypeGuard[DenseWeight]:
     """Enough rows for the gated layer of prompts, where the device and the weight are what it takes."""
     return isinstance(weight, DenseWeight) and x.shape[0] >= MIN_HOPPER_GATE_UP_ROWS and hopper_gate_up.takes(x, weight.weight)
@@ -106,8 +101,6 @@ def linear(x: torch.Tensor | QuantizedRows, weight: LinearWeight) -> torch.Tenso
     assert isinstance(x, torch.Tensor), "8 bit rows meet 8 bit weights only"
     if _is_skinny(weight, x):
         return skinny_linear.linear(x, weight.weight, weight.bias)
-    if _is_hopper_narrow(weight, x):
-        return hopper_narrow_linear.linear(x, weight.weight, weight.bias)
     if _is_narrow(weight, x):
         return narrow_linear.linear(x, weight.weight, weight.bias)
     if isinstance(weight, W4A16Tiles):
@@ -177,9 +170,6 @@ def norm_gate_up_silu(
     if isinstance(weight, W4A16Tiles) and x.shape[0] <= MAX_W4A16_ROWS:
         y, residual = rms_norm(x, norm.weight, norm.eps, residual)
         return w4a16_gate_up(y, weight), residual
-    if _is_hopper_narrow(weight, x):
-        y, residual = rms_norm(x, norm.weight, norm.eps, residual)
-        return hopper_narrow_linear.gate_up(y, weight.weight, weight.bias), residual
     if _fits_narrow(weight, x, MAX_NARROW_GATED_ROWS):
         y, residual = rms_norm(x, norm.weight, norm.eps, residual)
         return narrow_linear.gate_up(y, weight.weight, weight.bias), residual

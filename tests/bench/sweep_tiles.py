@@ -19,7 +19,6 @@ import w4a16_choices
 from triton.errors import TritonError
 
 from turbotriton.backend.ops.kernels import hopper_gate_up as gate_up_module
-from turbotriton.backend.ops.kernels import hopper_narrow_linear as hopper_module
 from turbotriton.backend.ops.kernels import narrow_linear as narrow_module
 from turbotriton.backend.ops.kernels import paged_decode_attention as attention_module
 from turbotriton.backend.ops.kernels import paged_prefill_attention as prefill_module
@@ -104,50 +103,6 @@ def linears(rows: int) -> None:
             )
 
 
-def hopper_choices(rows: int, n: int, k: int, num_sms: int, *, gated: bool) -> list[tuple[str, tuning.HopperNarrowConfig]]:
-    """Today's choice first. Splits of equal length and equal shares, of all tiles that leave room for a second program."""
-    base = tuning.hopper_narrow_config(rows, n, k, num_sms, gated=gated)
-    choices = [base]
-    halves = 2 if gated else 1
-    for wide, block_k, ahead in itertools.product((64, 128, 256), (32, 64, 128), (0, 8)):
-        block_n = wide // halves
-        num_stages = tuning.HOPPER_NARROW_SHARED_BYTES // ((wide + base.block_m) * block_k * 2)
-        if (gated and wide == 64) or wide * base.block_m > 128 * 128 or not 3 <= num_stages <= 9:
-            continue
-        tiles, steps = tuning.ceil_div(n, block_n), tuning.ceil_div(k, block_k)
-        programs = {num_sms, 2 * num_sms} | {tiles * splits for splits in (1, 2, 3, 4, 6, 8)} | {tuning.ceil_div(tiles, 2)}
-        for num_programs in sorted(each for each in programs if 90 <= each <= min(2 * num_sms, tiles * steps)):
-            choices.append(tuning.HopperNarrowConfig(base.block_m, block_n, block_k, num_programs, num_stages, ahead))
-    return [(str(choice).replace("HopperNarrowConfig", "Hopper"), choice) for choice in dict.fromkeys(choices)]
-
-
-def hopper_narrows(x: torch.Tensor, weights: list[torch.Tensor], *, gated: bool) -> list[tuple[float, str]]:
-    """(microseconds, choice) of each that compiles; its result is compared with torch's once."""
-    function = hopper_module.gate_up if gated else hopper_module.linear
-    calls = [lambda w=w: function(x, w) for w in weights]
-    wanted = x @ weights[0]
-    if gated:
-        gate, up = wanted.chunk(2, dim=1)
-        wanted = torch.nn.functional.silu(gate) * up
-    n, k = wanted.shape[1], x.shape[1]
-    num_sms = torch.cuda.get_device_properties(0).multi_processor_count
-    found = []
-    for label, config in hopper_choices(x.shape[0], n, k, num_sms, gated=gated):
-        hopper_module.hopper_narrow_config = lambda *args, config=config, **kwargs: config
-        if compile_ahead.compiles(calls):
-            continue
-        try:
-            found.append((median_us(calls), label))
-        except (TritonError, AssertionError) as error:  # more shared memory, registers or parts than there is room for
-            print(f"left out {label}: {error}", flush=True)
-            continue
-        rms = float((calls[0]().float() - wanted.float()).square().mean().sqrt() / wanted.float().square().mean().sqrt())
-        if not rms < 0.01:
-            print(f"WRONG, {rms:.3f} away from torch's: {label}", flush=True)
-    hopper_module.hopper_narrow_config = tuning.hopper_narrow_config
-    return found
-
-
 def narrows(rows: int) -> None:
     """A tile of x is read again by every program: the more outputs a program has, the less of that passes through the L2 cache."""
     tiles = [
@@ -181,10 +136,8 @@ def narrows(rows: int) -> None:
                 except TritonError:  # more shared memory or registers than there are
                     continue
             narrow_module.narrow_linear_config = tuning.narrow_linear_config
-            if hopper_module.takes(x, weights[0]):
-                found += sorted(hopper_narrows(x, weights, gated=gated))[:8]
             found.sort()
-            best = ";  ".join(f"{us:.1f} us {text}" for us, text in found[:10])
+            best = ";  ".join(f"{us:.1f} us {text}" for us, text in found[:5])
             gigabytes = k * columns * 2 / 1e9
             print(
                 f"narrow {name} {layer} {rows}x{k}x{columns}: cuBLAS {cublas:.1f}; {gigabytes / found[0][0] * 1e6:.0f} GB/s: {best}",
@@ -396,9 +349,7 @@ def main() -> int:
         "what", nargs="*", default=["attention", "linear", "narrow", "prefill"], help="(default: all but the last three)"
     )
     parser.add_argument("--narrow-rows", default="16,64", help="the same of narrow layers (default: %(default)s)")
-    parser.add_argument(
-        "--gate-up-rows", default="256,512,2048,8192", help="the same of gate_up (default: %(default)s)"
-    )
+    parser.add_argument("--gate-up-rows", default="256,512,2048,8192", help="the same of gate_up (default: %(default)s)")
     parser.add_argument("--rows", default="1", help="rows of x, comma-separated (default: %(default)s)")
     parser.add_argument("--plan", action="store_true", help="print the choices of w4a16 for 132 multiprocessors")
     args = parser.parse_args()

@@ -122,9 +122,7 @@ def _with_bias(sums, bias_ptr, first, inter, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _round(
-    acc, bias_ptr, item, inter, num_blocks_m, num_blocks_n, HAS_BIAS: gl.constexpr, group_m, dtype: gl.constexpr
-):
+def _round(acc, bias_ptr, item, inter, num_blocks_m, num_blocks_n, HAS_BIAS: gl.constexpr, group_m, dtype: gl.constexpr):
     """Words of the left and of the right half of a tile's columns: [64, 64] each."""
     PART: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF_N, 16])
     parts = acc.reshape([HALF_M, 2, 2, HALF_N]).permute((0, 3, 1, 2))  # [rows, columns, gate or up, half of the columns]
@@ -161,9 +159,7 @@ def _silu_and_mul(words, dtype: gl.constexpr):
 
 
 @gluon.jit
-def _finish(
-    left, right, item, num_blocks_m, num_blocks_n, y_desc, y_tiles, HALF: gl.constexpr, group_m, dtype: gl.constexpr
-):
+def _finish(left, right, item, num_blocks_m, num_blocks_n, y_desc, y_tiles, HALF: gl.constexpr, group_m, dtype: gl.constexpr):
     """SiLU and the store of 64 rows of a tile."""
     block_m, block_n = _locate(item, num_blocks_m, num_blocks_n, group_m)
     row, column = block_m * BLOCK_M + HALF * HALF_M, block_n * BLOCK_N

@@ -13,7 +13,6 @@ __all__ = [
     "FixedOrderLinearConfig",
     "GreedySampleConfig",
     "HopperGateUpConfig",
-    "HopperNarrowConfig",
     "PrefillAttentionConfig",
     "QuantizeRowsConfig",
     "QuantizedDecodeAttentionConfig",
@@ -28,7 +27,6 @@ __all__ = [
     "fixed_order_linear_config",
     "greedy_sample_config",
     "hopper_gate_up_config",
-    "hopper_narrow_config",
     "narrow_linear_config",
     "next_power_of_2",
     "prefill_attention_config",
@@ -193,16 +191,6 @@ class NarrowLinearConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class HopperNarrowConfig:
-    block_m: int  # rows of x, padded
-    block_n: int  # outputs of a tile; gated: gates, and as many ups
-    block_k: int  # inputs a step
-    num_programs: int  # they take equal shares of all tiles' steps
-    num_stages: int  # steps that a program has room for
-    num_ahead: int = 0  # more, whose weights a program asks for before it waits for the kernel before it
-
-
-@dataclass(frozen=True, slots=True)
 class HopperGateUpConfig:
     num_stages: int  # steps of 64 inputs that a program has room for
     group_m: int  # row blocks that go by together
@@ -230,10 +218,6 @@ MAX_NARROW_ROWS = 64
 #: a runner warms up with. It joins SiLU to cuBLAS's speed (H200: docs/perf-log.md).
 MIN_HOPPER_GATE_UP_ROWS = 256
 MANY_OUTPUTS = 65536
-#: Up to so many rows of dense layers go to hopper_narrow_linear.py where it takes them, 128 at most; 0: none, until it has been timed.
-MAX_HOPPER_NARROW_ROWS = 0
-#: Of a program of that kernel, so that two have room on a multiprocessor of 228 KiB, where a program costs another one.
-HOPPER_NARROW_SHARED_BYTES = 110 << 10
 MAX_QUANTIZED_ROW = 65536
 #: e4m3 with at most so many rows has our kernel, beyond them cuBLAS's: a layer of 64 rows takes 88 us against 103, of 256 rows 155 against
 #: 121 (H200: docs/perf-log.md).
@@ -323,26 +307,6 @@ def narrow_linear_config(
     places = (1 if block_m >= 64 else 2) * num_sms
     num_splits = _clamp(next_power_of_2(places // tiles + 1) // 2, 1, 4)
     return NarrowLinearConfig(block_m, 64, 128, num_splits, num_warps=4, num_stages=4)
-
-
-def hopper_narrow_config(num_rows: int, n: int, k: int, num_sms: int, *, gated: bool = False) -> HopperNarrowConfig:
-    """About a program a multiprocessor, and the programs of the next layer in the other half of it. Splits of equal length where those
-    are about as many, else equal shares. Wide tiles, since every tile reads x; narrow ones where there are few. Not timed yet."""
-    block_m = _clamp(next_power_of_2(num_rows), MIN_DOT_ROWS, 128)
-    halves = 2 if gated else 1
-    is_wide = block_m <= 64 and 4 * ceil_div(n, 256 // halves) > 3 * num_sms  # 256 x 64 fp32 sums are 128 registers a thread
-    is_small = not gated and 8 * ceil_div(n, 128) <= num_sms
-    block_n = (256 if is_wide else 64 if is_small else 128) // halves
-    block_k = 32 if is_wide else 64
-    num_stages = _clamp(HOPPER_NARROW_SHARED_BYTES // ((halves * block_n + block_m) * block_k * 2), 2, 8)
-    tiles, steps = ceil_div(n, block_n), ceil_div(k, block_k)
-    if tiles >= num_sms:
-        num_programs = ceil_div(tiles, ceil_div(tiles, num_sms))
-        num_programs = num_programs if 4 * num_programs > 3 * num_sms else num_sms
-    else:
-        splits = _clamp((num_sms + tiles // 2) // tiles, 1, steps)
-        num_programs = tiles * splits if 4 * num_sms > 3 * tiles * splits > 2 * num_sms else min(num_sms, tiles * steps)
-    return HopperNarrowConfig(block_m, block_n, block_k, num_programs, num_stages)
 
 
 def hopper_gate_up_config(num_rows: int, k: int) -> HopperGateUpConfig:
