@@ -19,13 +19,14 @@ import w4a16_choices
 from triton.errors import TritonError
 
 from turbotriton.backend.ops.kernels import hopper_gate_up as gate_up_module
+from turbotriton.backend.ops.kernels import hopper_w4a16_linear, tuning
 from turbotriton.backend.ops.kernels import narrow_linear as narrow_module
 from turbotriton.backend.ops.kernels import paged_decode_attention as attention_module
 from turbotriton.backend.ops.kernels import paged_prefill_attention as prefill_module
 from turbotriton.backend.ops.kernels import skinny_linear as linear_module
-from turbotriton.backend.ops.kernels import tuning
 from turbotriton.backend.ops.kernels import w4a16_linear as w4a16_module
 from turbotriton.backend.ops.kernels.silu_and_mul import silu_and_mul
+from turbotriton.backend.ops.kernels.w4a16_dequantize import dequantize_w4a16
 from turbotriton.backend.ops.operands import W4A16Tiles
 from turbotriton.backend.ops.packing import fragment_params
 
@@ -283,12 +284,18 @@ def w4a16_weight(k: int, n: int, gated: bool) -> W4A16Tiles:
     return W4A16Tiles(words, fragment_params(scales, zeros, torch.bfloat16), None, torch.bfloat16, gated)
 
 
-def w4a16_call(choice: w4a16_choices.Tiles, x: torch.Tensor, weight: W4A16Tiles) -> torch.Tensor | None:
+def w4a16_call(choice: w4a16_choices.Choice, x: torch.Tensor, weight: W4A16Tiles) -> torch.Tensor | None:
     """None where the choice does not fit the layer."""
     num_sms = torch.cuda.get_device_properties(0).multi_processor_count
     config = choice.config(x.shape[0], weight.in_features, weight.out_features, num_sms)
     if config is None:
         return None
+    if isinstance(config, w4a16_choices.Dequantised):
+        y = x @ dequantize_w4a16(weight)
+        return silu_and_mul(y) if weight.gated else y
+    if isinstance(config, tuning.HopperW4A16Config):
+        return hopper_w4a16_linear.linear(x, weight, config)
+    w4a16_module.takes_hopper_w4a16 = lambda *args, **facts: False
     w4a16_module.w4a16_linear_config = lambda *args, **facts: config
     return (w4a16_module.w4a16_gate_up if weight.gated else w4a16_module.w4a16_linear)(x, weight)
 

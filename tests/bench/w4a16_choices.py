@@ -2,7 +2,16 @@
 
 from dataclasses import dataclass, field, replace
 
-from turbotriton.backend.ops.kernels.tuning import MAX_PARTS, W4A16LinearConfig, ceil_div, w4a16_linear_config, w4a16_splits
+from turbotriton.backend.ops.kernels.tuning import (
+    MAX_PARTS,
+    HopperW4A16Config,
+    W4A16LinearConfig,
+    ceil_div,
+    hopper_w4a16_tiles,
+    next_power_of_2,
+    w4a16_linear_config,
+    w4a16_splits,
+)
 
 GROUP_SIZE = 128
 #: of the 8B shape: inputs, outputs, whether they are gates and ups
@@ -41,8 +50,64 @@ class Tiles:
         return ", ".join(words + [f"places {self.places}"] * (self.places > 0)) or "today"
 
 
-def choices(rows: int) -> list[Tiles]:
+@dataclass(frozen=True)
+class Hopper:
+    """The kernel in Gluon. num_stages: 0: the most."""
+
+    block_m: int
+    strips: int = 1
+    num_stages: int = 0
+
+    def config(self, rows: int, k: int, n: int, num_sms: int) -> HopperW4A16Config | None:
+        most = hopper_w4a16_tiles(self.block_m, self.strips, num_sms)
+        if n % most.block_n or k % 128:
+            return None
+        return replace(most, num_stages=self.num_stages or most.num_stages)
+
+    def num_programs(self, rows: int, k: int, n: int, num_sms: int) -> int:
+        config = self.config(rows, k, n, num_sms)
+        assert config is not None
+        turns = ceil_div(rows, config.block_m) * (n // config.block_n) * (k // 128)
+        return ceil_div(turns, ceil_div(turns, config.num_programs))
+
+    def __str__(self) -> str:
+        stages = f", stages {self.num_stages}" if self.num_stages else ""
+        return f"Hopper, block_m {self.block_m}, strips {self.strips}{stages}"
+
+
+@dataclass(frozen=True)
+class Dequantised:
+    """Weights made once for each call, then cuBLAS; SiLU apart."""
+
+    def config(self, rows: int, k: int, n: int, num_sms: int) -> "Dequantised":
+        return self
+
+    def num_programs(self, rows: int, k: int, n: int, num_sms: int) -> int:
+        return 0  # cuBLAS chooses
+
+    def __str__(self) -> str:
+        return "dequantised, cuBLAS"
+
+
+Choice = Tiles | Hopper | Dequantised
+
+
+def choices(rows: int) -> list[Choice]:
     """Today's first."""
+    return _plain(rows) + _hopper(rows)
+
+
+def _hopper(rows: int) -> list[Choice]:
+    if rows <= 64:
+        block_m = max(next_power_of_2(rows), 16)
+        return [Hopper(block_m, strips, stages) for strips, stages in ((1, 0), (2, 0), (2, 4))]
+    found: list[Choice] = [Hopper(128), Hopper(128, 2), Hopper(128, 2, 4)]
+    if rows > 128:
+        found += [Hopper(256), Hopper(256, 1, 4)]
+    return [*found, Dequantised()] if rows >= 256 else found
+
+
+def _plain(rows: int) -> list[Choice]:
     plain = {"ahead": 0, "scale_after": False, "descriptors": rows > 32}
     ahead = plain | {"ahead": 2, "num_stages": 3}
     if rows <= 32:

@@ -17,6 +17,7 @@ from turbotriton.backend.ops.kernels import (
     greedy_sample,
     hopper_gate_up,
     hopper_prefill_attention,
+    hopper_w4a16_linear,
     narrow_linear,
     paged_decode_attention,
     paged_prefill_attention,
@@ -35,7 +36,7 @@ from turbotriton.backend.ops.kernels import (
     w4a16_linear,
     w8a8_linear,
 )
-from turbotriton.backend.ops.kernels.tuning import W4A16LinearConfig
+from turbotriton.backend.ops.kernels.tuning import W4A16LinearConfig, hopper_w4a16_config
 from turbotriton.backend.ops.operands import Fp8Weight, QuantizedPages, SamplingBatch, StaticInt8Pages, W4A16Tiles, W8A8Weight
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -96,6 +97,11 @@ def quantised_linears(m: Maker) -> None:
             with mock.patch.object(w4a16_linear, "w4a16_linear_config", lambda *args, config=config, **facts: config):
                 call(m.zeros(num_rows, k), weight)
         w4a16_dequantize.dequantize_w4a16(weight)
+    if m.device == "cpu" or torch.cuda.get_device_capability() == (9, 0):
+        for num_rows, k, n, group_size, gated in ((3, 256, 256, 128, False), (130, 384, 128, 64, True)):
+            words, params = m.zeros(n // 16, k // 64, 32, 4, dtype=torch.int32), m.zeros(k // group_size, n, dtype=torch.int32)
+            weight = W4A16Tiles(words, params, m.zeros(n), m.dtype, gated)
+            hopper_w4a16_linear.linear(m.zeros(num_rows, k), weight, hopper_w4a16_config(num_rows, n, num_sms=132))
     for num_rows, k, n in ((3, 72, 40), (33, 208, 130), (3, 2064, 33)):
         int8 = W8A8Weight(m.zeros(n, k, dtype=torch.int8).t(), m.zeros(n, dtype=torch.float32), m.zeros(n))
         fp8 = Fp8Weight(m.zeros(n, k, dtype=torch.float8_e4m3fn).t(), m.zeros(n, dtype=torch.float32))

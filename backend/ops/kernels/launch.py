@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-__all__ = ["has_pdl", "launch_options", "num_sms", "shared_memory_bytes", "wait_for_previous"]
+__all__ = ["has_pdl", "is_hopper", "launch_options", "num_sms", "shared_memory_bytes", "wait_for_previous"]
 
 CPU_NUM_SMS = 4  # for the interpreter: enough to give several splits
 CPU_SHARED_BYTES = 227 << 10  # the same: what the chip has that is tuned for
@@ -31,6 +31,11 @@ def wait_for_previous(PDL: tl.constexpr):
 @functools.cache
 def has_pdl(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 @functools.cache

@@ -13,6 +13,7 @@ __all__ = [
     "FixedOrderLinearConfig",
     "GreedySampleConfig",
     "HopperGateUpConfig",
+    "HopperW4A16Config",
     "PrefillAttentionConfig",
     "QuantizeRowsConfig",
     "QuantizedDecodeAttentionConfig",
@@ -27,6 +28,8 @@ __all__ = [
     "fixed_order_linear_config",
     "greedy_sample_config",
     "hopper_gate_up_config",
+    "hopper_w4a16_config",
+    "hopper_w4a16_tiles",
     "narrow_linear_config",
     "next_power_of_2",
     "prefill_attention_config",
@@ -39,6 +42,7 @@ __all__ = [
     "skinny_linear_config",
     "takes_hopper_gate_up",
     "takes_hopper_prefill",
+    "takes_hopper_w4a16",
     "w4a16_linear_config",
     "w4a16_splits",
     "w8a8_linear_config",
@@ -181,6 +185,18 @@ class W4A16LinearConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class HopperW4A16Config:
+    block_m: int  # rows of x a program, padded
+    strips: int  # of 16 outputs a warp, of eight
+    num_stages: int
+    num_programs: int  # at most; they take equal shares of all tiles' steps
+
+    @property
+    def block_n(self) -> int:
+        return 128 * self.strips
+
+
+@dataclass(frozen=True, slots=True)
 class NarrowLinearConfig:
     block_m: int  # rows of x a program, padded
     block_n: int  # outputs a program
@@ -224,7 +240,9 @@ MAX_QUANTIZED_ROW = 65536
 MAX_OWN_FP8_ROWS = 64
 #: e4m3 sums of cuBLAS stay in the matrix unit's own accumulators, as ours do.
 FP8_FAST_ACCUMULATION = True
-MAX_PARTS = 8 << 20  # fp32 numbers of split sums, what split_sum.workspace has
+MAX_PARTS = 9 << 20  # fp32 numbers of split sums, what split_sum.workspace has
+#: Rows of 4 bit weights for `hopper_w4a16_linear` on sm_90; none until it has been timed.
+HOPPER_W4A16_ROWS = range(0)
 #: More rows than these: the weights are dequantised for one linear layer at a time, and torch multiplies.
 MAX_W4A16_ROWS = 256
 
@@ -465,6 +483,28 @@ def w4a16_linear_config(
 def w4a16_splits(tiles: int, places: int, k: int, block_k: int) -> int:
     """Splits of each tile's inputs that come nearest to a program a place, two steps each at least."""
     return _clamp((places + tiles // 2) // tiles, 1, _clamp(k // (2 * block_k), 1, 16))
+
+
+def takes_hopper_w4a16(num_rows: int, n: int, k: int, *, is_hopper: bool) -> bool:
+    """What `hopper_w4a16_linear` is written for and faster at: tiles of 128 outputs, turns of 128 inputs."""
+    return is_hopper and num_rows in HOPPER_W4A16_ROWS and n % 128 == 0 and k % 128 == 0
+
+
+def hopper_w4a16_config(num_rows: int, n: int, num_sms: int) -> HopperW4A16Config:
+    """n must be a multiple of 128. Tiles of 128 outputs and 256 rows, or 256 outputs and 128 rows or fewer where that pads less: with 128
+    registers of sums a thread, the fewest bytes from the L2 cache for an operation. Not timed yet."""
+    is_wide = n % 256 == 0
+    block_m = _clamp(next_power_of_2(num_rows), MIN_DOT_ROWS, 128)
+    if num_rows > 128 and not (is_wide and ceil_div(num_rows, 128) % 2):
+        block_m = 256
+    return hopper_w4a16_tiles(block_m, 2 if is_wide and block_m <= 128 else 1, num_sms)
+
+
+def hopper_w4a16_tiles(block_m: int, strips: int, num_sms: int) -> HopperW4A16Config:
+    """The most stages and programs for such tiles. A step of 64 inputs takes 128 bytes a row of x and, of 128 outputs, 4.5 KiB of words and
+    params; 18 KiB stay for what else the kernel needs."""
+    num_stages = min((209 << 10) // (128 * block_m + 4608 * strips), 8)
+    return HopperW4A16Config(block_m, strips, num_stages, min(num_sms, MAX_PARTS // (2 * 128 * strips * block_m)))
 
 
 def quantize_rows_config(n: int) -> QuantizeRowsConfig:

@@ -11,17 +11,27 @@ the zero are taken away together, which is exact, then they are scaled, which ro
 import triton
 import triton.language as tl
 
-__all__ = ["load_weights", "numbers_of", "widen"]
+__all__ = [
+    "PAIRED_BF16",
+    "PAIRED_FP16",
+    "TAKES_PAIRED_BF16",
+    "TAKES_PAIRED_FP16",
+    "load_weights",
+    "numbers_of",
+    "widen",
+]
 
 
-def _asm(kind: str, form: str) -> str:
+def _asm(kind: str, form: str, *, paired: bool = False) -> str:
     """$0..$7: the 16 numbers of the words $8 (outputs 0..7 of a strip) and $9 (8..15); after them, in pairs since two words are taken
-    at once, negated offset zeros for low and high outputs (fp16: those of the second offset too), and scales.
+    at once, negated offset zeros for low and high outputs (fp16: those of the second offset too), and scales. paired: a pair has one
+    word of low outputs and one of high ones, and there are half as many.
 
     Sub and mul are fused multiply-adds, which sm_80 has for both types; -0 leaves a product as it is.
     """
     is_fp16 = kind == "f16x2"
     offsets, one = (("0x64006400", "0x54005400"), "0x3C003C00") if is_fp16 else (("0x43004300",), "0x3F803F80")
+    pair = 1 if paired else 2
     lines = [".reg .b32 w, one, none;", f"mov.b32 one, {one};", "mov.b32 none, 0x80008000;"]
     for i in range(8):
         word, place = 8 + i // 4, i % 4
@@ -32,10 +42,10 @@ def _asm(kind: str, form: str) -> str:
         mask = "0x00F000F0" if is_second else "0x000F000F"
         lines.append(f"lop3.b32 ${i}, {'w' if shift else f'${word}'}, {mask}, {offsets[is_second]}, 0xEA;")
     for i in range(8):
-        zero = 10 + 2 * (i // 4) + 4 * (is_fp16 and i % 2)
+        zero = 10 + pair * (i // 4) + 2 * pair * (is_fp16 and i % 2)
         lines.append(f"fma.rn.{kind} ${i}, ${i}, one, ${zero};")
     for i in range(8) if form == "weights" else ():
-        lines.append(f"fma.rn.{kind} ${i}, ${i}, ${(18 if is_fp16 else 14) + 2 * (i // 4)}, none;")
+        lines.append(f"fma.rn.{kind} ${i}, ${i}, ${10 + (4 if is_fp16 else 2) * pair + pair * (i // 4)}, none;")
     return "{\n    " + "\n    ".join(lines) + "\n}\n"
 
 
@@ -43,6 +53,9 @@ _STEPS_BF16, _STEPS_FP16 = tl.constexpr(_asm("bf16x2", "steps")), tl.constexpr(_
 _WEIGHTS_BF16, _WEIGHTS_FP16 = tl.constexpr(_asm("bf16x2", "weights")), tl.constexpr(_asm("f16x2", "weights"))
 #: by the number of operands after the words
 _TAKES_2, _TAKES_4, _TAKES_6 = (tl.constexpr(",".join(["=r"] * 8 + ["r"] * (2 + 2 * count))) for count in (2, 4, 6))
+#: for the kernel in Gluon
+PAIRED_BF16, PAIRED_FP16 = (tl.constexpr(_asm(kind, "weights", paired=True)) for kind in ("bf16x2", "f16x2"))
+TAKES_PAIRED_BF16, TAKES_PAIRED_FP16 = (tl.constexpr(",".join(["=r"] * 8 + ["r"] * (2 + 2 * count))) for count in (2, 3))
 
 
 @triton.jit

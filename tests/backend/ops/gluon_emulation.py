@@ -9,23 +9,27 @@ do at any time is done at a random one, so that a missing wait shows up as NaN, 
                         product may add to it
     a tile's store      reads its source when it is issued or when it is waited for
 
-With programmatic launch (PDL) each partition waits for the kernel before this one before it touches memory, but for the descriptors that
-`emulate` is told of. It knows one block of threads a partition: no warps, no lanes, no registers, no proxies of memory and no fences.
-Those are read in PTX.
+Programs of a launch run at once and meet at atomic additions. With programmatic launch (PDL) each partition waits for the kernel before
+this one before it touches memory, but for the descriptors that `emulate` is told of. It knows one block of threads a partition: no warps,
+no lanes, no registers, no proxies of memory and no fences. Those are read in PTX.
 """
 
 import math
 import random
 import threading
+import time
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from tests.backend.ops import inline_assembly
 from triton.runtime.jit import JITFunction
 
 LANDS_BY_ITSELF = 0.1  # a copy, at any wait or arrival
+NOT_THERE = {True: float("nan"), False: -858993460}  # of floats and of integers
 
 
 class Pointer:
@@ -45,6 +49,10 @@ class Pointer:
 class Shared:
     def __init__(self, data: torch.Tensor) -> None:
         self.data = data
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.data.dtype
 
     def index(self, index: Any) -> "Shared":
         assert 0 <= int(index) < self.data.shape[0], f"stage {int(index)} of {self.data.shape[0]}"
@@ -89,11 +97,20 @@ class Product:
         return self.result
 
 
+class Launch:
+    """What the programs of a launch share besides memory."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.has_failed = False
+
+
 class Device:
     """What the partitions of one program share."""
 
-    def __init__(self, seed: int, program: int, num_programs: int, *, pdl: bool = False) -> None:
+    def __init__(self, seed: int, program: int, num_programs: int, of_launch: Launch, *, pdl: bool = False) -> None:
         self.random = random.Random(seed)
+        self.of_launch = of_launch
         self.program, self.num_programs = program, num_programs
         self.pdl = pdl
         self.changed = threading.Condition(threading.RLock())
@@ -169,7 +186,7 @@ class Device:
         if is_read and not descriptor.is_early:
             self.touch()
         assert target.data.numel() == math.prod(descriptor.block_shape)
-        target.data.fill_(float("nan"))
+        target.data.fill_(NOT_THERE[target.dtype.is_floating_point])
 
         def copy() -> None:
             tile = base[tuple(slice(begin, begin + size) for begin, size in zip(begins, descriptor.block_shape, strict=True))]
@@ -215,6 +232,16 @@ class Device:
         results = [dep.compute() if isinstance(dep, Product) and dep not in products else dep for dep in deps]
         return results[0] if len(results) == 1 else tuple(results)
 
+    def atomic_add(self, pointer: Pointer, value: Any, sem: str) -> torch.Tensor:
+        if self.random.random() < 0.5:
+            time.sleep(0.0005)
+        with self.of_launch.lock:
+            if self.of_launch.has_failed:
+                raise RuntimeError("another program has failed")
+            before = pointer.flat[int(pointer.offsets)].clone()
+            pointer.flat[int(pointer.offsets)] += value
+        return before
+
     def specialize(
         self, partitions: Sequence[tuple[Callable, tuple]], num_warps: Sequence[int], registers: Sequence[int]
     ) -> None:
@@ -224,6 +251,7 @@ class Device:
                 assert not self.products(), "a product is never waited for"
                 assert not self.stores(), "a store is never waited for"
             except BaseException as error:  # noqa: BLE001 (raised again by the thread that started this one)
+                self.of_launch.has_failed = True
                 with self.changed:
                     self.failures.append(error)
             with self.changed:
@@ -267,13 +295,19 @@ ASSEMBLY: dict[str, Callable[..., torch.Tensor]] = {
 }
 
 
-def _inline_assembly(asm: str, constraints: str, args: Sequence[Any], dtype: torch.dtype, is_pure: bool, pack: int) -> Any:
+def _inline_assembly(asm: str, constraints: str, args: Sequence[Any], dtype: Any, is_pure: bool, pack: int) -> Any:
     if not is_pure:  # a hint to the memory or to the compiler
         return args[0]
     if "mov.b32 {$0, high}, $1" in asm or "mov.b32 {low, $0}, $1" in asm:
         return _halves(args[0], dtype, high="{low, $0}" in asm).to(dtype)
-    (function,) = (function for text, function in ASSEMBLY.items() if text in asm)
-    return function(*args)
+    found = [function for text, function in ASSEMBLY.items() if text in asm]
+    if len(found) == 1:
+        return found[0](*args)
+    dtypes = list(dtype) if isinstance(dtype, tuple) else [dtype]
+    words = [arg.expand(args[0].shape).contiguous().view(torch.int32).numpy() for arg in args]
+    arrays = inline_assembly.run(asm, words, [np.dtype(f"int{8 * each.itemsize}") for each in dtypes], pack)
+    results = [torch.from_numpy(array).view(each) for array, each in zip(arrays, dtypes, strict=True)]
+    return tuple(results) if isinstance(dtype, tuple) else results[0]
 
 
 def _tensor(value: Any) -> torch.Tensor:
@@ -284,6 +318,7 @@ def _load(pointer: Pointer, mask: Any = None, other: Any = None, cache_modifier:
     offsets = _tensor(pointer.offsets).long()
     if mask is None:
         return pointer.flat[offsets]
+    mask = _tensor(mask)
     return torch.where(mask, pointer.flat[torch.where(mask, offsets, 0)], other)
 
 
@@ -293,18 +328,12 @@ def _store(pointer: Pointer, value: Any, mask: Any = True) -> None:
     pointer.flat[_tensor(pointer.offsets).expand(value.shape)[mask].long()] = value[mask]
 
 
-def _atomic_add(pointer: Pointer, value: int, sem: str) -> torch.Tensor:
-    before = pointer.flat[int(pointer.offsets)].clone()
-    pointer.flat[int(pointer.offsets)] += value
-    return before
-
-
 def _language(device: Device) -> types.SimpleNamespace:
     def allocate(dtype: Any, shape: Sequence[int], layout: Any) -> Any:
         if dtype is torch.int64:
             barriers = [Barrier() for _ in range(shape[0])]
             return barriers[0] if len(shape) == 1 else types.SimpleNamespace(index=lambda index: barriers[int(index)])
-        return Shared(torch.full(tuple(shape), float("nan"), dtype=dtype))
+        return Shared(torch.full(tuple(shape), NOT_THERE[dtype.is_floating_point], dtype=dtype))
 
     def nothing(*args: Any, **kwargs: Any) -> None:
         return None
@@ -327,6 +356,7 @@ def _language(device: Device) -> types.SimpleNamespace:
         BlockedLayout=nothing,
         SliceLayout=nothing,
         DotOperandLayout=nothing,
+        DistributedLinearLayout=nothing,
         program_id=lambda axis: device.program,
         num_programs=lambda axis: device.num_programs,
         static_range=range,
@@ -334,14 +364,18 @@ def _language(device: Device) -> types.SimpleNamespace:
         warp_specialize=device.specialize,
         load=touching(_load),
         store=touching(_store),
-        atomic_add=touching(_atomic_add),
+        atomic_add=touching(device.atomic_add),
         debug_barrier=nothing,
         arange=lambda start, end, layout: torch.arange(start, end),
         full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
         zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
         zeros_like=torch.zeros_like,
         convert_layout=lambda value, layout, assert_trivial=False: value,
+        reshape=lambda value, shape: value.reshape(shape),
+        permute=lambda value, order: value.permute(order),
         split=lambda value: value.unbind(-1),
+        expand_dims=lambda value, axis: value.unsqueeze(axis),
+        broadcast=torch.broadcast_tensors,
         join=lambda a, b: torch.stack((a, b), dim=-1),
         inline_asm_elementwise=_inline_assembly,
         where=lambda condition, a, b: torch.where(_tensor(condition), a, b),
@@ -377,6 +411,7 @@ def _as_python(module_names: dict[str, Any], device: Device) -> dict[str, Any]:
         warpgroup_mma=device.multiply,
         warpgroup_mma_wait=device.wait_products,
         fence_async_shared=lambda: None,
+        thread_barrier=lambda: None,
         range=lambda *bounds: (torch.tensor(index) for index in range(*map(int, bounds))),
     )
     return names
@@ -385,7 +420,7 @@ def _as_python(module_names: dict[str, Any], device: Device) -> dict[str, Any]:
 def emulate(
     module: types.ModuleType, kernel: str, monkeypatch: pytest.MonkeyPatch, seed: int = 0, early: Sequence[str] = ()
 ) -> None:
-    """The module's `kernel` runs on the CPU when it is launched, program after program.
+    """The module's `kernel` runs on the CPU when it is launched, all its programs at once.
 
     early: arguments, descriptors of what no other kernel writes
     """
@@ -408,9 +443,23 @@ def emulate(
                 values = dict(zip(original.arg_names, map(argument, args), strict=False)) | constants
                 for name in early:
                     values[name].is_early = True
-                for program in range(grid[0]):
-                    device = Device(seed + program, program, grid[0], pdl=launch_pdl)
-                    _as_python(vars(module) | {kernel: original}, device)[kernel](**values)
+                of_launch, failures = Launch(), []
+
+                def run(program: int) -> None:
+                    try:
+                        device = Device(seed + program, program, grid[0], of_launch, pdl=launch_pdl)
+                        _as_python(vars(module) | {kernel: original}, device)[kernel](**values)
+                    except BaseException as error:  # noqa: BLE001 (raised again by the thread that launched)
+                        of_launch.has_failed = True
+                        failures.append(error)
+
+                programs = [threading.Thread(target=run, args=(program,)) for program in range(grid[0])]
+                for program in programs:
+                    program.start()
+                for program in programs:
+                    program.join()
+                if failures:
+                    raise failures[0]
 
             return launch
 

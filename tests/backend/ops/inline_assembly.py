@@ -7,9 +7,10 @@ import re
 from typing import Any
 
 import numpy as np
+import torch
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-INSTRUCTION = re.compile(r"([a-z0-9]+)(?:\.[a-z0-9.]+)?\s+(.*)")
+INSTRUCTION = re.compile(r"([a-z0-9]+)((?:\.[a-z0-9.]+)?)\s+(.*)")
 
 
 def _lop3(a: Any, b: Any, c: Any, table: Any) -> Any:
@@ -29,6 +30,35 @@ def _prmt(a: Any, b: Any, selector: Any) -> Any:
     return found
 
 
+def _halves(words: Any, dtype: torch.dtype) -> list[torch.Tensor]:
+    bits = torch.from_numpy(np.ascontiguousarray(words).view(np.int32).astype(np.int64))
+    return [(bits >> shift & 0xFFFF).to(torch.int16).view(dtype).double() for shift in (0, 16)]
+
+
+def _fma_of_pairs(dtype: torch.dtype) -> Any:
+    def fma(a: Any, b: Any, c: Any) -> Any:
+        low, high = (
+            (x * y + z).to(dtype).view(torch.int16).long() & 0xFFFF
+            for x, y, z in zip(*(_halves(np.broadcast_to(each, a.shape), dtype) for each in (a, b, c)), strict=True)
+        )
+        return (high << 16 | low).numpy().astype(np.uint32)
+
+    return fma
+
+
+def _pair_of_bf16(high: Any, low: Any) -> Any:
+    bits = [torch.from_numpy(each.view(np.float32)).bfloat16().view(torch.int16).long() & 0xFFFF for each in (high, low)]
+    return (bits[0] << 16 | bits[1]).numpy().astype(np.uint32)
+
+
+def _of_floats(compute: Any) -> Any:
+    def operation(*words: Any) -> Any:
+        with np.errstate(over="ignore", divide="ignore"):
+            return np.asarray(compute(*(np.asarray(each).view(np.float32) for each in words)), np.float32).view(np.uint32)
+
+    return operation
+
+
 OPERATIONS = {
     "and": lambda a, b: a & b,
     "xor": lambda a, b: a ^ b,
@@ -37,9 +67,19 @@ OPERATIONS = {
     "mov": lambda a: a,
     "lop3": _lop3,
     "prmt": _prmt,
-    "ex2": lambda a: np.exp2(a.view(np.float32)).view(np.uint32),
-    "lg2": lambda a: np.log2(a.view(np.float32)).view(np.uint32),
+    "fma.rn.f16x2": _fma_of_pairs(torch.float16),
+    "fma.rn.bf16x2": _fma_of_pairs(torch.bfloat16),
+    "cvt.rn.bf16x2.f32": _pair_of_bf16,
+    "mul.f32": _of_floats(np.multiply),
+    "add.f32": _of_floats(np.add),
+    "rcp": _of_floats(np.reciprocal),
+    "ex2": _of_floats(np.exp2),
+    "lg2": _of_floats(np.log2),
 }
+
+
+def _constant(operand: str) -> Any:
+    return np.uint32(int(operand[2:], 16) if operand.startswith("0f") else int(operand, 0))
 
 
 def run(assembly: str, inputs: list[np.ndarray[Any, Any]], outputs: list[np.dtype[Any]], pack: int) -> list[np.ndarray[Any, Any]]:
@@ -58,9 +98,10 @@ def run(assembly: str, inputs: list[np.ndarray[Any, Any]], outputs: list[np.dtyp
             continue
         found = INSTRUCTION.fullmatch(line.strip())
         assert found, line
-        result, *operands = (operand.strip() for operand in found[2].split(","))
-        values = [registers[operand] if operand in registers else np.uint32(int(operand, 0)) for operand in operands]
-        registers[result] = OPERATIONS[found[1]](*values)
+        result, *operands = (operand.strip() for operand in found[3].split(","))
+        values = [registers[operand] if operand in registers else _constant(operand) for operand in operands]
+        operation = OPERATIONS.get(found[1] + found[2]) or OPERATIONS[found[1]]
+        registers[result] = operation(*values)
     results, place = [], 0
     for dtype, width in zip(outputs, widths, strict=True):
         words = np.stack([registers[f"${place + i}"] for i in range(width)], axis=1)

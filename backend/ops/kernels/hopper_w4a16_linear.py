@@ -1,0 +1,403 @@
+"""y = x W + b over 4 bit weights, as `w4a16_linear`, for Hopper: a warp that only fetches, and two groups of four warps that widen the
+weights of a step while the matrix unit multiplies those of the step before. Written in Gluon, where waits are explicit: triton itself waits
+for a product whose left operand lies in registers before it goes on, so its widening runs beside none.
+
+    fetching     | x, words, params of step 0 | of step 1 | ...   TMA into a ring of NUM_STAGES steps of 64 inputs, on into the next tile
+    both groups  y^T[128 S, BLOCK_M] += W[128 S, 64] x^T[64, BLOCK_M]        W goes from words to registers, S strips of 16 outputs a warp
+
+    widening     | 0 | 1 ------- | 2 ------- | 3 ------- |        at most two steps' products are under way: the registers of step n are
+    products         | 0 ------- | 1 ------- | 2 ------- | ...    written again for step n + 2, when those of step n have ended
+
+A stage has two barriers: `full`, which its bytes complete, and `free`, at which the groups arrive when their products have read x. Step
+number n of a program, over all its tiles, lies in stage n % NUM_STAGES.
+
+Programs take equal shares of all tiles' turns (a turn: two steps), counted through all tiles. A tile of one program is stored at once. Of
+a tile of several, each leaves its part in the workspace, and at its own end looks for the other parts: all end at about the same time. Part
+p of P then adds up, in order, and stores the chunks p, p + P, ... of the tile's rows. Who has looked in vain for long leaves its chunks to
+the part that comes last, so programs need not run together.
+
+    turns       tile 0: 0 1 2 3 | tile 1: 0 1 2 3 | tile 2: 0 1 2 3
+    programs            0 0 0 1           1 1 2 2           2 3 3 3
+"""
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from turbotriton.backend.ops.operands import W4A16Tiles
+
+from .launch import has_pdl, launch_options
+from .split_sum import NUM_COUNTERS, workspace
+from .tuning import MAX_PARTS, HopperW4A16Config, ceil_div
+from .w4a16_words import PAIRED_BF16, PAIRED_FP16, TAKES_PAIRED_BF16, TAKES_PAIRED_FP16
+
+__all__ = ["linear"]
+
+load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # renamed after triton 3.6
+thread_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # the same
+
+# 1 / (1 + exp(-x)) in four instructions; two numbers to bf16 and back in three, where the compiler takes a slow one for each
+_SIGMOID = gl.constexpr(
+    "mul.f32 $0, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 $0, $0; add.f32 $0, $0, 0f3F800000; rcp.approx.ftz.f32 $0, $0;"
+)
+_ROUND_BF16 = gl.constexpr(
+    "{ .reg .b32 both; cvt.rn.bf16x2.f32 both, $3, $2; shl.b32 $0, both, 16; and.b32 $1, both, 0xFFFF0000; }"
+)
+FETCH_REGISTERS = gl.constexpr(40)  # a thread; what is left of 3 x 128 threads of 168 goes to the groups that compute
+#: Looks at a counter, a few milliseconds: only what else runs on the device can keep programs of one launch from running together.
+PATIENCE = 4096
+
+
+@gluon.jit
+def _fetch(
+    x_desc, words_desc, params_desc, work, rings,
+    GROUP_SIZE: gl.constexpr, BLOCK_M: gl.constexpr, S: gl.constexpr, NUM_STAGES: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """The one warp that brings x, words and params. Weights of the first steps are asked for before the wait for the kernel before."""
+    BYTES: gl.constexpr = BLOCK_M * 128 + S * (4096 + 512)
+    x_tiles, words_tiles, params_tiles, full, free = rings
+    num_row_blocks, num_turns, _share, begin, end = work
+    first = 2 * begin
+    num_steps = 2 * (end - begin)
+    for number in range(gl.minimum(num_steps, NUM_STAGES)):
+        strip = (first + number) // (2 * num_turns) // num_row_blocks * (8 * S)
+        step = (first + number) % (2 * num_turns)
+        mbarrier.expect(full.index(number), BYTES)
+        load_tile(words_desc, [strip, step * 128], full.index(number), words_tiles.index(number))
+        load_tile(params_desc, [step * 64 // GROUP_SIZE, strip * 16], full.index(number), params_tiles.index(number))
+    if PDL:
+        gdc_wait()
+    for number in range(num_steps):
+        stage = number % NUM_STAGES
+        tile = (first + number) // (2 * num_turns)
+        step = (first + number) % (2 * num_turns)
+        if number >= NUM_STAGES:
+            strip = tile // num_row_blocks * (8 * S)
+            mbarrier.wait(free.index(stage), (number // NUM_STAGES & 1) ^ 1)
+            mbarrier.expect(full.index(stage), BYTES)
+            load_tile(words_desc, [strip, step * 128], full.index(stage), words_tiles.index(stage))
+            load_tile(params_desc, [step * 64 // GROUP_SIZE, strip * 16], full.index(stage), params_tiles.index(stage))
+        load_tile(x_desc, [tile % num_row_blocks * BLOCK_M, step * 64], full.index(stage), x_tiles.index(stage))
+
+
+@gluon.jit
+def _twice(half):
+    """The low 16 bits in both halves of a word."""
+    return (half & 0xFFFF) * 0x10001
+
+
+@gluon.jit
+def _weights(words_tile, params_tile, S: gl.constexpr, dtype: gl.constexpr, layout: gl.constexpr):
+    """The weights of a step: [128 S, 64], as the matrix instruction's left operand."""
+    # [S, warps, outputs of 8, pairs of inputs, k32, m8]
+    PAIR: gl.constexpr = [[0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 1, 0]]
+    FOUR: gl.constexpr = [[0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 1, 0], [1, 0, 0, 0, 0, 0]]
+    WORDS: gl.constexpr = gl.DistributedLinearLayout(
+        FOUR if S == 2 else PAIR,
+        [[0, 0, 0, 1, 0, 0], [0, 0, 0, 2, 0, 0], [0, 0, 1, 0, 0, 0], [0, 0, 2, 0, 0, 0], [0, 0, 4, 0, 0, 0]],
+        [[0, 1, 0, 0, 0, 0], [0, 2, 0, 0, 0, 0], [0, 4, 0, 0, 0, 0]],
+        [],
+        [S, 8, 8, 4, 2, 2],
+    )
+    words = words_tile.reshape([S, 8, 8, 4, 2, 2]).load(WORDS)
+    params_layout: gl.constexpr = gl.SliceLayout(3, gl.SliceLayout(4, WORDS))
+    params = params_tile.reshape([S, 8, 2, 8]).permute((0, 1, 3, 2)).load(params_layout)
+    zeros = _spread(_twice(params), words)
+    scales = _spread(_twice(params >> 16), words)
+    if dtype == gl.bfloat16:
+        parts = gl.inline_asm_elementwise(
+            PAIRED_BF16, TAKES_PAIRED_BF16, [words, zeros, scales], (gl.bfloat16,) * 8, is_pure=True, pack=2
+        )
+    else:
+        seconds = _spread(_twice(params << 4 & 0xF0 | 0xD400), words)  # bits of -(64 + zero) from those of -(1024 + zero)
+        parts = gl.inline_asm_elementwise(
+            PAIRED_FP16, TAKES_PAIRED_FP16, [words, zeros, seconds, scales], (gl.float16,) * 8, is_pure=True, pack=2
+        )
+    a, b, c, d, e, f, g, h = parts
+    # the assembly takes pairs of words (m8) and gives pairs of inputs (k1): [S, warps, 8, 4, k32, k1, k16, k8, m8]
+    numbers = gl.join(gl.join(gl.join(a, b), gl.join(c, d)), gl.join(gl.join(e, f), gl.join(g, h)))
+    numbers = gl.reshape(gl.permute(numbers, (0, 1, 8, 2, 4, 6, 7, 3, 5)), (128 * S, 64))
+    return gl.convert_layout(numbers, gl.DotOperandLayout(0, layout, 2), assert_trivial=True)
+
+
+@gluon.jit
+def _spread(params, words):
+    """[S, warps, 8, m8] -> the shape of words."""
+    return gl.broadcast(gl.expand_dims(gl.expand_dims(params, 3), 4), words)[0]
+
+
+@gluon.jit
+def _step(acc, number, is_first, rings, S: gl.constexpr, NUM_STAGES: gl.constexpr, layout: gl.constexpr):
+    """Issues the products of step `number`; those of the step before, of the same tile unless is_first, have ended."""
+    x_tiles, words_tiles, params_tiles, full, free = rings
+    stage = number % NUM_STAGES
+    mbarrier.wait(full.index(stage), number // NUM_STAGES & 1)
+    a = _weights(words_tiles.index(stage), params_tiles.index(stage), S, x_tiles.dtype, layout)
+    acc = warpgroup_mma(a, x_tiles.index(stage).permute((1, 0)), acc, is_async=True)
+    acc = warpgroup_mma_wait(1, [acc])
+    mbarrier.arrive(free.index((number + NUM_STAGES - 1) % NUM_STAGES), count=1, pred=is_first == 0)
+    return acc
+
+
+@gluon.jit
+def _chunk(acc, index: gl.constexpr, count: gl.constexpr):
+    """The columns of part `index` of `count`."""
+    if count == 1:
+        return acc
+    else:
+        low, high = gl.split(gl.permute(gl.reshape(acc, (acc.shape[0], 2, acc.shape[1] // 2)), (0, 2, 1)))
+        if index < count // 2:
+            return _chunk(low, index, count // 2)
+        else:
+            return _chunk(high, index - count // 2, count // 2)
+
+
+@gluon.jit
+def _part_offsets(S: gl.constexpr, CHUNK: gl.constexpr, PART: gl.constexpr):
+    """Of a thread's numbers in a chunk, four after each other: [S CHUNK / 8, 256, 4]."""
+    i = gl.arange(0, S * CHUNK // 8, layout=gl.SliceLayout(1, gl.SliceLayout(2, PART)))
+    thread = gl.arange(0, 256, layout=gl.SliceLayout(0, gl.SliceLayout(2, PART)))
+    j = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, PART)))
+    return (i * 1024)[:, None, None] + (thread * 4)[None, :, None] + j[None, None, :]
+
+
+@gluon.jit
+def _load_part(chunk_ptr, first_slot, sharer, part, num_parts, S: gl.constexpr, BLOCK_M: gl.constexpr):
+    """A chunk of one part of a tile, past the L1 cache: zeros where there is no such part."""
+    slot = gl.where(part == 0, first_slot, 2 * (sharer + part))
+    return gl.load(
+        chunk_ptr + slot.to(gl.int64) * (128 * S * BLOCK_M), mask=part < num_parts, other=0.0, cache_modifier=".cg"
+    )  # fmt: skip
+
+
+@gluon.jit
+def _rounded(numbers, dtype: gl.constexpr):
+    """fp32 numbers that `dtype` holds."""
+    if dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(_ROUND_BF16, "=f,=f,f,f", [numbers], gl.float32, is_pure=True, pack=2)
+    else:
+        return numbers.to(dtype).to(gl.float32)
+
+
+@gluon.jit
+def _store(chunk, bias_ptr, y_ptr, begin_n, begin_m, num_rows, N, HAS_BIAS: gl.constexpr, GATED: gl.constexpr, S: gl.constexpr):
+    """Sums [128 S, CHUNK] of the outputs from begin_n on as rows of y from begin_m on."""
+    CHUNK: gl.constexpr = chunk.shape[1]
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, CHUNK, 16])
+    OUT: gl.constexpr = 64 * S if GATED else 128 * S
+    ROWS: gl.constexpr = gl.BlockedLayout([8, 1], [OUT // 8, 256 // OUT], [1, 8], [0, 1])
+    dtype: gl.constexpr = y_ptr.dtype.element_ty
+    chunk = gl.convert_layout(chunk, LAYOUT, assert_trivial=True)
+    if HAS_BIAS:
+        offs = begin_n + gl.arange(0, 128 * S, layout=gl.SliceLayout(1, LAYOUT))
+        if GATED:
+            offs = offs // 16 * 8 + offs % 8 + offs // 8 % 2 * (N // 2)
+        chunk += gl.load(bias_ptr + offs).to(gl.float32)[:, None]
+    num_outputs = N
+    if GATED:  # outputs 0..7 of a strip are gates, 8..15 the ups of the same columns
+        pairs = gl.permute(gl.reshape(chunk, (8 * S, 2, 8, CHUNK)), (0, 2, 3, 1))
+        gate, up = gl.split(gl.reshape(pairs, (OUT, CHUNK, 2)))
+        gate = _rounded(gate, dtype)
+        sigmoid = gl.inline_asm_elementwise(_SIGMOID, "=f,f", [gate], gl.float32, is_pure=True, pack=1)
+        chunk = gate * sigmoid * _rounded(up, dtype)
+        num_outputs = N // 2
+        begin_n = begin_n // 2
+    y = gl.convert_layout(chunk.to(dtype), ROWS)
+    offs_n = begin_n + gl.arange(0, OUT, layout=gl.SliceLayout(1, ROWS))
+    offs_m = begin_m + gl.arange(0, CHUNK, layout=gl.SliceLayout(0, ROWS))
+    y_rows = offs_m.to(gl.int64) * num_outputs
+    gl.store(y_ptr + (y_rows[None, :] + offs_n[:, None]), y, mask=(offs_m < num_rows)[None, :])
+
+
+@gluon.jit
+def _chunks_to_add(counter_ptr, seen, part, num_parts, NUM_CHUNKS: gl.constexpr, PATIENCE: gl.constexpr):
+    """The chunks, as bits, that a program adds up of a tile to which it has given its part.
+
+    counter: bits 0..15 parts that are there, 16..23 chunks that were left to whom comes last, 24..31 programs that look here no more; the
+    last of those sets it back. seen: its value before this part came
+    """
+    own = part * 0
+    for index in gl.static_range(NUM_CHUNKS):
+        own |= (index % num_parts == part).to(gl.int32) << index
+    is_last = (seen & 0xFFFF) == num_parts - 1
+    is_whole = is_last
+    num_looks = part * 0
+    while (is_whole == 0) & (num_looks < PATIENCE):
+        is_whole = (gl.atomic_add(counter_ptr, 0, sem="acquire") & 0xFFFF) == num_parts
+        num_looks += 1
+    found = gl.atomic_add(counter_ptr, gl.where(is_whole, 0, own << 16) + (1 << 24), sem="acquire")
+    if (found >> 24 & 0xFF) == num_parts - 1:
+        gl.store(counter_ptr, 0)
+    is_whole = is_whole | ((found & 0xFFFF) == num_parts)  # now, before anyone was told of what is left
+    return gl.where(is_whole, own, 0) | gl.where(is_last, seen >> 16 & 0xFF, 0)
+
+
+@gluon.jit
+def _compute(
+    bias_ptr, y_ptr, parts_ptr, counters_ptr, num_rows, N, work, rings,
+    HAS_BIAS: gl.constexpr, GATED: gl.constexpr, BLOCK_M: gl.constexpr, S: gl.constexpr, NUM_STAGES: gl.constexpr,
+    PATIENCE: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """The two groups of warps: each has 64 of every 128 outputs."""
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_M, 16])
+    CHUNK: gl.constexpr = 32 if BLOCK_M == 256 else 16
+    CHUNK_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, CHUNK, 16])
+    PART: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 32, 1], [1, 8, 1], [2, 1, 0])
+    NUM_CHUNKS: gl.constexpr = BLOCK_M // CHUNK
+    CHUNK_SIZE: gl.constexpr = 128 * S * CHUNK
+    num_row_blocks, num_turns, share, begin, end = work
+    _x_tiles, _words_tiles, _params_tiles, _full, free = rings
+    program = gl.program_id(0)
+    first_tile = begin // num_turns
+    end_tile = (end + num_turns - 1) // num_turns
+    if PDL:
+        gdc_wait()
+    number = 0
+    seen = program * 0
+    seen_first = seen
+    for tile in range(first_tile, end_tile):
+        first = gl.maximum(begin - tile * num_turns, 0)
+        last = gl.minimum(end - tile * num_turns, num_turns)
+        acc = gl.zeros([128 * S, BLOCK_M], gl.float32, LAYOUT)
+        for turn in range(first, last):
+            acc = _step(acc, number, (turn == first).to(gl.int32), rings, S, NUM_STAGES, LAYOUT)
+            acc = _step(acc, number + 1, 0, rings, S, NUM_STAGES, LAYOUT)
+            number += 2
+        acc = warpgroup_mma_wait(0, [acc])
+        mbarrier.arrive(free.index((number - 1) % NUM_STAGES), count=1)
+        begin_n = tile // num_row_blocks * (128 * S)
+        begin_m = tile % num_row_blocks * BLOCK_M
+        if last - first == num_turns:
+            for index in gl.static_range(NUM_CHUNKS):
+                _store(
+                    _chunk(acc, index, NUM_CHUNKS), bias_ptr, y_ptr, begin_n, begin_m + index * CHUNK, num_rows, N, HAS_BIAS, GATED, S
+                )  # fmt: skip
+        else:
+            slot = 2 * program + (first == 0).to(gl.int32)
+            part_ptr = parts_ptr + slot.to(gl.int64) * (128 * S * BLOCK_M) + _part_offsets(S, CHUNK, PART)
+            for index in gl.static_range(NUM_CHUNKS):
+                numbers = gl.reshape(_chunk(acc, index, NUM_CHUNKS), (S, 8, 2, 8, CHUNK // 8, 4, 2))
+                numbers = gl.reshape(gl.permute(numbers, (0, 4, 1, 3, 5, 2, 6)), (S * CHUNK // 8, 256, 4))
+                gl.store(part_ptr + index * CHUNK_SIZE, gl.convert_layout(numbers, PART, assert_trivial=True))
+            thread_barrier()
+            seen = gl.atomic_add(counters_ptr + tile, 1, sem="acq_rel")
+            seen_first = gl.where(tile == first_tile, seen, seen_first)
+    for tile in range(first_tile, end_tile, gl.maximum(end_tile - 1 - first_tile, 1)):
+        if (begin > tile * num_turns) | (end < (tile + 1) * num_turns):
+            sharer = tile * num_turns // share  # the first program of this tile, which may have begun with another
+            num_parts = ((tile + 1) * num_turns - 1) // share + 1 - sharer
+            seen_here = gl.where(tile == first_tile, seen_first, seen)
+            chunks = _chunks_to_add(counters_ptr + tile, seen_here, program - sharer, num_parts, NUM_CHUNKS, PATIENCE)
+            begin_n = tile // num_row_blocks * (128 * S)
+            begin_m = tile % num_row_blocks * BLOCK_M
+            first_slot = 2 * sharer + (sharer * share <= tile * num_turns).to(gl.int32)
+            for index in range(NUM_CHUNKS):
+                if chunks >> index & 1 != 0:
+                    chunk_ptr = parts_ptr + index * CHUNK_SIZE + _part_offsets(S, CHUNK, PART)
+                    numbers = gl.zeros([S * CHUNK // 8, 256, 4], gl.float32, PART)
+                    for part in range(0, num_parts, 4):  # as many are asked for before the first is there
+                        a = _load_part(chunk_ptr, first_slot, sharer, part, num_parts, S, BLOCK_M)
+                        b = _load_part(chunk_ptr, first_slot, sharer, part + 1, num_parts, S, BLOCK_M)
+                        c = _load_part(chunk_ptr, first_slot, sharer, part + 2, num_parts, S, BLOCK_M)
+                        d = _load_part(chunk_ptr, first_slot, sharer, part + 3, num_parts, S, BLOCK_M)
+                        numbers = numbers + a + b + c + d
+                    sums = gl.permute(gl.reshape(numbers, (S, CHUNK // 8, 8, 8, 4, 2, 2)), (0, 2, 5, 3, 1, 4, 6))
+                    sums = gl.convert_layout(gl.reshape(sums, (128 * S, CHUNK)), CHUNK_LAYOUT, assert_trivial=True)
+                    _store(sums, bias_ptr, y_ptr, begin_n, begin_m + index * CHUNK, num_rows, N, HAS_BIAS, GATED, S)
+
+
+@gluon.jit(do_not_specialize=["num_rows"])
+def _hopper_w4a16_kernel(
+    x_desc,
+    words_desc,
+    params_desc,
+    bias_ptr,
+    y_ptr,
+    parts_ptr,
+    counters_ptr,
+    num_rows,
+    N,
+    K,
+    GROUP_SIZE: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    GATED: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    S: gl.constexpr,
+    NUM_STAGES: gl.constexpr,
+    PATIENCE: gl.constexpr,
+    PDL: gl.constexpr,
+):
+    if PDL:
+        gdc_launch_dependents()
+    x_tiles = gl.allocate_shared_memory(x_desc.dtype, [NUM_STAGES, BLOCK_M, 64], x_desc.layout)
+    words_tiles = gl.allocate_shared_memory(gl.int32, [NUM_STAGES, 8 * S, 128], words_desc.layout)
+    params_tiles = gl.allocate_shared_memory(gl.int32, [NUM_STAGES, 1, 128 * S], params_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(NUM_STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(free.index(stage), count=1)
+    fence_async_shared()
+    num_row_blocks = (num_rows + BLOCK_M - 1) // BLOCK_M
+    num_turns = K // 128
+    total = num_row_blocks * (N // (128 * S)) * num_turns
+    share = (total + gl.num_programs(0) - 1) // gl.num_programs(0)
+    begin = gl.minimum(gl.program_id(0) * share, total)
+    end = gl.minimum(begin + share, total)
+    work = (num_row_blocks, num_turns, share, begin, end)
+    rings = (x_tiles, words_tiles, params_tiles, full, free)
+    # fmt: off
+    gl.warp_specialize(
+        [
+            (_compute, (bias_ptr, y_ptr, parts_ptr, counters_ptr, num_rows, N, work, rings,
+                        HAS_BIAS, GATED, BLOCK_M, S, NUM_STAGES, PATIENCE, PDL)),
+            (_fetch, (x_desc, words_desc, params_desc, work, rings, GROUP_SIZE, BLOCK_M, S, NUM_STAGES, PDL)),
+        ],
+        [1],
+        [FETCH_REGISTERS],
+    )
+    # fmt: on
+
+
+def linear(x: torch.Tensor, weight: W4A16Tiles, config: HopperW4A16Config) -> torch.Tensor:
+    """Operands and results as `w4a16_linear`'s and `w4a16_gate_up`'s, which assert them.
+
+    x: fp16|bf16, at least one row; in_features a multiple of 128, out_features of config.block_n
+    """
+    if x.stride(0) % 8 or x.data_ptr() % 16:
+        x = x.clone(memory_format=torch.contiguous_format)
+    num_rows, k = x.shape
+    n, strips = weight.out_features, config.strips
+    num_tiles = ceil_div(num_rows, config.block_m) * (n // config.block_n)
+    assert 2 * config.num_programs * config.block_n * config.block_m <= MAX_PARTS, "no room for the parts of so many programs"
+    assert num_tiles <= NUM_COUNTERS, "no counters for so many tiles"
+    y = torch.empty((num_rows, n // 2 if weight.gated else n), dtype=x.dtype, device=x.device)
+    parts, counters = workspace(x.device)
+    words = weight.words.view(n // 16, 2 * k)
+    x_layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    plain_layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+    _hopper_w4a16_kernel[(min(config.num_programs, num_tiles * (k // 128)),)](
+        TensorDescriptor.from_tensor(x, [config.block_m, 64], x_layout),
+        TensorDescriptor.from_tensor(words, [8 * strips, 128], plain_layout),
+        TensorDescriptor.from_tensor(weight.params, [1, 128 * strips], plain_layout),
+        weight.bias,
+        y,
+        parts,
+        counters,
+        num_rows,
+        n,
+        k,
+        GROUP_SIZE=weight.group_size,
+        HAS_BIAS=weight.bias is not None,
+        GATED=weight.gated,
+        BLOCK_M=config.block_m,
+        S=strips,
+        NUM_STAGES=config.num_stages,
+        PATIENCE=PATIENCE,
+        num_warps=8,
+        **launch_options(has_pdl(x.device)),
+    )
+    return y

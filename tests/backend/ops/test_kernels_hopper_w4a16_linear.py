@@ -1,0 +1,378 @@
+"""The warp-specialised kernel over 4 bit weights against float64, as `w4a16_linear` launches it on sm_90.
+
+On the CPU in an emulation of its barriers, rings and counters (gluon_emulation.py), compiled ahead for sm_90, and on a GPU. Tolerances as
+in test_kernels_w4a16_linear.py.
+"""
+
+import inspect
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from tests.backend.ops.conftest import Target
+from tests.backend.ops.gluon_emulation import emulate
+from tests.backend.ops.test_kernels_compile_ahead import POINTERS, SHARED_LIMIT_BYTES, Recorder, resource_usage
+from tests.backend.ops.test_kernels_w4a16_linear import Shape, weight_of
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from turbotriton.backend.ops.kernels import hopper_w4a16_linear as module
+from turbotriton.backend.ops.kernels import w4a16_linear as launcher
+from turbotriton.backend.ops.kernels.split_sum import workspace
+from turbotriton.backend.ops.kernels.tuning import HopperW4A16Config, hopper_w4a16_config, hopper_w4a16_tiles
+from turbotriton.backend.ops.kernels.w4a16_linear import w4a16_gate_up, w4a16_linear
+from turbotriton.backend.ops.operands import W4A16Tiles
+
+BF16, FP16 = torch.bfloat16, torch.float16
+KERNEL = "_hopper_w4a16_kernel"
+
+
+def tolerance(dtype, *, gated=False):
+    eps = torch.finfo(dtype).eps
+    if gated:
+        return {"max_error": 8 * eps, "rms_error": 1.5 * eps}
+    return {"max_error": 2 * eps + 2e-6, "rms_error": 0.6 * eps + 1e-6}
+
+
+def wanted(x, weight, values):
+    y = x.double() @ values + (0 if weight.bias is None else weight.bias.double())
+    if weight.gated:
+        gate, up = y.to(x.dtype).double().chunk(2, dim=1)
+        y = torch.nn.functional.silu(gate) * up
+    return y
+
+
+def run(shape, dtype, monkeypatch, *, config=None, gated=False, seed=0, patience=1000):
+    """(result, float64 result), emulated."""
+    target = Target("cpu", dtype, torch.Generator().manual_seed(seed))
+    weight, values = weight_of(target, shape, gated=gated)
+    x = target.randn(shape.num_rows, shape.k + 8)[:, :-8]  # rows of another stride
+    with monkeypatch.context() as patch:
+        patch.setattr(launcher, "is_hopper", lambda device: True)
+        patch.setattr(launcher, "takes_hopper_w4a16", lambda *args, is_hopper: is_hopper)
+        patch.setattr(module, "PATIENCE", patience)
+        if config is not None:
+            patch.setattr(launcher, "hopper_w4a16_config", lambda *args: config)
+        patch.setattr(module, "has_pdl", lambda device: True)
+        emulate(module, KERNEL, patch, seed, early=("words_desc", "params_desc"))
+        y = (w4a16_gate_up if gated else w4a16_linear)(x, weight)
+    _, counters = workspace(x.device)
+    assert not counters.any(), "counters did not return to zero"
+    return y, wanted(x, weight, values)
+
+
+CASES = [
+    (Shape(1, 256, 256, 128), False),
+    (Shape(20, 128, 384, 128, bias=True), False),
+    (Shape(65, 256, 256, 128), False),
+    (Shape(100, 256, 128, 128, bias=True), False),  # 128 outputs: one strip a warp
+    (Shape(128, 384, 256, 64), False),  # groups of one step
+    (Shape(129, 256, 256, 256, bias=True), False),  # two rows more than a tile of half the size
+    (Shape(256, 128, 128, 128), False),  # a turn in all
+    (Shape(300, 256, 256, 128, bias=True), False),  # several blocks of rows, the last of them short
+    (Shape(16, 256, 128, 128), True),
+    (Shape(40, 384, 256, 128, bias=True), True),
+    (Shape(70, 256, 256, 64), True),
+    (Shape(200, 256, 384, 128, bias=True), True),
+]
+
+
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
+@pytest.mark.parametrize(("shape", "gated"), CASES, ids=str)
+def test_every_row_and_output(shape, gated, dtype, monkeypatch, assert_close, guarded_outputs):
+    assert_close(*run(shape, dtype, monkeypatch, gated=gated), **tolerance(dtype, gated=gated))
+
+
+@pytest.mark.parametrize("num_programs", [1, 2, 5, 7, 100])
+@pytest.mark.parametrize("num_stages", [2, 3])
+def test_equal_shares_cover_every_tile_once(num_programs, num_stages, monkeypatch, assert_close):
+    """6 tiles of 3 turns: shares that end inside a tile, at its end, hold several tiles, are one turn; programs without work."""
+    config = HopperW4A16Config(64, 1, num_stages, num_programs)
+    for seed in range(2):
+        out, expected = run(Shape(90, 384, 384, 128, bias=True), BF16, monkeypatch, config=config, seed=seed)
+        assert_close(out, expected, **tolerance(BF16))
+
+
+@pytest.mark.parametrize("patience", [0, 1, 3])
+def test_who_does_not_wait_leaves_its_chunks_to_the_last(patience, monkeypatch, assert_close):
+    for seed in range(4):
+        config = HopperW4A16Config(64, 2, 2, 5)
+        out, expected = run(Shape(64, 896, 256, 128), FP16, monkeypatch, config=config, seed=seed, patience=patience)
+        assert_close(out, expected, **tolerance(FP16))
+
+
+@pytest.mark.parametrize("num_programs", [1, 4, 6])
+def test_the_sums_of_parts_do_not_depend_on_who_adds_them(num_programs, monkeypatch):
+    shape, config = Shape(64, 896, 256, 128), HopperW4A16Config(64, 1, 3, num_programs)
+    first, _ = run(shape, FP16, monkeypatch, config=config)
+    weight, _ = weight_of(Target("cpu", FP16, torch.Generator().manual_seed(0)), shape)
+    assert weight.in_features == 896
+    for patience in (0, 1000):
+        assert torch.equal(run(shape, FP16, monkeypatch, config=config, patience=patience)[0], first)
+
+
+ARRIVE = "    mbarrier.arrive(free.index((number + NUM_STAGES - 1) % NUM_STAGES), count=1, pred=is_first == 0)\n"
+MISTAKES = {
+    "x read before it is there": ("_step", "    mbarrier.wait(full.index(stage), number // NUM_STAGES & 1)\n", ""),
+    "another phase": ("_step", "number // NUM_STAGES & 1", "number // NUM_STAGES + 1 & 1"),
+    "x freed while it is read": ("_step", "warpgroup_mma_wait(1, [acc])", "warpgroup_mma_wait(2, [acc])"),
+    "never freed": ("_step", ARRIVE, ""),
+    "freed before a tile's first product": ("_step", "pred=is_first == 0", "pred=True"),
+    "sums used too early": ("_compute", "acc = warpgroup_mma_wait(0, [acc])", "acc = warpgroup_mma_wait(1, [acc])"),
+    "no wait for the other parts": ("_chunks_to_add", "    is_whole = is_last\n", "    is_whole = is_last | True\n"),
+    "nobody adds what was left": ("_chunks_to_add", "seen >> 16 & 0xFF", "0"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_the_emulation_finds_what_a_kernel_may_not_do(mistake, monkeypatch):
+    function, old, new = MISTAKES[mistake]
+    source = inspect.getsource(getattr(module, function).fn).removeprefix("@gluon.jit\n")
+    assert source.count(old) == 1
+    names: dict[str, object] = {}
+    exec(source.replace(old, new), dict(vars(module)), names)
+    monkeypatch.setattr(getattr(module, function), "fn", names[function])
+    workspace(torch.device("cpu"))[0].fill_(float("nan"))  # nothing of an earlier run
+
+    def is_found(seed):
+        config = HopperW4A16Config(64, 1, 2, 3)
+        try:
+            out, expected = run(Shape(64, 640, 256, 128), FP16, monkeypatch, config=config, seed=seed, patience=1 + seed % 2)
+        except (AssertionError, AttributeError, RuntimeError, TypeError):
+            return True
+        return not torch.allclose(out.double(), expected, atol=0.1, rtol=0.01)
+
+    try:
+        assert any(is_found(seed) for seed in range(20))
+    finally:
+        parts, counters = workspace(torch.device("cpu"))
+        parts.zero_()
+        counters.zero_()
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "k", "n", "is_hopper", "expected"),
+    [
+        (65, 4096, 6144, True, KERNEL),
+        (256, 4096, 6144, True, KERNEL),
+        (64, 4096, 6144, True, "_w4a16_linear_kernel"),
+        (257, 4096, 6144, True, "_w4a16_linear_kernel"),
+        (256, 4096, 6144, False, "_w4a16_linear_kernel"),
+        (256, 192, 6144, True, "_w4a16_linear_kernel"),
+        (256, 4096, 192, True, "_w4a16_linear_kernel"),
+    ],
+)
+def test_what_it_does_not_take_is_the_plain_kernels(num_rows, k, n, is_hopper, expected, monkeypatch):
+    launches = []
+    for owner, name in ((module, KERNEL), (launcher, "_w4a16_linear_kernel")):
+        monkeypatch.setattr(owner, name, Recorder(getattr(owner, name), launches))
+    monkeypatch.setattr(launcher, "is_hopper", lambda device: is_hopper)
+    monkeypatch.setattr("turbotriton.backend.ops.kernels.tuning.HOPPER_W4A16_ROWS", range(65, 257))
+    words, params = torch.empty((n // 16, k // 64, 32, 4), dtype=torch.int32), torch.empty((k // 64, n), dtype=torch.int32)
+    w4a16_linear(torch.empty((num_rows, k), dtype=BF16), W4A16Tiles(words, params, None, BF16))
+    assert [kernel.__name__ for kernel, _ in launches] == [expected]
+
+
+@pytest.mark.parametrize("num_sms", [78, 114, 132])
+@pytest.mark.parametrize("n", [128, 256, 384, 6144, 28672])
+@pytest.mark.parametrize("num_rows", [1, 17, 64, 65, 128, 129, 256, 257, 300, 512, 1000])
+def test_tiles_fit_what_there_is(num_rows, n, num_sms):
+    config = hopper_w4a16_config(num_rows, n, num_sms)
+    assert n % config.block_n == 0
+    assert config.block_m * config.strips <= 256, "more than 128 registers of sums"
+    assert config.num_stages >= 4
+    assert config.num_stages * (config.block_m * 128 + config.strips * 4608) <= SHARED_LIMIT_BYTES[90] - (18 << 10)
+    assert 0 < config.num_programs <= num_sms
+
+
+def compiled_for_hopper(dtype, config, monkeypatch, *, gated=False, bias=False, group_size=128):
+    """The kernel that a launch would run on sm_90."""
+    launches = []
+    monkeypatch.setattr(module, KERNEL, Recorder(getattr(module, KERNEL), launches))
+    monkeypatch.setattr(module, "has_pdl", lambda device: True)
+    n, k = 28672, 4096
+    words, params = (
+        torch.empty((n // 16, k // 64, 32, 4), dtype=torch.int32),
+        torch.empty((k // group_size, n), dtype=torch.int32),
+    )
+    weight = W4A16Tiles(words, params, torch.empty(n, dtype=dtype) if bias else None, dtype, gated)
+    module.linear(torch.empty((config.block_m, k), dtype=dtype), weight, config)
+    ((kernel, arguments),) = launches
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        if parameter.is_constexpr or value is None:
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+        elif isinstance(value, TensorDescriptor):
+            signature[parameter.name] = f"tensordesc<{POINTERS[value.base.dtype][1:]}{value.block_shape},{value.layout!r}>"
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = POINTERS[value.dtype]
+        else:
+            signature[parameter.name] = "i32"
+        if isinstance(value, torch.Tensor | int) and not parameter.is_constexpr and not parameter.do_not_specialize:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = GluonASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": arguments["num_warps"]})
+
+
+def product_loop(cubin, folder):
+    """The shortest loop of the machine code with matrix instructions, from its start on."""
+    (folder / "kernel.cubin").write_bytes(cubin)
+    disassembler = Path(triton.knobs.nvidia.cuobjdump.path).parent / "nvdisasm"
+    command = [str(disassembler), "-c", str(folder / "kernel.cubin")]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    place_of_label, code, loops = {}, [], []
+    for line in text.splitlines():
+        if label := re.match(r"\.(L_x_\d+):", line):
+            place_of_label[label[1]] = len(code)
+        elif instruction := re.match(r"\s+/\*[0-9a-f]+\*/\s+(.*?);", line):
+            code.append(re.sub(r"^@!?U?P\d+ ", "", instruction[1]).strip())
+            target = re.search(r"BRA `\(\.(L_x_\d+)\)", instruction[1])
+            if target and target[1] in place_of_label:
+                loops.append(code[place_of_label[target[1]] :])
+    return min((loop for loop in loops if any("HGMMA" in each for each in loop)), key=len)
+
+
+def written_registers(instruction):
+    """Registers of a thread whose numbers the instruction changes, of those that are written before a product."""
+    name, _, operands = instruction.partition(" ")
+    found = re.match(r"\s*R(\d+)", operands)
+    if not found or name.startswith(("ST", "BAR", "HGMMA", "SYNCS", "RED", "ATOM")):
+        return set()
+    width = 4 if ".128" in name else 2 if ".64" in name or ".WIDE" in name else 1
+    return set(range(int(found[1]), int(found[1]) + width))
+
+
+TILES = [
+    (BF16, hopper_w4a16_tiles(256, 1, 132), True, True),
+    (FP16, hopper_w4a16_tiles(256, 1, 132), False, False),
+    (BF16, hopper_w4a16_tiles(128, 2, 132), True, False),
+    (FP16, hopper_w4a16_tiles(128, 2, 132), False, True),
+    (BF16, hopper_w4a16_tiles(128, 1, 132), False, False),
+    (BF16, hopper_w4a16_tiles(64, 2, 132), True, False),
+    (FP16, hopper_w4a16_tiles(64, 1, 132), False, False),
+    (BF16, hopper_w4a16_tiles(32, 2, 132), False, False),
+    (BF16, hopper_w4a16_tiles(16, 2, 132), True, False),
+]
+
+
+@pytest.mark.parametrize(("dtype", "config", "gated", "bias"), TILES, ids=str)
+def test_weights_are_widened_under_a_product(dtype, config, gated, bias, monkeypatch, tmp_path):
+    """Nothing spilled, products not serialised by ptxas, room for the ring; the registers of a product stay until it has ended."""
+    compiled = compiled_for_hopper(dtype, config, monkeypatch, gated=gated, bias=bias)
+    assert compiled.metadata.shared <= SHARED_LIMIT_BYTES[90]
+    usage = resource_usage(compiled.asm["cubin"], tmp_path)
+    assert usage["LOCAL"] == usage["STACK"] == 0, usage
+    (tmp_path / "kernel.ptx").write_text(compiled.asm["ptx"])
+    command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", str(tmp_path / "kernel.ptx"), "-o", str(tmp_path / "o")]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert "registers" in said
+    assert "serialized" not in said
+    assert "0 bytes spill stores" in said
+    loop = product_loop(compiled.asm["cubin"], tmp_path)
+    products = [each for each in loop if "HGMMA" in each]
+    assert len(products) == 8 * config.strips
+    waits = [each for each in loop if "DEPBAR" in each and "gsb0" in each]
+    assert [re.findall(r"0x\d", each)[-1] for each in waits] == ["0x1", "0x1"], waits
+    # twice around: the registers of a group of products are theirs from the first of them until all but the group after it have ended
+    groups: list[set[int]] = [set()]
+    for each in loop + loop:
+        if "HGMMA" in each:
+            sums, left = map(int, re.match(r"HGMMA\S+ R(\d+), R(\d+)", each).groups())
+            groups[-1] |= set(range(left, left + 4)) | set(range(sums, sums + config.block_m // 2))
+            if "gsb0" in each:
+                groups.append(set())
+        elif "DEPBAR" in each and "gsb0" in each:
+            groups = groups[-2:]
+        assert not any(written_registers(each) & group for group in groups), each
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "gated"),
+    [
+        *CASES,
+        (Shape(256, 4096, 6144, 128), False),
+        (Shape(65, 4096, 4096, 128, bias=True), False),
+        (Shape(200, 14336, 1024, 64), False),
+        (Shape(256, 4096, 4096, 128), True),
+        (Shape(300, 4096, 2048, 64, bias=True), True),
+        (Shape(1000, 1024, 1152, 128), False),
+    ],
+    ids=str,
+)
+def test_every_row_and_output_on_a_gpu(shape, gated, dtype, monkeypatch, assert_close):
+    skip_unless_hopper()
+    target = Target("cuda", dtype, torch.Generator().manual_seed(0))
+    weight, values = weight_of(target, shape, gated=gated)
+    x = target.randn(shape.num_rows, shape.k + 8)[:, :-8]
+    y = module.linear(x, weight, hopper_w4a16_config(shape.num_rows, shape.n, 132))
+    assert_close(y, wanted(x, weight, values), **tolerance(dtype, gated=gated))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    "config",
+    [
+        hopper_w4a16_tiles(256, 1, 132),
+        hopper_w4a16_tiles(256, 1, 50),
+        hopper_w4a16_tiles(128, 2, 132),
+        hopper_w4a16_tiles(128, 1, 7),
+        hopper_w4a16_tiles(64, 2, 132),
+        hopper_w4a16_tiles(64, 1, 100),
+        hopper_w4a16_tiles(32, 2, 132),
+        hopper_w4a16_tiles(16, 1, 132),
+    ],
+    ids=str,
+)
+def test_long_sums_are_right_again_and_again(config, gated, assert_close):
+    """A race in the ring, in the registers or at the counters would show as a difference between runs."""
+    skip_unless_hopper()
+    target = Target("cuda", BF16, torch.Generator().manual_seed(0))
+    weight, values = weight_of(target, Shape(256, 4096, 1024, 128), gated=gated)
+    x = target.randn(256, 4096)
+    y = module.linear(x, weight, config)
+    assert_close(y, wanted(x, weight, values), **tolerance(BF16, gated=gated))
+    assert all(torch.equal(module.linear(x, weight, config), y) for _ in range(200))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("patience", [0, 4])
+def test_programs_that_do_not_wait_give_the_same_bits(patience, monkeypatch):
+    skip_unless_hopper()
+    target = Target("cuda", BF16, torch.Generator().manual_seed(0))
+    weight, _ = weight_of(target, Shape(256, 4096, 1024, 128))
+    x, config = target.randn(256, 4096), hopper_w4a16_tiles(256, 1, 132)
+    y = module.linear(x, weight, config)
+    monkeypatch.setattr(module, "PATIENCE", patience)
+    assert all(torch.equal(module.linear(x, weight, config), y) for _ in range(100))
+
+
+@pytest.mark.gpu
+def test_a_graph_replays_it(assert_close):
+    skip_unless_hopper()
+    target = Target("cuda", BF16, torch.Generator().manual_seed(0))
+    weight, values = weight_of(target, Shape(256, 4096, 1024, 128))
+    x, config = target.randn(256, 4096), hopper_w4a16_tiles(256, 1, 132)
+    module.linear(x, weight, config)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        first = module.linear(x, weight, config)
+        again = module.linear(x * 0.5, weight, config)
+    x.copy_(target.randn(256, 4096))
+    for _ in range(20):
+        graph.replay()
+    assert_close(first, wanted(x, weight, values), **tolerance(BF16))
+    assert_close(again, wanted(x * 0.5, weight, values), **tolerance(BF16))
+
+
+def skip_unless_hopper():
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("for sm_90")
