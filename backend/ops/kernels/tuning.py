@@ -4,7 +4,7 @@ A tile never depends on the tokens of a prefill or on context lengths, so a kern
 four sizes of batches (many programs in waves or in one, some, few): all when a model is loaded, none on the request path.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from turbotriton.contract.errors import ConfigError
 
@@ -241,10 +241,11 @@ MAX_OWN_FP8_ROWS = 64
 #: e4m3 sums of cuBLAS stay in the matrix unit's own accumulators, as ours do.
 FP8_FAST_ACCUMULATION = True
 MAX_PARTS = 9 << 20  # fp32 numbers of split sums, what split_sum.workspace has
-#: Rows of 4 bit weights for `hopper_w4a16_linear` on sm_90; none until it has been timed.
-HOPPER_W4A16_ROWS = range(0)
+#: So many rows of 4 bit weights and more are `hopper_w4a16_linear`'s on sm_90: a layer of 256 takes 194 us where the plain kernel has 239
+#: (8B, H200: docs/perf-log.md).
+MIN_HOPPER_W4A16_ROWS = 33
 #: More rows than these: the weights are dequantised for one linear layer at a time, and torch multiplies.
-MAX_W4A16_ROWS = 256
+MAX_W4A16_ROWS = 512
 
 
 def next_power_of_2(value: int) -> int:
@@ -485,19 +486,18 @@ def w4a16_splits(tiles: int, places: int, k: int, block_k: int) -> int:
     return _clamp((places + tiles // 2) // tiles, 1, _clamp(k // (2 * block_k), 1, 16))
 
 
-def takes_hopper_w4a16(num_rows: int, n: int, k: int, *, is_hopper: bool) -> bool:
-    """What `hopper_w4a16_linear` is written for and faster at: tiles of 128 outputs, turns of 128 inputs."""
-    return is_hopper and num_rows in HOPPER_W4A16_ROWS and n % 128 == 0 and k % 128 == 0
+def takes_hopper_w4a16(num_rows: int, n: int, k: int, num_sms: int, *, is_hopper: bool) -> bool:
+    """What `hopper_w4a16_linear` is written for and faster at: tiles of 128 outputs, turns of 128 inputs, and up to 128 rows only layers
+    whose tiles do not fill the device by themselves."""
+    is_faster = num_rows >= MIN_HOPPER_W4A16_ROWS and (num_rows > 128 or n // 128 < num_sms)
+    return is_hopper and is_faster and n % 128 == 0 and k % 128 == 0
 
 
 def hopper_w4a16_config(num_rows: int, n: int, num_sms: int) -> HopperW4A16Config:
-    """n must be a multiple of 128. Tiles of 128 outputs and 256 rows, or 256 outputs and 128 rows or fewer where that pads less: with 128
-    registers of sums a thread, the fewest bytes from the L2 cache for an operation. Not timed yet."""
-    is_wide = n % 256 == 0
-    block_m = _clamp(next_power_of_2(num_rows), MIN_DOT_ROWS, 128)
-    if num_rows > 128 and not (is_wide and ceil_div(num_rows, 128) % 2):
-        block_m = 256
-    return hopper_w4a16_tiles(block_m, 2 if is_wide and block_m <= 128 else 1, num_sms)
+    """n must be a multiple of 128. Tiles of 128 outputs and up to 256 rows, or 256 outputs and up to 64. Measured on an H200."""
+    block_m = _clamp(next_power_of_2(num_rows), MIN_DOT_ROWS, 256)
+    most = hopper_w4a16_tiles(block_m, 2 if n % 256 == 0 and block_m <= 64 else 1, num_sms)
+    return replace(most, num_stages=min(most.num_stages, 4))
 
 
 def hopper_w4a16_tiles(block_m: int, strips: int, num_sms: int) -> HopperW4A16Config:

@@ -191,7 +191,7 @@ def _linear(x: torch.Tensor, weight: W4A16Tiles) -> torch.Tensor:
     assert k == weight.in_features, f"x has {k} columns"
     assert x.dtype is weight.dtype, f"the weight was packed for {weight.dtype}"
     n = weight.out_features
-    if takes_hopper_w4a16(num_rows, n, k, is_hopper=is_hopper(x.device)):
+    if takes_hopper_w4a16(num_rows, n, k, num_sms(x.device), is_hopper=is_hopper(x.device)):
         return hopper_w4a16_linear.linear(x, weight, hopper_w4a16_config(num_rows, n, num_sms(x.device)))
     y = torch.empty((num_rows, n // 2 if weight.gated else n), dtype=x.dtype, device=x.device)
     if num_rows == 0:

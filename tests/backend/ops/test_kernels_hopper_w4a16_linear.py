@@ -158,10 +158,11 @@ def test_the_emulation_finds_what_a_kernel_may_not_do(mistake, monkeypatch):
 @pytest.mark.parametrize(
     ("num_rows", "k", "n", "is_hopper", "expected"),
     [
-        (65, 4096, 6144, True, KERNEL),
-        (256, 4096, 6144, True, KERNEL),
-        (64, 4096, 6144, True, "_w4a16_linear_kernel"),
-        (257, 4096, 6144, True, "_w4a16_linear_kernel"),
+        (33, 4096, 6144, True, KERNEL),
+        (256, 4096, 28672, True, KERNEL),
+        (512, 4096, 6144, True, KERNEL),
+        (32, 4096, 6144, True, "_w4a16_linear_kernel"),
+        (128, 4096, 28672, True, "_w4a16_linear_kernel"),
         (256, 4096, 6144, False, "_w4a16_linear_kernel"),
         (256, 192, 6144, True, "_w4a16_linear_kernel"),
         (256, 4096, 192, True, "_w4a16_linear_kernel"),
@@ -172,7 +173,7 @@ def test_what_it_does_not_take_is_the_plain_kernels(num_rows, k, n, is_hopper, e
     for owner, name in ((module, KERNEL), (launcher, "_w4a16_linear_kernel")):
         monkeypatch.setattr(owner, name, Recorder(getattr(owner, name), launches))
     monkeypatch.setattr(launcher, "is_hopper", lambda device: is_hopper)
-    monkeypatch.setattr("turbotriton.backend.ops.kernels.tuning.HOPPER_W4A16_ROWS", range(65, 257))
+    monkeypatch.setattr(launcher, "num_sms", lambda device: 132)
     words, params = torch.empty((n // 16, k // 64, 32, 4), dtype=torch.int32), torch.empty((k // 64, n), dtype=torch.int32)
     w4a16_linear(torch.empty((num_rows, k), dtype=BF16), W4A16Tiles(words, params, None, BF16))
     assert [kernel.__name__ for kernel, _ in launches] == [expected]
