@@ -1,7 +1,7 @@
 """Steps that make triton compile every kernel variant that requests can need, so that none is compiled while one waits.
 
 What chooses a variant (ops/kernels/tuning.py): how many tokens a linear layer sees (one to four each have their own, then powers of two
-up to the largest that a kernel of ours takes), how many rows are sampled, how the draw is made, and for decodes their number and whether
+and what lies between two kernels' spans), how many rows are sampled, how the draw is made, and for decodes their number and whether
 the longest context is worth splitting. Decodes alone may replay graphs that were captured before; beside a chunk they are launched.
 The keys that the steps write lie in blocks that nobody holds yet: whoever is given them writes before it reads.
 """
@@ -15,8 +15,8 @@ from turbotriton.contract.wire import SamplingParams
 
 __all__ = ["TOKEN_COUNTS", "warm_up_plans"]
 
-#: Rows of a matrix product; the last is more than any kernel of ours takes.
-TOKEN_COUNTS = (1, 2, 3, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+#: Rows of a matrix product: some of every span that has a kernel of its own, of ours or of others.
+TOKEN_COUNTS = (1, 2, 3, 4, 8, 16, 32, 64, 128, 192, 256, 512, 1024)
 #: Of a decode: one that is never split, and one that is wherever splitting pays. Longer ones only take longer.
 CONTEXTS = (2, 1024)
 GREEDY = SamplingParams(temperature=0.0)

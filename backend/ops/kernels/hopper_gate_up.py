@@ -48,6 +48,7 @@ BLOCK_K = gl.constexpr(64)
 COMPUTE_REGISTERS = gl.constexpr(240)  # a thread; a program is launched with 3 x 128 threads of 168
 FETCH_REGISTERS = gl.constexpr(24)
 MINUS_LOG2_E = gl.constexpr(-math.log2(math.e))
+PLAIN, PAIRED = (gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=rank) for rank in (2, 3))
 
 
 @gluon.jit
@@ -288,15 +289,13 @@ def gate_up(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
     if num_rows == 0:
         return y
     config = hopper_gate_up_config(num_rows, k)
-    plain = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    paired = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
     num_blocks_m, num_blocks_n = ceil_div(num_rows, BLOCK_M.value), ceil_div(inter, BLOCK_N.value)
     pairs = weight.t().unflatten(0, (2, inter))  # [gate or up, inter, in_features]
     _hopper_gate_up_kernel[(min(num_blocks_m * num_blocks_n, num_sms(x.device)),)](
-        TensorDescriptor.from_tensor(x, [BLOCK_M.value, BLOCK_K.value], plain),
-        TensorDescriptor.from_tensor(pairs, [2, BLOCK_N.value, BLOCK_K.value], paired),
+        TensorDescriptor.from_tensor(x, [BLOCK_M.value, BLOCK_K.value], PLAIN),
+        TensorDescriptor.from_tensor(pairs, [2, BLOCK_N.value, BLOCK_K.value], PAIRED),
         bias,
-        TensorDescriptor.from_tensor(y, [HALF_M.value, HALF_N.value], plain),
+        TensorDescriptor.from_tensor(y, [HALF_M.value, HALF_N.value], PLAIN),
         inter,
         num_blocks_m,
         num_blocks_n,

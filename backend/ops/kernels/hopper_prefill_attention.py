@@ -41,6 +41,7 @@ BLOCK_N = gl.constexpr(64)  # keys of a tile: a block of the cache
 TAIL_ROWS = gl.constexpr(8)  # of V that the fetching warp holds in registers at once
 COMPUTE_REGISTERS = gl.constexpr(232)  # a thread; a program is launched with 3 x 128 threads of 168
 FETCH_REGISTERS = gl.constexpr(40)
+PAGES = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
 
 
 @gluon.jit
@@ -326,13 +327,12 @@ def hopper_prefill_attention(
     assert block_size == BLOCK_N.value
     num_rows = block_tables.shape[0]
     group_size = num_heads // num_kv_heads
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
     block_shape = [1, 1, block_size, head_dim]
     num_items = (num_tokens // (2 * HALF_M.value // group_size) + num_rows) * num_kv_heads
     _hopper_prefill_kernel[(min(num_items, num_sms(q.device)),)](
         q,
-        TensorDescriptor.from_tensor(k_cache, block_shape, layout),
-        TensorDescriptor.from_tensor(v_cache, block_shape, layout),
+        TensorDescriptor.from_tensor(k_cache, block_shape, PAGES),
+        TensorDescriptor.from_tensor(v_cache, block_shape, PAGES),
         block_tables,
         context_lens,
         cu_seqlens_q,

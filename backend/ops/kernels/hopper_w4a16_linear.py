@@ -47,6 +47,8 @@ _ROUND_BF16 = gl.constexpr(
     "{ .reg .b32 both; cvt.rn.bf16x2.f32 both, $3, $2; shl.b32 $0, both, 16; and.b32 $1, both, 0xFFFF0000; }"
 )
 FETCH_REGISTERS = gl.constexpr(40)  # a thread; what is left of 3 x 128 threads of 168 goes to the groups that compute
+ROWS = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)  # of x
+WORDS = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
 #: Looks at a counter, a few milliseconds: only what else runs on the device can keep programs of one launch from running together.
 PATIENCE = 4096
 
@@ -377,12 +379,10 @@ def linear(x: torch.Tensor, weight: W4A16Tiles, config: HopperW4A16Config) -> to
     y = torch.empty((num_rows, n // 2 if weight.gated else n), dtype=x.dtype, device=x.device)
     parts, counters = workspace(x.device)
     words = weight.words.view(n // 16, 2 * k)
-    x_layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    plain_layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
     _hopper_w4a16_kernel[(min(config.num_programs, num_tiles * (k // 128)),)](
-        TensorDescriptor.from_tensor(x, [config.block_m, 64], x_layout),
-        TensorDescriptor.from_tensor(words, [8 * strips, 128], plain_layout),
-        TensorDescriptor.from_tensor(weight.params, [1, 128 * strips], plain_layout),
+        TensorDescriptor.from_tensor(x, [config.block_m, 64], ROWS),
+        TensorDescriptor.from_tensor(words, [8 * strips, 128], WORDS),
+        TensorDescriptor.from_tensor(weight.params, [1, 128 * strips], WORDS),
         weight.bias,
         y,
         parts,

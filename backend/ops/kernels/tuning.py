@@ -4,7 +4,7 @@ A tile never depends on the tokens of a prefill or on context lengths, so a kern
 four sizes of batches (many programs in waves or in one, some, few): all when a model is loaded, none on the request path.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from turbotriton.contract.errors import ConfigError
 
@@ -244,8 +244,9 @@ MAX_PARTS = 9 << 20  # fp32 numbers of split sums, what split_sum.workspace has
 #: So many rows of 4 bit weights and more are `hopper_w4a16_linear`'s on sm_90: a layer of 256 takes 194 us where the plain kernel has 239
 #: (8B, H200: docs/perf-log.md).
 MIN_HOPPER_W4A16_ROWS = 33
-#: More rows than these: the weights are dequantised for one linear layer at a time, and torch multiplies.
-MAX_W4A16_ROWS = 512
+#: More rows than these: the weights are dequantised for one linear layer at a time, and torch multiplies. It is as fast from 2,048 rows on;
+#: 1,024 is the last number of tokens that a runner warms up with.
+MAX_W4A16_ROWS = 1023
 
 
 def next_power_of_2(value: int) -> int:
@@ -496,8 +497,7 @@ def takes_hopper_w4a16(num_rows: int, n: int, k: int, num_sms: int, *, is_hopper
 def hopper_w4a16_config(num_rows: int, n: int, num_sms: int) -> HopperW4A16Config:
     """n must be a multiple of 128. Tiles of 128 outputs and up to 256 rows, or 256 outputs and up to 64. Measured on an H200."""
     block_m = _clamp(next_power_of_2(num_rows), MIN_DOT_ROWS, 256)
-    most = hopper_w4a16_tiles(block_m, 2 if n % 256 == 0 and block_m <= 64 else 1, num_sms)
-    return replace(most, num_stages=min(most.num_stages, 4))
+    return hopper_w4a16_tiles(block_m, 2 if n % 256 == 0 and block_m <= 64 else 1, num_sms)
 
 
 def hopper_w4a16_tiles(block_m: int, strips: int, num_sms: int) -> HopperW4A16Config:

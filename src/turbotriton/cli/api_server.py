@@ -45,7 +45,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--qos-max-running", type=int, default=64, help="answers at once on the _qos endpoints")
     parser.add_argument(
         "--stream-interval", type=int, default=0,
-        help="tokens in an event of a stream after its first; 0: 1, and one more for each 64 answers under way",
+        help="tokens in an event of a stream after its first; 0: 1, and one more for each 8 answers under way, up to 4",
     )  # fmt: skip
     parser.add_argument(
         "--log-level",

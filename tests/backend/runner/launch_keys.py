@@ -76,6 +76,7 @@ def noted_launches(monkeypatch: Any) -> Iterator[set[tuple[Any, ...]]]:
         patch.setattr(weights, "_dense", lambda weight, bias=None: weights.DenseWeight(weight.t().contiguous().t(), bias))
         for info in pkgutil.iter_modules(kernels.__path__):
             module = import_module(f"{kernels.__name__}.{info.name}")
-            if hasattr(module, "num_sms"):
-                patch.setattr(module, "num_sms", lambda device: NUM_SMS)
+            for name, value in (("num_sms", NUM_SMS), ("is_hopper", True), ("_compute_capability", 90)):
+                if hasattr(module, name):
+                    patch.setattr(module, name, lambda device, value=value: value)
         yield keys

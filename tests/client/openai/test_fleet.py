@@ -53,7 +53,7 @@ def intervals(num: int, stream_interval: int, *, stream: bool = True) -> list[in
 
 
 def test_one_token_until_many_answers_are_under_way() -> None:
-    assert intervals(130, 0) == [1] * 64 + [2] * 64 + [3] * 2
+    assert intervals(40, 0) == [1] * 8 + [2] * 8 + [3] * 8 + [4] * 16
 
 
 def test_the_option_counts_whatever_runs() -> None:
