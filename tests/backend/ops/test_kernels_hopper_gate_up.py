@@ -88,7 +88,7 @@ def test_gate_and_up_are_joined(shape, dtype, monkeypatch, assert_close, guarded
 
 
 @pytest.mark.parametrize("num_stages", [2, 3, 4])
-@pytest.mark.parametrize("num_sms", [1, 3, 100])
+@pytest.mark.parametrize("num_sms", [1, 3, pytest.param(100, marks=pytest.mark.slow)])
 def test_rings_go_round_over_the_tiles_of_a_program(num_stages, num_sms, monkeypatch, assert_close):
     """Fewer steps than stages, as many, more; many tiles in a program and one."""
     for seed, k in enumerate((64, 128, 192, 256, 600)):
@@ -245,8 +245,8 @@ def step_loops(cubin, folder):
     return [code[begin:end] for begin, end in innermost]
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
+@pytest.mark.parametrize("bias", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", [pytest.param(FP16, marks=pytest.mark.slow), BF16], ids=str)
 def test_silu_runs_under_the_products_of_the_next_tile(dtype, bias, monkeypatch, tmp_path):
     """Of each half's loop: nothing spilled, exponentials between products and the wait for them, products not serialised by ptxas."""
     compiled = compiled_for_hopper(dtype, bias, monkeypatch)

@@ -59,7 +59,7 @@ def test_each_query_attends_to_the_keys_it_may_see(case, dtype, monkeypatch, ass
 
 
 @pytest.mark.parametrize("num_stages", [2, 3, 5])
-@pytest.mark.parametrize("num_sms", [1, 3, 100])
+@pytest.mark.parametrize("num_sms", [1, 3, pytest.param(100, marks=pytest.mark.slow)])
 def test_rings_go_round_over_the_items_of_a_program(num_stages, num_sms, monkeypatch, assert_close):
     """Items of one tile, of as many as there are stages, of more; many in a program and one."""
     case = Case(4, 2, 64, 64, ((40, 40), (65, 200), (0, 7), (9, 300), (64, 64), (1, 128)))
@@ -191,7 +191,10 @@ def product_loops(cubin, num_products, folder):
 
 @pytest.mark.parametrize(
     ("dtype", "num_heads", "num_kv_heads", "head_dim"),
-    [(BF16, 32, 8, 128), (FP16, 16, 8, 128), (BF16, 40, 40, 128), (BF16, 28, 4, 128), (BF16, 64, 8, 64)],
+    [
+        *((BF16, 32, 8, 128), (BF16, 64, 8, 64)),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((FP16, 16, 8, 128), (BF16, 40, 40, 128), (BF16, 28, 4, 128))),
+    ],
     ids=lambda value: str(value).removeprefix("torch."),
 )
 def test_the_softmax_runs_under_a_product(dtype, num_heads, num_kv_heads, head_dim, monkeypatch, tmp_path):

@@ -88,8 +88,8 @@ def test_every_row_and_output(shape, gated, dtype, monkeypatch, assert_close, gu
     assert_close(*run(shape, dtype, monkeypatch, gated=gated), **tolerance(dtype, gated=gated))
 
 
-@pytest.mark.parametrize("num_programs", [1, 2, 5, 7, 100])
-@pytest.mark.parametrize("num_stages", [2, 3])
+@pytest.mark.parametrize("num_programs", [1, 2, 5, 7, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_stages", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_equal_shares_cover_every_tile_once(num_programs, num_stages, monkeypatch, assert_close):
     """6 tiles of 3 turns: shares that end inside a tile, at its end, hold several tiles, are one turn; programs without work."""
     config = HopperW4A16Config(64, 1, num_stages, num_programs)
@@ -262,7 +262,11 @@ TILES = [
 ]
 
 
-@pytest.mark.parametrize(("dtype", "config", "gated", "bias"), TILES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "config", "gated", "bias"),
+    [*TILES[:1], *TILES[5:6], *(pytest.param(*tile, marks=pytest.mark.slow) for tile in (*TILES[1:5], *TILES[6:]))],
+    ids=str,
+)
 def test_weights_are_widened_under_a_product(dtype, config, gated, bias, monkeypatch, tmp_path):
     """Nothing spilled, products not serialised by ptxas, room for the ring; the registers of a product stay until it has ended."""
     compiled = compiled_for_hopper(dtype, config, monkeypatch, gated=gated, bias=bias)
