@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from tests.backend.ops.conftest import Target
 
 from turbotriton.backend.ops.kernels import quantized_decode_attention as module
 from turbotriton.backend.ops.kernels import quantized_prefill_attention as prefill_module
@@ -167,6 +168,20 @@ def test_any_number_of_splits_gives_the_same_result(target, num_sms, assert_clos
     # of 600 keys, each weight was rounded to fp16 before the product
     assert_close(out, oracle(*tensors, 0.2, 0), max_error=8 * target.eps + 4e-5, rms_error=target.eps + 4e-6)
     assert math.isfinite(float(out.sum()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["4", "8"])
+def test_long_sums_keep_their_last_places(kind, monkeypatch):
+    """8,192 keys of one program that weigh about the same: what each product loses in the matrix unit is lost in one direction."""
+    monkeypatch.setattr(module, "num_sms", lambda device: 1)
+    target = Target("cuda", torch.bfloat16, torch.Generator().manual_seed(0))
+    tensors = stored(target, kind, Case(4, 1, 128, 64, (8192,)))
+    expected = oracle(*tensors, 0.01, 0)
+    size = expected.square().mean().sqrt()
+    error = quantized_decode_attention(*tensors, 0.01, 0).double() - expected
+    assert float(error.square().mean().sqrt() / size) < 0.01
+    assert float(error.mean().abs() / size) < 0.002
 
 
 def test_8_bit_and_static_pages_are_read_too(target, assert_close, guarded_outputs):
