@@ -31,7 +31,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .launch import num_sms
+from .launch import is_hopper, num_sms
 from .tuning import ceil_div, hopper_gate_up_config, takes_hopper_gate_up
 
 __all__ = ["gate_up", "takes"]
@@ -257,17 +257,11 @@ def _hopper_gate_up_kernel(
     # fmt: on
 
 
-def _compute_capability(device: torch.device) -> int:
-    """0: no GPU."""
-    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-    return 10 * major + minor
-
-
 def takes(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether `gate_up` can be asked for; x contiguous."""
     k, columns = weight.shape
     is_stored_by_rows = weight.stride() == (1, k)
-    return is_stored_by_rows and takes_hopper_gate_up(k, columns // 2, x.element_size(), _compute_capability(x.device))
+    return is_stored_by_rows and takes_hopper_gate_up(k, columns // 2, x.element_size(), is_hopper=is_hopper(x.device))
 
 
 def gate_up(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

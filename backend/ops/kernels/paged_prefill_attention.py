@@ -21,6 +21,7 @@ Keys go by in tiles of BLOCK_N, masked only where some query of the tile does no
 Scores, softmax and sums in fp32; the weights are rounded to V's dtype for the second product, the result once.
 """
 
+import functools
 import math
 
 import torch
@@ -239,6 +240,7 @@ def _prefill_kernel(
     tl.store(out_ptr + out_rows[:, None] + offs_d[None, :], out.to(out_ptr.dtype.element_ty), mask=mask_q)
 
 
+@functools.cache
 def _compute_capability(device: torch.device) -> int:
     if device.type != "cuda":
         return CPU_COMPUTE_CAPABILITY

@@ -335,9 +335,9 @@ def hopper_gate_up_config(num_rows: int, k: int) -> HopperGateUpConfig:
     return HopperGateUpConfig(num_stages=4, group_m=row_blocks if row_blocks * k <= 65536 else _clamp(16384 // k, 1, 16))
 
 
-def takes_hopper_gate_up(k: int, inter: int, element_bytes: int, compute_capability: int) -> bool:
-    """What `hopper_gate_up` is written for: 16 bit, rows of x, W and y at multiples of 16 bytes. compute_capability: 10 * major + minor."""
-    return element_bytes == 2 and k % 8 == 0 and inter % 8 == 0 and compute_capability == 90
+def takes_hopper_gate_up(k: int, inter: int, element_bytes: int, *, is_hopper: bool) -> bool:
+    """What `hopper_gate_up` is written for: 16 bit, rows of x, W and y at multiples of 16 bytes."""
+    return is_hopper and element_bytes == 2 and k % 8 == 0 and inter % 8 == 0
 
 
 def fixed_order_linear_config(k: int, element_bytes: int) -> FixedOrderLinearConfig:

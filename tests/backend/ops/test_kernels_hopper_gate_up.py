@@ -176,21 +176,19 @@ def test_neither_rows_nor_the_layer_choose_another_compiled_kernel(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("x_shape", "columns", "dtype", "capability", "is_taken"),
+    ("x_shape", "columns", "dtype", "is_hopper", "is_taken"),
     [
-        ((600, 2048), 16384, BF16, 90, True),
-        ((600, 2048), 16384, FP16, 90, True),
-        ((600, 2048), 16384, BF16, 100, False),
-        ((600, 2048), 16384, BF16, 80, False),
-        ((600, 2048), 16384, BF16, 0, False),
-        ((600, 2048), 16384, torch.float32, 90, False),
-        ((600, 2044), 16384, BF16, 90, False),
-        ((600, 2048), 16392, BF16, 90, False),
-        ((511, 2048), 16384, BF16, 90, False),
+        ((600, 2048), 16384, BF16, True, True),
+        ((600, 2048), 16384, FP16, True, True),
+        ((600, 2048), 16384, BF16, False, False),
+        ((600, 2048), 16384, torch.float32, True, False),
+        ((600, 2044), 16384, BF16, True, False),
+        ((600, 2048), 16392, BF16, True, False),
+        ((511, 2048), 16384, BF16, True, False),
     ],
 )
-def test_what_it_does_not_take_is_a_product_and_silu(x_shape, columns, dtype, capability, is_taken, monkeypatch):
-    monkeypatch.setattr(module, "_compute_capability", lambda device: capability)
+def test_what_it_does_not_take_is_a_product_and_silu(x_shape, columns, dtype, is_hopper, is_taken, monkeypatch):
+    monkeypatch.setattr(module, "is_hopper", lambda device: is_hopper)
     monkeypatch.setattr(triton_column, "MIN_HOPPER_GATE_UP_ROWS", 512)
     asked = []
     monkeypatch.setattr(module, "gate_up", lambda x, weight, bias: asked.append("gate_up") or x)
