@@ -75,6 +75,7 @@ CASES = [
     (Shape(129, 256, 256, 256, bias=True), False),  # two rows more than a tile of half the size
     (Shape(256, 128, 128, 128), False),  # a turn in all
     (Shape(300, 256, 256, 128, bias=True), False),  # several blocks of rows, the last of them short
+    (Shape(1000, 128, 256, 128), False),  # about the most that come here
     (Shape(16, 256, 128, 128), True),
     (Shape(40, 384, 256, 128, bias=True), True),
     (Shape(70, 256, 256, 64), True),
