@@ -54,7 +54,7 @@ class Fleet:
     """Make it inside a running event loop. urls: HOST:PORT of each tritonserver's gRPC.
 
     stream_interval: tokens in a delta after the first. 0: one, and one more for each ANSWERS_A_TOKEN answers under way when the stream
-    begins, up to MOST_TOKENS: a response costs this process 40 to 100 us of its one core whatever is in it, and 64 streams of single
+    begins, up to MOST_TOKENS: a response costs this process 40 to 160 us of its one core whatever is in it, and 64 streams of single
     tokens of a small model would wait for it and not for the engine.
     """
 

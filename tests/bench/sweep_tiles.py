@@ -353,7 +353,7 @@ def w4a16_plan(all_rows: list[int], num_sms: int) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "what", nargs="*", default=["attention", "linear", "narrow", "prefill"], help="(default: all but the last three)"
+        "what", nargs="*", default=["attention", "linear", "narrow", "prefill"], help="(default: all but the last two)"
     )
     parser.add_argument("--narrow-rows", default="16,64", help="the same of narrow layers (default: %(default)s)")
     parser.add_argument("--gate-up-rows", default="256,512,2048,8192", help="the same of gate_up (default: %(default)s)")

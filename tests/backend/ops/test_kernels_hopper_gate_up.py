@@ -5,22 +5,15 @@ gate and up are rounded once each and so is their product, and a sum beside the 
 """
 
 import inspect
-import re
-import subprocess
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
-import triton
 from tests.backend.ops.gluon_emulation import emulate
-from tests.backend.ops.test_kernels_compile_ahead import POINTERS, SHARED_LIMIT_BYTES, Recorder
+from tests.backend.ops.hopper_code import compiled_for_hopper, loops_of, ptxas_report
+from tests.backend.ops.test_kernels_compile_ahead import SHARED_LIMIT_BYTES, Recorder
 from tests.backend.runner.launch_keys import _argument_key
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
-from triton.experimental.gluon._runtime import GluonASTSource
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from turbotriton.backend.ops import triton_column
 from turbotriton.backend.ops.kernels import hopper_gate_up as module
@@ -201,40 +194,15 @@ def test_what_it_does_not_take_is_a_product_and_silu(x_shape, columns, dtype, is
     assert asked == ["gate_up" if is_taken else "silu_and_mul"]
 
 
-def compiled_for_hopper(dtype, bias, monkeypatch):
-    kernel, arguments = launched(512, 2048, 8192, dtype, monkeypatch, bias=bias)
-    signature, constants, attributes = {}, {}, {}
-    for index, parameter in enumerate(kernel.params):
-        value = arguments[parameter.name]
-        if parameter.is_constexpr or value is None:
-            signature[parameter.name], constants[parameter.name] = "constexpr", value
-        elif isinstance(value, TensorDescriptor):
-            signature[parameter.name] = f"tensordesc<{POINTERS[dtype][1:]}{value.block_shape},{value.layout!r}>"
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name], attributes[(index,)] = POINTERS[dtype], [["tt.divisibility", 16]]
-        else:
-            assert parameter.do_not_specialize
-            signature[parameter.name] = "i32"
-    source = GluonASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-
-
-def step_loops(cubin, folder):
+def step_loops(compiled, folder):
     """The innermost loops of the machine code that have matrix instructions."""
-    (folder / "kernel.cubin").write_bytes(cubin)
-    disassembler = Path(triton.knobs.nvidia.cuobjdump.path).parent / "nvdisasm"
-    command = [str(disassembler), "-c", str(folder / "kernel.cubin")]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    place_of_label, code, loops = {}, [], []
-    for line in text.splitlines():
-        if label := re.match(r"\.(L_x_\d+):", line):
-            place_of_label[label[1]] = len(code)
-        elif instruction := re.match(r"\s+/\*[0-9a-f]+\*/\s+(.*?);", line):
-            code.append(instruction[1])
-            target = re.match(r"@!?U?P\d+ BRA `\(\.(L_x_\d+)\)", instruction[1])  # without a condition: back from a wait's loop
-            if target and target[1] in place_of_label:
-                loops.append((place_of_label[target[1]], len(code)))
-    with_products = [(begin, end) for begin, end in loops if any("HGMMA" in each for each in code[begin:end])]
+    code, loops = loops_of(compiled, folder)
+    with_products = [
+        (begin, end)
+        for begin, end in loops
+        if code[end - 1].startswith("@")  # without a condition: back from a wait's loop
+        and any("HGMMA" in each for each in code[begin:end])
+    ]
     innermost = [
         (begin, end)
         for begin, end in with_products
@@ -247,14 +215,12 @@ def step_loops(cubin, folder):
 @pytest.mark.parametrize("dtype", [pytest.param(FP16, marks=pytest.mark.slow), BF16], ids=str)
 def test_silu_runs_under_the_products_of_the_next_tile(dtype, bias, monkeypatch, tmp_path):
     """Of each half's loop: nothing spilled, exponentials between products and the wait for them, products not serialised by ptxas."""
-    compiled = compiled_for_hopper(dtype, bias, monkeypatch)
+    compiled = compiled_for_hopper(*launched(512, 2048, 8192, dtype, monkeypatch, bias=bias))
     assert compiled.metadata.shared <= SHARED_LIMIT_BYTES[90]
-    (tmp_path / "kernel.ptx").write_text(compiled.asm["ptx"])
-    command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", str(tmp_path / "kernel.ptx"), "-o", str(tmp_path / "o")]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    said = ptxas_report(compiled, tmp_path)
     assert "registers" in said
     assert "serialized" not in said
-    loops = step_loops(compiled.asm["cubin"], tmp_path)
+    loops = step_loops(compiled, tmp_path)
     assert len(loops) == 2
     for loop in loops:
         assert not any(each.split()[0].startswith(("LDL", "STL")) for each in loop)

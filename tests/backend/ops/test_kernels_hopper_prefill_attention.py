@@ -5,21 +5,14 @@ may see hold NaN. Tolerances as in test_kernels_paged_prefill_attention.py.
 """
 
 import inspect
-import re
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
-import triton
 from tests.backend.ops.conftest import Target
 from tests.backend.ops.gluon_emulation import emulate
-from tests.backend.ops.test_kernels_compile_ahead import POINTERS, SHARED_LIMIT_BYTES, Recorder
+from tests.backend.ops.hopper_code import compiled_for_hopper, loops_of, ptxas_report
+from tests.backend.ops.test_kernels_compile_ahead import SHARED_LIMIT_BYTES, Recorder
 from tests.backend.ops.test_kernels_paged_prefill_attention import Case, inputs, large_inputs, oracle, tolerance
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
-from triton.experimental.gluon._runtime import GluonASTSource
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from turbotriton.backend.ops.kernels import hopper_prefill_attention as module
 from turbotriton.backend.ops.kernels import paged_prefill_attention as launcher
@@ -138,8 +131,8 @@ def test_what_it_does_not_take_is_the_plain_kernels(
     assert [kernel.__name__ for kernel, _ in launches] == [expected]
 
 
-def compiled_for_hopper(dtype, num_heads, num_kv_heads, head_dim, monkeypatch):
-    """The kernel that a launch over blocks of 64 would run on sm_90."""
+def launched(dtype, num_heads, num_kv_heads, head_dim, monkeypatch):
+    """The kernel, and what a call over blocks of 64 gives it on sm_90."""
     launches = []
     monkeypatch.setattr(module, KERNEL, Recorder(getattr(module, KERNEL), launches))
     monkeypatch.setattr(launcher, "_compute_capability", lambda device: 90)
@@ -148,38 +141,13 @@ def compiled_for_hopper(dtype, num_heads, num_kv_heads, head_dim, monkeypatch):
     bounds = torch.empty(17, dtype=torch.int32)
     paged_prefill_attention(torch.empty((256, num_heads, head_dim), dtype=dtype), cache, cache, tables, lens, bounds, 0.1)
     ((kernel, arguments),) = launches
-    signature, constants, attributes = {}, {}, {}
-    for index, parameter in enumerate(kernel.params):
-        value = arguments[parameter.name]
-        if parameter.is_constexpr:
-            signature[parameter.name], constants[parameter.name] = "constexpr", value
-        elif isinstance(value, TensorDescriptor):
-            signature[parameter.name] = f"tensordesc<{POINTERS[dtype][1:]}{value.block_shape},{value.layout!r}>"
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = POINTERS[value.dtype]
-        else:
-            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-        if isinstance(value, torch.Tensor | int) and not parameter.is_constexpr and not parameter.do_not_specialize:
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    source = GluonASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    return kernel, arguments
 
 
-def product_loops(cubin, num_products, folder):
+def product_loops(compiled, num_products, folder):
     """The loops of the machine code with so many matrix instructions, each from its first one on."""
-    (folder / "kernel.cubin").write_bytes(cubin)
-    disassembler = Path(triton.knobs.nvidia.cuobjdump.path).parent / "nvdisasm"
-    command = [str(disassembler), "-c", str(folder / "kernel.cubin")]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    place_of_label, code, loops = {}, [], []
-    for line in text.splitlines():
-        if label := re.match(r"\.(L_x_\d+):", line):
-            place_of_label[label[1]] = len(code)
-        elif instruction := re.match(r"\s+/\*[0-9a-f]+\*/\s+(.*?);", line):
-            code.append(instruction[1])
-            target = re.search(r"BRA `\(\.(L_x_\d+)\)", instruction[1])
-            if target and target[1] in place_of_label:
-                loops.append(code[place_of_label[target[1]] :])
+    code, ranges = loops_of(compiled, folder)
+    loops = [code[begin:end] for begin, end in ranges]
     places = [[index for index, each in enumerate(loop) if "HGMMA" in each] for loop in loops]
     own = [
         (loop, at)
@@ -199,14 +167,12 @@ def product_loops(cubin, num_products, folder):
 )
 def test_the_softmax_runs_under_a_product(dtype, num_heads, num_kv_heads, head_dim, monkeypatch, tmp_path):
     """Of each loop: nothing spilled, exponentials between the two waits, products not serialised by ptxas; room for the rings."""
-    compiled = compiled_for_hopper(dtype, num_heads, num_kv_heads, head_dim, monkeypatch)
+    compiled = compiled_for_hopper(*launched(dtype, num_heads, num_kv_heads, head_dim, monkeypatch))
     assert compiled.metadata.shared <= SHARED_LIMIT_BYTES[90]
-    (tmp_path / "kernel.ptx").write_text(compiled.asm["ptx"])
-    command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", str(tmp_path / "kernel.ptx"), "-o", str(tmp_path / "o")]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    said = ptxas_report(compiled, tmp_path)
     assert "registers" in said
     assert "serialized" not in said
-    loops = product_loops(compiled.asm["cubin"], head_dim // 16 + 64 // 16, tmp_path)
+    loops = product_loops(compiled, head_dim // 16 + 64 // 16, tmp_path)
     assert len(loops) == 4  # unmasked and masked, of each half
     for loop in loops:
         assert not any(each.split()[0].startswith(("LDL", "STL")) for each in loop)

@@ -6,20 +6,14 @@ in test_kernels_w4a16_linear.py.
 
 import inspect
 import re
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
-import triton
 from tests.backend.ops.conftest import Target
 from tests.backend.ops.gluon_emulation import emulate
-from tests.backend.ops.test_kernels_compile_ahead import POINTERS, SHARED_LIMIT_BYTES, Recorder, resource_usage
+from tests.backend.ops.hopper_code import compiled_for_hopper, loops_of, ptxas_report
+from tests.backend.ops.test_kernels_compile_ahead import SHARED_LIMIT_BYTES, Recorder, resource_usage
 from tests.backend.ops.test_kernels_w4a16_linear import Shape, weight_of
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
-from triton.experimental.gluon._runtime import GluonASTSource
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from turbotriton.backend.ops.kernels import hopper_w4a16_linear as module
 from turbotriton.backend.ops.kernels import w4a16_linear as launcher
@@ -192,8 +186,8 @@ def test_tiles_fit_what_there_is(num_rows, n, num_sms):
     assert 0 < config.num_programs <= num_sms
 
 
-def compiled_for_hopper(dtype, config, monkeypatch, *, gated=False, bias=False, group_size=128):
-    """The kernel that a launch would run on sm_90."""
+def launched(dtype, config, monkeypatch, *, gated=False, bias=False, group_size=128):
+    """The kernel, and what a call on sm_90 gives it."""
     launches = []
     monkeypatch.setattr(module, KERNEL, Recorder(getattr(module, KERNEL), launches))
     monkeypatch.setattr(module, "has_pdl", lambda device: True)
@@ -205,39 +199,15 @@ def compiled_for_hopper(dtype, config, monkeypatch, *, gated=False, bias=False, 
     weight = W4A16Tiles(words, params, torch.empty(n, dtype=dtype) if bias else None, dtype, gated)
     module.linear(torch.empty((config.block_m, k), dtype=dtype), weight, config)
     ((kernel, arguments),) = launches
-    signature, constants, attributes = {}, {}, {}
-    for index, parameter in enumerate(kernel.params):
-        value = arguments[parameter.name]
-        if parameter.is_constexpr or value is None:
-            signature[parameter.name], constants[parameter.name] = "constexpr", value
-        elif isinstance(value, TensorDescriptor):
-            signature[parameter.name] = f"tensordesc<{POINTERS[value.base.dtype][1:]}{value.block_shape},{value.layout!r}>"
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = POINTERS[value.dtype]
-        else:
-            signature[parameter.name] = "i32"
-        if isinstance(value, torch.Tensor | int) and not parameter.is_constexpr and not parameter.do_not_specialize:
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    source = GluonASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": arguments["num_warps"]})
+    return kernel, arguments
 
 
-def product_loop(cubin, folder):
-    """The shortest loop of the machine code with matrix instructions, from its start on."""
-    (folder / "kernel.cubin").write_bytes(cubin)
-    disassembler = Path(triton.knobs.nvidia.cuobjdump.path).parent / "nvdisasm"
-    command = [str(disassembler), "-c", str(folder / "kernel.cubin")]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    place_of_label, code, loops = {}, [], []
-    for line in text.splitlines():
-        if label := re.match(r"\.(L_x_\d+):", line):
-            place_of_label[label[1]] = len(code)
-        elif instruction := re.match(r"\s+/\*[0-9a-f]+\*/\s+(.*?);", line):
-            code.append(re.sub(r"^@!?U?P\d+ ", "", instruction[1]).strip())
-            target = re.search(r"BRA `\(\.(L_x_\d+)\)", instruction[1])
-            if target and target[1] in place_of_label:
-                loops.append(code[place_of_label[target[1]] :])
-    return min((loop for loop in loops if any("HGMMA" in each for each in loop)), key=len)
+def product_loop(compiled, folder):
+    """The shortest loop of the machine code with matrix instructions, from its start on, without predicates."""
+    code, loops = loops_of(compiled, folder)
+    bare = [re.sub(r"^@!?U?P\d+ ", "", each).strip() for each in code]
+    with_products = [bare[begin:end] for begin, end in loops if any("HGMMA" in each for each in bare[begin:end])]
+    return min(with_products, key=len)
 
 
 def written_registers(instruction):
@@ -270,17 +240,15 @@ TILES = [
 )
 def test_weights_are_widened_under_a_product(dtype, config, gated, bias, monkeypatch, tmp_path):
     """Nothing spilled, products not serialised by ptxas, room for the ring; the registers of a product stay until it has ended."""
-    compiled = compiled_for_hopper(dtype, config, monkeypatch, gated=gated, bias=bias)
+    compiled = compiled_for_hopper(*launched(dtype, config, monkeypatch, gated=gated, bias=bias))
     assert compiled.metadata.shared <= SHARED_LIMIT_BYTES[90]
     usage = resource_usage(compiled.asm["cubin"], tmp_path)
     assert usage["LOCAL"] == usage["STACK"] == 0, usage
-    (tmp_path / "kernel.ptx").write_text(compiled.asm["ptx"])
-    command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", str(tmp_path / "kernel.ptx"), "-o", str(tmp_path / "o")]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    said = ptxas_report(compiled, tmp_path)
     assert "registers" in said
     assert "serialized" not in said
     assert "0 bytes spill stores" in said
-    loop = product_loop(compiled.asm["cubin"], tmp_path)
+    loop = product_loop(compiled, tmp_path)
     products = [each for each in loop if "HGMMA" in each]
     assert len(products) == 8 * config.strips
     waits = [each for each in loop if "DEPBAR" in each and "gsb0" in each]
