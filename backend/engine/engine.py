@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from turbotriton.backend.scheduling.block_manager import BlockManager
 from turbotriton.backend.scheduling.plan import StepPlan, StepResult
 from turbotriton.backend.scheduling.request import Request, RequestState
-from turbotriton.backend.scheduling.scheduler import OwnedDelta, Scheduler
+from turbotriton.backend.scheduling.scheduler import PREFILL_BESIDE_DECODES, OwnedDelta, Scheduler
 from turbotriton.contract.errors import InvalidInputError, TurbotritonError
 from turbotriton.contract.ini import EngineConfig, ModelConfig
 from turbotriton.contract.wire import EngineInfo, EngineStats, GenerateRequest, TokenDelta
@@ -55,6 +55,14 @@ class Runner(Protocol):
         """Starts a step; what it returns waits for its result. Launched steps are collected in order."""
 
     def close(self) -> None: ...
+
+
+def prefill_beside_decodes(model: ModelConfig) -> int:
+    """Tokens of a step that keep decodes waiting as long as PREFILL_BESIDE_DECODES do in a model of 7 G elements, or that many: below them
+    matrix products, and a host that launches every kernel by itself, would get slow."""
+    heads = model.num_heads + model.num_kv_heads
+    elements = model.num_layers * model.hidden_size * (2 * heads * model.head_dim + 3 * model.inter_size)
+    return PREFILL_BESIDE_DECODES * max(1, 7_000_000_000 // max(elements, 1))
 
 
 class Guides(NamedTuple):
@@ -101,6 +109,7 @@ class Engine:
             budget,
             clock,
             lambda: secrets.randbits(64),
+            prefill_beside_decodes(model),
         )
         self._prompt_tokens = 0
         self._generation_tokens = 0

@@ -10,7 +10,8 @@ One step, in `schedule`:
      decodes come before all chunks, so a long prompt never delays a running answer by more than one step. Where as many requests
      decode as wait for their first token, or more, prompts get `beside_decodes` tokens of that step and not all its budget: those who
      wait for their next token would wait as long as that takes. A request that needs a block when none is free makes the last in
-     order give up its blocks; if that is itself, it waits.
+     order give up its blocks; if that is itself, it waits. In the plan the longest decodes stand first: attention's programs start in
+     that order, and short ones fill the gaps at its end.
   3. Waiting requests in order, while a slot, budget and blocks for all their known tokens are there. The first that does not fit
      holds back those behind it: nobody starves.
 
@@ -287,6 +288,7 @@ class Scheduler:
                 budget -= 1
         # a later decode may have preempted an earlier pick
         picked = [request for request in picked if request.state is RequestState.RUNNING]
+        picked.sort(key=_num_scheduled, reverse=True)
         rows += [self._row(request, 1) for request in picked]
         if rows and len(rows) >= len(chunks) + self.num_waiting - self._num_held:
             budget = min(budget, max(self._beside_decodes - len(rows), self._beside_decodes // 2))
@@ -430,6 +432,10 @@ class Scheduler:
             parent = request.digests[-1] if request.digests else request.chain_root
             request.digests.append(chain_digest(parent, request.token_ids[index * size : (index + 1) * size]))
             self.blocks.publish(request.block_ids[index], request.digests[-1])
+
+
+def _num_scheduled(request: Request) -> int:
+    return request.num_scheduled_tokens
 
 
 def _with(owned: OwnedDelta, **fields: Any) -> OwnedDelta:

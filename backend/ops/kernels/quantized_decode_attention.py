@@ -115,9 +115,9 @@ def _quantized_split_kernel(
     PDL: tl.constexpr,
 ):
     wait_for_previous(PDL)
-    sequence = tl.program_id(0).to(tl.int64)
-    kv_head = tl.program_id(1).to(tl.int64)
-    split = tl.program_id(2)
+    kv_head = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    sequence = tl.program_id(2).to(tl.int64)
     first, start, end = _key_range(context_lens_ptr, sequence, SLIDING_WINDOW, BLOCK_N)
     num_used = 1
     if not ONE_SPLIT:
@@ -327,7 +327,7 @@ def _quantized_split_kernel(
             tl.store(partial_ptrs + HALF, acc_hi, mask=mask)
         log_weight = tl.reshape(maximum, (BLOCK_G,)) + tl.log2(total)
         tl.store(log_weight_ptr + partial_rows, log_weight, mask=mask_g)
-        if is_last_of(counters_ptr + sequence * tl.num_programs(1) + kv_head, num_used):
+        if is_last_of(counters_ptr + sequence * tl.num_programs(0) + kv_head, num_used):
             first_head = sequence * NUM_HEADS + kv_head * GROUP_SIZE
             _add_splits(
                 partial_ptr, log_weight_ptr, out_ptr, first_head, num_splits, num_used,
@@ -380,7 +380,7 @@ def quantized_decode_attention(
         assert batch * num_kv_heads <= counters.numel(), f"{batch} x {num_kv_heads} heads are too many to split"
         partial = torch.empty((batch, num_heads, num_splits, head_dim), dtype=torch.float32, device=q.device)
         log_weight = torch.empty((batch, num_heads, num_splits), dtype=torch.float32, device=q.device)
-    _quantized_split_kernel[(batch, num_kv_heads, num_splits)](
+    _quantized_split_kernel[(num_kv_heads, num_splits, batch)](
         q,
         k_data,
         v_data,

@@ -376,25 +376,35 @@ def decode_attention_config(
     block_n = FP32_BLOCK_N if is_fp32 else _clamp(KV_TILE_BYTES // (block_d * element_bytes), 16, 128)
     num_stages = FP32_NUM_STAGES if is_fp32 else NUM_STAGES
     num_warps = 4 if is_fp32 or block_d > 128 else 2
-    # Measured on an H200 with 1 to 256 rows of 8 kv heads. Many programs: not split, for small ones hide each other's waits; with two
-    # stages more of them fit on a multiprocessor, which pays while they are a single wave. Some: large tiles, split as far as fills the
-    # device. Few: in as many splits as it has places for, and little shared memory, which leaves room for the kernels after this one
-    # to come in and load their first weights.
+    # Measured on an H200 with 1 to 256 rows of 8 kv heads, equal and as ragged as those of a server (docs/perf-log.md). Many programs, by
+    # how many there are for a multiprocessor: over four, not split, since they come longest first and the short ones fill the gaps; up to
+    # four, two stages, so that all of them run at once; up to three, more warps each. Fewer: large tiles, or splits that fill the device.
+    # Few: in as many splits as it has places for, and little shared memory, which leaves room for the kernels after this one to come in
+    # and load their first weights.
     num_programs = max(batch * num_kv_heads, 1)
-    if num_programs > 2 * num_sms:
-        wanted = 1
-        if num_programs <= 5 * num_sms and not is_fp32:
+    wanted, min_split_tokens = 1, MIN_SPLIT_TOKENS
+    if num_programs > 3 * num_sms:
+        if num_programs <= 4 * num_sms and not is_fp32:
             num_stages = 2
-    elif 3 * num_programs > num_sms:
-        wanted = ceil_div((1 if 4 * num_programs > 3 * num_sms else 2) * num_sms, num_programs)
+    elif num_programs > 2 * num_sms:
+        wanted, min_split_tokens = 4, 1536
+        if not is_fp32:
+            num_warps, num_stages = 4, 2
+    elif 2 * num_programs > 3 * num_sms:
         if not is_fp32 and block_d <= 128:
             block_n, num_warps = min(2 * block_n, 128), 4
+    elif num_programs > num_sms:
+        wanted, min_split_tokens = 3, 512
+        if not is_fp32:
+            num_stages = 2
+    elif 3 * num_programs > num_sms:
+        wanted, min_split_tokens = 8, 448
     else:
         wanted = ceil_div(4 * num_sms, num_programs)
         if not is_fp32:
             num_warps, num_stages = 4, 2
     num_splits = _clamp(wanted, 1, min(MAX_SPLITS, max(ceil_div(max_context, MIN_SPLIT_TOKENS), 1)))
-    min_split_tokens = max(MIN_SPLIT_TOKENS, block_n)
+    min_split_tokens = ceil_div(min_split_tokens, block_n) * block_n
     return DecodeAttentionConfig(block_g, block_n, block_d, num_splits, min_split_tokens, num_warps, num_stages)
 
 

@@ -1,14 +1,16 @@
 """An engine that launches steps ahead gives what one gives that waits for each: every way to sample, with preemption and stops."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from tests.backend.scheduling.fakes import model_config
 from tests.backend.workspace import hf_workspace_config, write_workspace
 from transformers import AutoConfig
 
-from turbotriton.backend.engine.engine import Engine
+from turbotriton.backend.engine.engine import Engine, prefill_beside_decodes
 from turbotriton.backend.runner.model_runner import ModelRunner
 from turbotriton.contract.errors import ConfigError
 from turbotriton.contract.ini import read_workspace_config
@@ -96,3 +98,15 @@ def test_what_changes_the_model_itself_is_taken_from_the_environment_too(weights
     assert found == [(1.0, "none", False, False), (2.5, "linear", True, True), (1.0, "none", False, False)]
     with pytest.raises(ConfigError, match="rope_scaling_factor is 'x'"):
         load_engine(weights, {"rope_scaling_factor": "x"}.get)
+
+
+def test_a_small_model_takes_more_prompt_tokens_beside_decodes() -> None:
+    """As long a step as 2048 tokens of a model of 7 G elements, and never fewer tokens than those."""
+
+    def tokens(hidden: int, layers: int, inter: int, heads: int) -> int:
+        shape = {"hidden_size": hidden, "num_layers": layers, "inter_size": inter, "num_heads": heads, "num_kv_heads": 8}
+        return prefill_beside_decodes(dataclasses.replace(model_config(), head_dim=128, **shape))
+
+    assert tokens(4096, 32, 14336, 32) == 2048
+    assert tokens(2048, 24, 8192, 16) == 4 * 2048
+    assert tokens(8192, 80, 28672, 64) == 2048

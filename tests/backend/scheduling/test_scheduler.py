@@ -44,6 +44,19 @@ def test_a_prompt_beside_as_many_decodes_comes_in_small_chunks() -> None:
     assert [bench.tokens(i) for i in (1, 2, 3)] == [oracle(range(5), 8), oracle(range(20, 25), 8), oracle(range(100, 110), 2)]
 
 
+def test_the_longest_decodes_stand_first_whoever_came_first() -> None:
+    bench = Bench(num_blocks=24, budget=64, max_batch_size=6)
+    for request_id, length in ((1, 3), (2, 9), (3, 5)):
+        bench.add(request_id, range(10 * request_id, 10 * request_id + length), 6)
+    bench.step()
+    bench.add(4, range(100, 112), 6)
+    plans = [bench.step(), bench.step()]
+    assert [(row.start, row.num_tokens) for row in plans[0].rows] == [(9, 1), (5, 1), (3, 1), (0, 12)]
+    assert [row.start for row in plans[1].rows] == [12, 10, 6, 4]
+    bench.run()
+    assert [bench.tokens(i) for i in (1, 2, 3)] == [oracle(range(10 * i, 10 * i + n), 6) for i, n in ((1, 3), (2, 9), (3, 5))]
+
+
 def test_small_chunks_are_shared_by_the_prompts_of_a_step() -> None:
     bench = Bench(num_blocks=24, budget=12, beside_decodes=7, max_batch_size=6)
     for request_id in (1, 2, 3):
