@@ -8,6 +8,9 @@ for a product whose left operand lies in registers before it goes on, so its wid
     widening     | 0 | 1 ------- | 2 ------- | 3 ------- |        at most two steps' products are under way: the registers of step n are
     products         | 0 ------- | 1 ------- | 2 ------- | ...    written again for step n + 2, when those of step n have ended
 
+The matrix unit's widths are powers of two here. A tile of 160 or 192 rows is one of 128 and one of 32 or 64 beside it, HIGH, which
+multiply the same registers of weights: widening, not the products, is what a tile's rows share.
+
 A stage has two barriers: `full`, which its bytes complete, and `free`, at which the groups arrive when their products have read x. Step
 number n of a program, over all its tiles, lies in stage n % NUM_STAGES.
 
@@ -55,12 +58,12 @@ PATIENCE = 4096
 
 @gluon.jit
 def _fetch(
-    x_desc, words_desc, params_desc, work, rings,
-    GROUP_SIZE: gl.constexpr, BLOCK_M: gl.constexpr, S: gl.constexpr, NUM_STAGES: gl.constexpr, PDL: gl.constexpr,
+    x_desc, high_desc, words_desc, params_desc, work, rings,
+    GROUP_SIZE: gl.constexpr, BLOCK_M: gl.constexpr, HIGH: gl.constexpr, S: gl.constexpr, NUM_STAGES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """The one warp that brings x, words and params. Weights of the first steps are asked for before the wait for the kernel before."""
     BYTES: gl.constexpr = BLOCK_M * 128 + S * (4096 + 512)
-    x_tiles, words_tiles, params_tiles, full, free = rings
+    x_tiles, high_tiles, words_tiles, params_tiles, full, free = rings
     num_row_blocks, num_turns, _share, begin, end = work
     first = 2 * begin
     num_steps = 2 * (end - begin)
@@ -82,7 +85,10 @@ def _fetch(
             mbarrier.expect(full.index(stage), BYTES)
             load_tile(words_desc, [strip, step * 128], full.index(stage), words_tiles.index(stage))
             load_tile(params_desc, [step * 64 // GROUP_SIZE, strip * 16], full.index(stage), params_tiles.index(stage))
-        load_tile(x_desc, [tile % num_row_blocks * BLOCK_M, step * 64], full.index(stage), x_tiles.index(stage))
+        row = tile % num_row_blocks * BLOCK_M
+        load_tile(x_desc, [row, step * 64], full.index(stage), x_tiles.index(stage))
+        if HIGH:
+            load_tile(high_desc, [row + BLOCK_M - HIGH, step * 64], full.index(stage), high_tiles.index(stage))
 
 
 @gluon.jit
@@ -132,16 +138,22 @@ def _spread(params, words):
 
 
 @gluon.jit
-def _step(acc, number, is_first, rings, S: gl.constexpr, NUM_STAGES: gl.constexpr, layout: gl.constexpr):
+def _step(
+    acc, high, number, is_first, rings, HIGH: gl.constexpr, S: gl.constexpr, NUM_STAGES: gl.constexpr, layout: gl.constexpr
+):
     """Issues the products of step `number`; those of the step before, of the same tile unless is_first, have ended."""
-    x_tiles, words_tiles, params_tiles, full, free = rings
+    x_tiles, high_tiles, words_tiles, params_tiles, full, free = rings
     stage = number % NUM_STAGES
     mbarrier.wait(full.index(stage), number // NUM_STAGES & 1)
     a = _weights(words_tiles.index(stage), params_tiles.index(stage), S, x_tiles.dtype, layout)
     acc = warpgroup_mma(a, x_tiles.index(stage).permute((1, 0)), acc, is_async=True)
-    acc = warpgroup_mma_wait(1, [acc])
+    if HIGH:
+        high = warpgroup_mma(a, high_tiles.index(stage).permute((1, 0)), high, is_async=True)
+        acc, high = warpgroup_mma_wait(2, [acc, high])
+    else:
+        acc = warpgroup_mma_wait(1, [acc])
     mbarrier.arrive(free.index((number + NUM_STAGES - 1) % NUM_STAGES), count=1, pred=is_first == 0)
-    return acc
+    return acc, high
 
 
 @gluon.jit
@@ -155,6 +167,16 @@ def _chunk(acc, index: gl.constexpr, count: gl.constexpr):
             return _chunk(low, index, count // 2)
         else:
             return _chunk(high, index - count // 2, count // 2)
+
+
+@gluon.jit
+def _chunk_of_both(acc, high, index: gl.constexpr, CHUNK: gl.constexpr):
+    """Columns index * CHUNK and on of [acc | high]."""
+    LOW_CHUNKS: gl.constexpr = acc.shape[1] // CHUNK
+    if index < LOW_CHUNKS:
+        return _chunk(acc, index, LOW_CHUNKS)
+    else:
+        return _chunk(high, index - LOW_CHUNKS, high.shape[1] // CHUNK)
 
 
 @gluon.jit
@@ -240,18 +262,18 @@ def _chunks_to_add(counter_ptr, seen, part, num_parts, NUM_CHUNKS: gl.constexpr,
 @gluon.jit
 def _compute(
     bias_ptr, y_ptr, parts_ptr, counters_ptr, num_rows, N, work, rings,
-    HAS_BIAS: gl.constexpr, GATED: gl.constexpr, BLOCK_M: gl.constexpr, S: gl.constexpr, NUM_STAGES: gl.constexpr,
+    HAS_BIAS: gl.constexpr, GATED: gl.constexpr, BLOCK_M: gl.constexpr, HIGH: gl.constexpr, S: gl.constexpr, NUM_STAGES: gl.constexpr,
     PATIENCE: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """The two groups of warps: each has 64 of every 128 outputs."""
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_M, 16])
-    CHUNK: gl.constexpr = 32 if BLOCK_M == 256 else 16
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_M - HIGH, 16])
+    CHUNK: gl.constexpr = 32 if BLOCK_M > 128 else 16
     CHUNK_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, CHUNK, 16])
     PART: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 32, 1], [1, 8, 1], [2, 1, 0])
     NUM_CHUNKS: gl.constexpr = BLOCK_M // CHUNK
     CHUNK_SIZE: gl.constexpr = 128 * S * CHUNK
     num_row_blocks, num_turns, share, begin, end = work
-    _x_tiles, _words_tiles, _params_tiles, _full, free = rings
+    _x_tiles, _high_tiles, _words_tiles, _params_tiles, _full, free = rings
     program = gl.program_id(0)
     first_tile = begin // num_turns
     end_tile = (end + num_turns - 1) // num_turns
@@ -263,25 +285,30 @@ def _compute(
     for tile in range(first_tile, end_tile):
         first = gl.maximum(begin - tile * num_turns, 0)
         last = gl.minimum(end - tile * num_turns, num_turns)
-        acc = gl.zeros([128 * S, BLOCK_M], gl.float32, LAYOUT)
+        acc = gl.zeros([128 * S, BLOCK_M - HIGH], gl.float32, LAYOUT)
+        high = acc
+        if HIGH:
+            high = gl.zeros([128 * S, HIGH], gl.float32, gl.NVMMADistributedLayout([3, 0], [8, 1], [16, HIGH, 16]))
         for turn in range(first, last):
-            acc = _step(acc, number, (turn == first).to(gl.int32), rings, S, NUM_STAGES, LAYOUT)
-            acc = _step(acc, number + 1, 0, rings, S, NUM_STAGES, LAYOUT)
+            acc, high = _step(acc, high, number, (turn == first).to(gl.int32), rings, HIGH, S, NUM_STAGES, LAYOUT)
+            acc, high = _step(acc, high, number + 1, 0, rings, HIGH, S, NUM_STAGES, LAYOUT)
             number += 2
-        acc = warpgroup_mma_wait(0, [acc])
+        if HIGH:
+            acc, high = warpgroup_mma_wait(0, [acc, high])
+        else:
+            acc = warpgroup_mma_wait(0, [acc])
         mbarrier.arrive(free.index((number - 1) % NUM_STAGES), count=1)
         begin_n = tile // num_row_blocks * (128 * S)
         begin_m = tile % num_row_blocks * BLOCK_M
         if last - first == num_turns:
             for index in gl.static_range(NUM_CHUNKS):
-                _store(
-                    _chunk(acc, index, NUM_CHUNKS), bias_ptr, y_ptr, begin_n, begin_m + index * CHUNK, num_rows, N, HAS_BIAS, GATED, S
-                )  # fmt: skip
+                chunk = _chunk_of_both(acc, high, index, CHUNK)
+                _store(chunk, bias_ptr, y_ptr, begin_n, begin_m + index * CHUNK, num_rows, N, HAS_BIAS, GATED, S)
         else:
             slot = 2 * program + (first == 0).to(gl.int32)
             part_ptr = parts_ptr + slot.to(gl.int64) * (128 * S * BLOCK_M) + _part_offsets(S, CHUNK, PART)
             for index in gl.static_range(NUM_CHUNKS):
-                numbers = gl.reshape(_chunk(acc, index, NUM_CHUNKS), (S, 8, 2, 8, CHUNK // 8, 4, 2))
+                numbers = gl.reshape(_chunk_of_both(acc, high, index, CHUNK), (S, 8, 2, 8, CHUNK // 8, 4, 2))
                 numbers = gl.reshape(gl.permute(numbers, (0, 4, 1, 3, 5, 2, 6)), (S * CHUNK // 8, 256, 4))
                 gl.store(part_ptr + index * CHUNK_SIZE, gl.convert_layout(numbers, PART, assert_trivial=True))
             thread_barrier()
@@ -314,6 +341,7 @@ def _compute(
 @gluon.jit(do_not_specialize=["num_rows"])
 def _hopper_w4a16_kernel(
     x_desc,
+    high_desc,
     words_desc,
     params_desc,
     bias_ptr,
@@ -327,6 +355,7 @@ def _hopper_w4a16_kernel(
     HAS_BIAS: gl.constexpr,
     GATED: gl.constexpr,
     BLOCK_M: gl.constexpr,
+    HIGH: gl.constexpr,
     S: gl.constexpr,
     NUM_STAGES: gl.constexpr,
     PATIENCE: gl.constexpr,
@@ -334,7 +363,10 @@ def _hopper_w4a16_kernel(
 ):
     if PDL:
         gdc_launch_dependents()
-    x_tiles = gl.allocate_shared_memory(x_desc.dtype, [NUM_STAGES, BLOCK_M, 64], x_desc.layout)
+    x_tiles = gl.allocate_shared_memory(x_desc.dtype, [NUM_STAGES, BLOCK_M - HIGH, 64], x_desc.layout)
+    high_tiles = x_tiles
+    if HIGH:
+        high_tiles = gl.allocate_shared_memory(x_desc.dtype, [NUM_STAGES, HIGH, 64], high_desc.layout)
     words_tiles = gl.allocate_shared_memory(gl.int32, [NUM_STAGES, 8 * S, 128], words_desc.layout)
     params_tiles = gl.allocate_shared_memory(gl.int32, [NUM_STAGES, 1, 128 * S], params_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], mbarrier.MBarrierLayout())
@@ -350,13 +382,13 @@ def _hopper_w4a16_kernel(
     begin = gl.minimum(gl.program_id(0) * share, total)
     end = gl.minimum(begin + share, total)
     work = (num_row_blocks, num_turns, share, begin, end)
-    rings = (x_tiles, words_tiles, params_tiles, full, free)
+    rings = (x_tiles, high_tiles, words_tiles, params_tiles, full, free)
     # fmt: off
     gl.warp_specialize(
         [
             (_compute, (bias_ptr, y_ptr, parts_ptr, counters_ptr, num_rows, N, work, rings,
-                        HAS_BIAS, GATED, BLOCK_M, S, NUM_STAGES, PATIENCE, PDL)),
-            (_fetch, (x_desc, words_desc, params_desc, work, rings, GROUP_SIZE, BLOCK_M, S, NUM_STAGES, PDL)),
+                        HAS_BIAS, GATED, BLOCK_M, HIGH, S, NUM_STAGES, PATIENCE, PDL)),
+            (_fetch, (x_desc, high_desc, words_desc, params_desc, work, rings, GROUP_SIZE, BLOCK_M, HIGH, S, NUM_STAGES, PDL)),
         ],
         [1],
         [FETCH_REGISTERS],
@@ -379,8 +411,11 @@ def linear(x: torch.Tensor, weight: W4A16Tiles, config: HopperW4A16Config) -> to
     y = torch.empty((num_rows, n // 2 if weight.gated else n), dtype=x.dtype, device=x.device)
     parts, counters = workspace(x.device)
     words = weight.words.view(n // 16, 2 * k)
+    low = 1 << config.block_m.bit_length() - 1
+    high = config.block_m - low
     _hopper_w4a16_kernel[(min(config.num_programs, num_tiles * (k // 128)),)](
-        TensorDescriptor.from_tensor(x, [config.block_m, 64], ROWS),
+        TensorDescriptor.from_tensor(x, [low, 64], ROWS),
+        TensorDescriptor.from_tensor(x, [high or low, 64], ROWS),
         TensorDescriptor.from_tensor(words, [8 * strips, 128], WORDS),
         TensorDescriptor.from_tensor(weight.params, [1, 128 * strips], WORDS),
         weight.bias,
@@ -394,6 +429,7 @@ def linear(x: torch.Tensor, weight: W4A16Tiles, config: HopperW4A16Config) -> to
         HAS_BIAS=weight.bias is not None,
         GATED=weight.gated,
         BLOCK_M=config.block_m,
+        HIGH=high,
         S=strips,
         NUM_STAGES=config.num_stages,
         PATIENCE=PATIENCE,

@@ -186,7 +186,7 @@ class W4A16LinearConfig:
 
 @dataclass(frozen=True, slots=True)
 class HopperW4A16Config:
-    block_m: int  # rows of x a program, padded
+    block_m: int  # rows of x a program, padded: a power of two, 160 or 192
     strips: int  # of 16 outputs a warp, of eight
     num_stages: int
     num_programs: int  # at most; they take equal shares of all tiles' steps
@@ -507,6 +507,8 @@ def takes_hopper_w4a16(num_rows: int, n: int, k: int, num_sms: int, *, is_hopper
 def hopper_w4a16_config(num_rows: int, n: int, num_sms: int) -> HopperW4A16Config:
     """n must be a multiple of 128. Tiles of 128 outputs and up to 256 rows, or 256 outputs and up to 64. Measured on an H200."""
     block_m = _clamp(next_power_of_2(num_rows), MIN_DOT_ROWS, 256)
+    if 128 < num_rows <= 192:
+        block_m = ceil_div(num_rows, 32) * 32
     return hopper_w4a16_tiles(block_m, 2 if n % 256 == 0 and block_m <= 64 else 1, num_sms)
 
 

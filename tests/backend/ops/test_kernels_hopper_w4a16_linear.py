@@ -66,13 +66,15 @@ CASES = [
     (Shape(65, 256, 256, 128), False),
     (Shape(100, 256, 128, 128, bias=True), False),  # 128 outputs: one strip a warp
     (Shape(128, 384, 256, 64), False),  # groups of one step
-    (Shape(129, 256, 256, 256, bias=True), False),  # two rows more than a tile of half the size
+    (Shape(129, 256, 256, 256, bias=True), False),  # a tile of 128 rows and one of 32 beside it
+    (Shape(192, 256, 256, 128), False),  # of 64
     (Shape(256, 128, 128, 128), False),  # a turn in all
     (Shape(300, 256, 256, 128, bias=True), False),  # several blocks of rows, the last of them short
     (Shape(1000, 128, 256, 128), False),  # about the most that come here
     (Shape(16, 256, 128, 128), True),
     (Shape(40, 384, 256, 128, bias=True), True),
     (Shape(70, 256, 256, 64), True),
+    (Shape(170, 256, 384, 128), True),
     (Shape(200, 256, 384, 128, bias=True), True),
 ]
 
@@ -176,7 +178,7 @@ def test_what_it_does_not_take_is_the_plain_kernels(num_rows, k, n, is_hopper, e
 
 @pytest.mark.parametrize("num_sms", [78, 114, 132])
 @pytest.mark.parametrize("n", [128, 256, 384, 6144, 28672])
-@pytest.mark.parametrize("num_rows", [1, 17, 64, 65, 128, 129, 256, 257, 300, 512, 1000])
+@pytest.mark.parametrize("num_rows", [1, 17, 64, 65, 128, 129, 161, 193, 256, 257, 300, 512, 1000])
 def test_tiles_fit_what_there_is(num_rows, n, num_sms):
     config = hopper_w4a16_config(num_rows, n, num_sms)
     assert n % config.block_n == 0
@@ -230,12 +232,19 @@ TILES = [
     (FP16, hopper_w4a16_tiles(64, 1, 132), False, False),
     (BF16, hopper_w4a16_tiles(32, 2, 132), False, False),
     (BF16, hopper_w4a16_tiles(16, 2, 132), True, False),
+    (BF16, hopper_w4a16_tiles(192, 1, 132), True, False),
+    (FP16, hopper_w4a16_tiles(160, 1, 132), False, True),
 ]
 
 
 @pytest.mark.parametrize(
     ("dtype", "config", "gated", "bias"),
-    [*TILES[:1], *TILES[5:6], *(pytest.param(*tile, marks=pytest.mark.slow) for tile in (*TILES[1:5], *TILES[6:]))],
+    [
+        *TILES[:1],
+        *TILES[5:6],
+        *TILES[9:10],
+        *(pytest.param(*tile, marks=pytest.mark.slow) for tile in (*TILES[1:5], *TILES[6:9], *TILES[10:])),
+    ],
     ids=str,
 )
 def test_weights_are_widened_under_a_product(dtype, config, gated, bias, monkeypatch, tmp_path):
@@ -250,19 +259,20 @@ def test_weights_are_widened_under_a_product(dtype, config, gated, bias, monkeyp
     assert "0 bytes spill stores" in said
     loop = product_loop(compiled, tmp_path)
     products = [each for each in loop if "HGMMA" in each]
-    assert len(products) == 8 * config.strips
+    per_step = 1 if config.block_m.bit_count() == 1 else 2
+    assert len(products) == 8 * config.strips * per_step
     waits = [each for each in loop if "DEPBAR" in each and "gsb0" in each]
-    assert [re.findall(r"0x\d", each)[-1] for each in waits] == ["0x1", "0x1"], waits
+    assert [re.findall(r"0x\d", each)[-1] for each in waits] == [f"0x{per_step}"] * 2, waits
     # twice around: the registers of a group of products are theirs from the first of them until all but the group after it have ended
     groups: list[set[int]] = [set()]
     for each in loop + loop:
         if "HGMMA" in each:
-            sums, left = map(int, re.match(r"HGMMA\S+ R(\d+), R(\d+)", each).groups())
-            groups[-1] |= set(range(left, left + 4)) | set(range(sums, sums + config.block_m // 2))
+            columns, sums, left = map(int, re.match(r"HGMMA\.64x(\d+)\S+ R(\d+), R(\d+)", each).groups())
+            groups[-1] |= set(range(left, left + 4)) | set(range(sums, sums + columns // 2))
             if "gsb0" in each:
                 groups.append(set())
         elif "DEPBAR" in each and "gsb0" in each:
-            groups = groups[-2:]
+            groups = groups[-1 - per_step :]
         assert not any(written_registers(each) & group for group in groups), each
 
 
@@ -274,6 +284,8 @@ def test_weights_are_widened_under_a_product(dtype, config, gated, bias, monkeyp
         *CASES,
         (Shape(256, 4096, 6144, 128), False),
         (Shape(65, 4096, 4096, 128, bias=True), False),
+        (Shape(150, 4096, 4096, 128, bias=True), False),
+        (Shape(176, 4096, 4096, 128), True),
         (Shape(200, 14336, 1024, 64), False),
         (Shape(256, 4096, 4096, 128), True),
         (Shape(300, 4096, 2048, 64, bias=True), True),
@@ -297,6 +309,8 @@ def test_every_row_and_output_on_a_gpu(shape, gated, dtype, monkeypatch, assert_
     [
         hopper_w4a16_tiles(256, 1, 132),
         hopper_w4a16_tiles(256, 1, 50),
+        hopper_w4a16_tiles(192, 1, 132),
+        hopper_w4a16_tiles(160, 1, 50),
         hopper_w4a16_tiles(128, 2, 132),
         hopper_w4a16_tiles(128, 1, 7),
         hopper_w4a16_tiles(64, 2, 132),
