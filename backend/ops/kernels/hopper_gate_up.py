@@ -30,8 +30,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .launch import is_hopper, num_sms
+from .launch import has_pdl, is_hopper, launch_options, num_sms
 from .tuning import ceil_div, hopper_gate_up_config, takes_hopper_gate_up
 
 __all__ = ["gate_up", "takes"]
@@ -61,19 +62,29 @@ def _locate(item, num_blocks_m, num_blocks_n, group_m):
 
 
 @gluon.jit
-def _fetch(x_desc, weight_desc, num_blocks_m, num_blocks_n, num_steps, rings, group_m, NUM_STAGES: gl.constexpr):
-    """The one warp that brings tiles of x and W."""
+def _fetch(
+    x_desc, weight_desc, num_blocks_m, num_blocks_n, num_steps, rings, group_m, NUM_STAGES: gl.constexpr, PDL: gl.constexpr
+):
+    """The one warp that brings tiles of x and W. Tiles of W that find room at once are asked for before the wait for the kernel before."""
     STAGE_BYTES: gl.constexpr = (BLOCK_M + 2 * BLOCK_N) * BLOCK_K * 2
     x_tiles, weight_tiles, full, free = rings
     number = 0
+    num_early = gl.minimum(num_steps, NUM_STAGES)  # of the first tile, which every program has
+    _block_m, early_n = _locate(gl.program_id(0), num_blocks_m, num_blocks_n, group_m)
+    for step in range(num_early):
+        mbarrier.expect(full.index(step), STAGE_BYTES)
+        load_tile(weight_desc, [0, early_n * BLOCK_N, step * BLOCK_K], full.index(step), weight_tiles.index(step))
+    if PDL:
+        gdc_wait()
     for item in range(gl.program_id(0), num_blocks_m * num_blocks_n, gl.num_programs(0)):
         block_m, block_n = _locate(item, num_blocks_m, num_blocks_n, group_m)
         for step in range(num_steps):
             stage = number % NUM_STAGES
-            mbarrier.wait(free.index(stage), (number // NUM_STAGES & 1) ^ 1)
-            mbarrier.expect(full.index(stage), STAGE_BYTES)
+            if number >= num_early:
+                mbarrier.wait(free.index(stage), (number // NUM_STAGES & 1) ^ 1)
+                mbarrier.expect(full.index(stage), STAGE_BYTES)
+                load_tile(weight_desc, [0, block_n * BLOCK_N, step * BLOCK_K], full.index(stage), weight_tiles.index(stage))
             load_tile(x_desc, [block_m * BLOCK_M, step * BLOCK_K], full.index(stage), x_tiles.index(stage))
-            load_tile(weight_desc, [0, block_n * BLOCK_N, step * BLOCK_K], full.index(stage), weight_tiles.index(stage))
             number += 1
 
 
@@ -186,6 +197,7 @@ def _compute(
     HAS_BIAS: gl.constexpr,
     group_m,
     NUM_STAGES: gl.constexpr,
+    PDL: gl.constexpr,
 ):
     """Four warps: rows HALF * 64 to HALF * 64 + 63 of each tile. y_tiles: [2, 64, 64], their own."""
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * BLOCK_N, 16])
@@ -197,6 +209,8 @@ def _compute(
     right = gl.zeros([HALF_M, HALF_N], gl.int32, PART)
     done, number = 0, 0  # the tile whose words these are; steps
     under = gl.minimum(num_steps - 1, 1)  # the step under whose products the tile before is finished
+    if PDL:
+        gdc_wait()
     for item in range(gl.program_id(0), num_blocks_m * num_blocks_n, gl.num_programs(0)):
         for step in range(num_steps):
             stage = number % NUM_STAGES
@@ -230,7 +244,10 @@ def _hopper_gate_up_kernel(
     group_m,
     HAS_BIAS: gl.constexpr,
     NUM_STAGES: gl.constexpr,
+    PDL: gl.constexpr,
 ):
+    if PDL:
+        gdc_launch_dependents()
     x_tiles = gl.allocate_shared_memory(x_desc.dtype, [NUM_STAGES, BLOCK_M, BLOCK_K], x_desc.layout)
     weight_tiles = gl.allocate_shared_memory(weight_desc.dtype, [NUM_STAGES, 2, BLOCK_N, BLOCK_K], weight_desc.layout)
     upper = gl.allocate_shared_memory(y_desc.dtype, [2, HALF_M, HALF_N], y_desc.layout)
@@ -246,10 +263,10 @@ def _hopper_gate_up_kernel(
     gl.warp_specialize(
         [
             (_compute, (y_desc, bias_ptr, inter, num_blocks_m, num_blocks_n, num_steps, rings, upper,
-                        0, HAS_BIAS, group_m, NUM_STAGES)),
+                        0, HAS_BIAS, group_m, NUM_STAGES, PDL)),
             (_compute, (y_desc, bias_ptr, inter, num_blocks_m, num_blocks_n, num_steps, rings, lower,
-                        1, HAS_BIAS, group_m, NUM_STAGES)),
-            (_fetch, (x_desc, weight_desc, num_blocks_m, num_blocks_n, num_steps, rings, group_m, NUM_STAGES)),
+                        1, HAS_BIAS, group_m, NUM_STAGES, PDL)),
+            (_fetch, (x_desc, weight_desc, num_blocks_m, num_blocks_n, num_steps, rings, group_m, NUM_STAGES, PDL)),
         ],
         [4, 1],
         [COMPUTE_REGISTERS, FETCH_REGISTERS],
@@ -298,5 +315,6 @@ def gate_up(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
         HAS_BIAS=bias is not None,
         NUM_STAGES=config.num_stages,
         num_warps=4,
+        **launch_options(has_pdl(x.device)),
     )
     return y

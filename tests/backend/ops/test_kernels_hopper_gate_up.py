@@ -70,7 +70,8 @@ def run(shape, dtype, monkeypatch, *, seed=0, num_sms=2, scale=1.0, **choice):
     with monkeypatch.context() as patch:
         patch.setattr(module, "hopper_gate_up_config", lambda *shape: replace(CONFIG, **choice))
         patch.setattr(module, "num_sms", lambda device: num_sms)
-        emulate(module, KERNEL, patch, seed)
+        patch.setattr(module, "has_pdl", lambda device: True)
+        emulate(module, KERNEL, patch, seed, early=("weight_desc",))
         return gate_up(*tensors), oracle(*tensors)
 
 
@@ -153,6 +154,7 @@ def launched(num_rows, k, inter, dtype, monkeypatch, *, bias=False):
     """The kernel, and what a call gives it."""
     launches = []
     with monkeypatch.context() as patch:
+        patch.setattr(module, "has_pdl", lambda device: True)
         patch.setattr(module, KERNEL, Recorder(getattr(module, KERNEL), launches))
         weight = torch.empty((2 * inter, k), dtype=dtype).t()
         gate_up(torch.empty((num_rows, k), dtype=dtype), weight, torch.empty(2 * inter, dtype=dtype) if bias else None)
