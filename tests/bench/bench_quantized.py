@@ -72,18 +72,18 @@ def int_mm(x: object, weight: Weight) -> object:
 
 
 def linears() -> list[dict[str, object]]:
-    print(
-        f"\n{'rows':>6} {'product':>8} {'bf16 us':>9} {'int8':>8} {'_int_mm':>8} {'fp8 ours':>8} {'cuBLAS':>8}   TFLOP/s int8, fp8; gain"
-    )
+    names = ("bf16 us", "int8", "plain", "_int_mm", "fp8 ours", "cuBLAS")
+    print(f"\n{'rows':>6} {'product':>8} {' '.join(f'{name:>8}' for name in names)}   TFLOP/s int8, fp8; gain")
     found = []
     for rows in ROWS:
-        totals = dict.fromkeys(("bf16", "int8", "int_mm", "fp8_ours", "fp8"), 0.0)
+        totals = dict.fromkeys(("bf16", "int8", "int8_plain", "int_mm", "fp8_ours", "fp8"), 0.0)
         for name, (k, n) in LINEARS.items():
             x = randn(rows, k)
             weights = [randn(n, k).t() for _ in range(num_copies(2 * k * n))]
             us = {"bf16": median_us([lambda w=w: x @ w for w in weights])}
             del weights
             us["int8"] = median_us(linear_calls(rows, k, n, torch.int8, linear_module.w8a8_linear))
+            us["int8_plain"] = median_us(linear_calls(rows, k, n, torch.int8, linear_module._linear))
             us["int_mm"] = median_us(linear_calls(rows, k, n, torch.int8, int_mm))
             us["fp8_ours"] = median_us(linear_calls(rows, k, n, torch.float8_e4m3fn, linear_module._linear))
             most, linear_module.MAX_OWN_FP8_ROWS = linear_module.MAX_OWN_FP8_ROWS, 0
@@ -91,11 +91,10 @@ def linears() -> list[dict[str, object]]:
             linear_module.MAX_OWN_FP8_ROWS = most
             tflop = 2 * rows * k * n / 1e6
             totals = {kind: total + us[kind] for kind, total in totals.items()}
-            print(
-                f"{rows:6} {name:>8} {us['bf16']:9.1f} {us['int8']:8.1f} {us['int_mm']:8.1f} {us['fp8_ours']:8.1f} {us['fp8']:8.1f}"
-                f"   {tflop / us['int8']:.0f} {tflop / us['fp8']:.0f};  {us['bf16'] / us['int8']:.2f}x {us['bf16'] / us['fp8']:.2f}x",
-                flush=True,
+            gain = (
+                f"{tflop / us['int8']:.0f} {tflop / us['fp8']:.0f};  {us['bf16'] / us['int8']:.2f}x {us['bf16'] / us['fp8']:.2f}x"
             )
+            print(f"{rows:6} {name:>8} {' '.join(f'{value:8.1f}' for value in us.values())}   {gain}", flush=True)
             found.append({"op": "linear", "rows": rows, "product": name} | {kind: round(value, 2) for kind, value in us.items()})
             torch.cuda.empty_cache()
         print(f"{rows:6} {'layer':>8} " + " ".join(f"{total:8.1f}" for total in totals.values()), flush=True)

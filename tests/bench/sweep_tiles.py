@@ -293,7 +293,7 @@ def w4a16_call(choice: w4a16_choices.Choice, x: torch.Tensor, weight: W4A16Tiles
     if isinstance(config, w4a16_choices.Dequantised):
         y = x @ dequantize_w4a16(weight)
         return silu_and_mul(y) if weight.gated else y
-    if isinstance(config, tuning.HopperW4A16Config):
+    if isinstance(config, tuning.HopperTiles):
         return hopper_w4a16_linear.linear(x, weight, config)
     w4a16_module.takes_hopper_w4a16 = lambda *args, **facts: False
     w4a16_module.w4a16_linear_config = lambda *args, **facts: config

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 
 from turbotriton.backend.ops.kernels.tuning import (
     MAX_PARTS,
-    HopperW4A16Config,
+    HopperTiles,
     W4A16LinearConfig,
     ceil_div,
     hopper_w4a16_tiles,
@@ -58,7 +58,7 @@ class Hopper:
     strips: int = 1
     num_stages: int = 0
 
-    def config(self, rows: int, k: int, n: int, num_sms: int) -> HopperW4A16Config | None:
+    def config(self, rows: int, k: int, n: int, num_sms: int) -> HopperTiles | None:
         most = hopper_w4a16_tiles(self.block_m, self.strips, num_sms)
         if n % most.block_n or k % 128:
             return None

@@ -18,6 +18,7 @@ from turbotriton.backend.ops.kernels import (
     hopper_gate_up,
     hopper_prefill_attention,
     hopper_w4a16_linear,
+    hopper_w8a8_linear,
     narrow_linear,
     paged_decode_attention,
     paged_prefill_attention,
@@ -36,7 +37,7 @@ from turbotriton.backend.ops.kernels import (
     w4a16_linear,
     w8a8_linear,
 )
-from turbotriton.backend.ops.kernels.tuning import W4A16LinearConfig, hopper_w4a16_config
+from turbotriton.backend.ops.kernels.tuning import W4A16LinearConfig, hopper_w4a16_config, hopper_w8a8_config
 from turbotriton.backend.ops.operands import Fp8Weight, QuantizedPages, SamplingBatch, StaticInt8Pages, W4A16Tiles, W8A8Weight
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -102,6 +103,10 @@ def quantised_linears(m: Maker) -> None:
             words, params = m.zeros(n // 16, k // 64, 32, 4, dtype=torch.int32), m.zeros(k // group_size, n, dtype=torch.int32)
             weight = W4A16Tiles(words, params, m.zeros(n), m.dtype, gated)
             hopper_w4a16_linear.linear(m.zeros(num_rows, k), weight, hopper_w4a16_config(num_rows, n, num_sms=132))
+        for num_rows, k, n in ((3, 256, 256), (130, 384, 128), (300, 128, 128)):
+            int8 = W8A8Weight(m.zeros(n, k, dtype=torch.int8).t(), m.zeros(n, dtype=torch.float32), m.zeros(n))
+            rows = quantize_rows.quantize_rows(m.zeros(num_rows, k), torch.int8)
+            hopper_w8a8_linear.linear(rows, int8, hopper_w8a8_config(num_rows, n, num_sms=132))
     for num_rows, k, n in ((3, 72, 40), (33, 208, 130), (3, 2064, 33)):
         int8 = W8A8Weight(m.zeros(n, k, dtype=torch.int8).t(), m.zeros(n, dtype=torch.float32), m.zeros(n))
         fp8 = Fp8Weight(m.zeros(n, k, dtype=torch.float8_e4m3fn).t(), m.zeros(n, dtype=torch.float32))

@@ -8,39 +8,38 @@ for a product whose left operand lies in registers before it goes on, so its wid
     widening     | 0 | 1 ------- | 2 ------- | 3 ------- |        at most two steps' products are under way: the registers of step n are
     products         | 0 ------- | 1 ------- | 2 ------- | ...    written again for step n + 2, when those of step n have ended
 
-The matrix unit's widths are powers of two here. A tile of 160 or 192 rows is one of 128 and one of 32 or 64 beside it, HIGH, which
-multiply the same registers of weights: widening, not the products, is what a tile's rows share.
+The two products of a tile of 160 or 192 rows, 128 and HIGH more, multiply the same registers of weights.
 
 A stage has two barriers: `full`, which its bytes complete, and `free`, at which the groups arrive when their products have read x. Step
 number n of a program, over all its tiles, lies in stage n % NUM_STAGES.
 
-Programs take equal shares of all tiles' turns (a turn: two steps), counted through all tiles. A tile of one program is stored at once. Of
-a tile of several, each leaves its part in the workspace, and at its own end looks for the other parts: all end at about the same time. Part
-p of P then adds up, in order, and stores the chunks p, p + P, ... of the tile's rows. Who has looked in vain for long leaves its chunks to
-the part that comes last, so programs need not run together.
-
-    turns       tile 0: 0 1 2 3 | tile 1: 0 1 2 3 | tile 2: 0 1 2 3
-    programs            0 0 0 1           1 1 2 2           2 3 3 3
+How programs share the tiles, hopper_shares.py says.
 """
 
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from turbotriton.backend.ops.operands import W4A16Tiles
 
+from .hopper_shares import (
+    PATIENCE,
+    chunk_of,
+    chunks_to_add,
+    leave_part,
+    load_tile,
+    my_share,
+    sum_of_parts,
+)
 from .launch import has_pdl, launch_options
 from .split_sum import NUM_COUNTERS, workspace
-from .tuning import MAX_PARTS, HopperW4A16Config, ceil_div
+from .tuning import MAX_PARTS, HopperTiles, ceil_div
 from .w4a16_words import PAIRED_BF16, PAIRED_FP16, TAKES_PAIRED_BF16, TAKES_PAIRED_FP16
 
 __all__ = ["linear"]
-
-load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # renamed after triton 3.6
-thread_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # the same
 
 # 1 / (1 + exp(-x)) in four instructions; two numbers to bf16 and back in three, where the compiler takes a slow one for each
 _SIGMOID = gl.constexpr(
@@ -52,8 +51,6 @@ _ROUND_BF16 = gl.constexpr(
 FETCH_REGISTERS = gl.constexpr(40)  # a thread; what is left of 3 x 128 threads of 168 goes to the groups that compute
 ROWS = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)  # of x
 WORDS = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
-#: Looks at a counter, a few milliseconds: only what else runs on the device can keep programs of one launch from running together.
-PATIENCE = 4096
 
 
 @gluon.jit
@@ -157,47 +154,6 @@ def _step(
 
 
 @gluon.jit
-def _chunk(acc, index: gl.constexpr, count: gl.constexpr):
-    """The columns of part `index` of `count`."""
-    if count == 1:
-        return acc
-    else:
-        low, high = gl.split(gl.permute(gl.reshape(acc, (acc.shape[0], 2, acc.shape[1] // 2)), (0, 2, 1)))
-        if index < count // 2:
-            return _chunk(low, index, count // 2)
-        else:
-            return _chunk(high, index - count // 2, count // 2)
-
-
-@gluon.jit
-def _chunk_of_both(acc, high, index: gl.constexpr, CHUNK: gl.constexpr):
-    """Columns index * CHUNK and on of [acc | high]."""
-    LOW_CHUNKS: gl.constexpr = acc.shape[1] // CHUNK
-    if index < LOW_CHUNKS:
-        return _chunk(acc, index, LOW_CHUNKS)
-    else:
-        return _chunk(high, index - LOW_CHUNKS, high.shape[1] // CHUNK)
-
-
-@gluon.jit
-def _part_offsets(S: gl.constexpr, CHUNK: gl.constexpr, PART: gl.constexpr):
-    """Of a thread's numbers in a chunk, four after each other: [S CHUNK / 8, 256, 4]."""
-    i = gl.arange(0, S * CHUNK // 8, layout=gl.SliceLayout(1, gl.SliceLayout(2, PART)))
-    thread = gl.arange(0, 256, layout=gl.SliceLayout(0, gl.SliceLayout(2, PART)))
-    j = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, PART)))
-    return (i * 1024)[:, None, None] + (thread * 4)[None, :, None] + j[None, None, :]
-
-
-@gluon.jit
-def _load_part(chunk_ptr, first_slot, sharer, part, num_parts, S: gl.constexpr, BLOCK_M: gl.constexpr):
-    """A chunk of one part of a tile, past the L1 cache: zeros where there is no such part."""
-    slot = gl.where(part == 0, first_slot, 2 * (sharer + part))
-    return gl.load(
-        chunk_ptr + slot.to(gl.int64) * (128 * S * BLOCK_M), mask=part < num_parts, other=0.0, cache_modifier=".cg"
-    )  # fmt: skip
-
-
-@gluon.jit
 def _rounded(numbers, dtype: gl.constexpr):
     """fp32 numbers that `dtype` holds."""
     if dtype == gl.bfloat16:
@@ -237,29 +193,6 @@ def _store(chunk, bias_ptr, y_ptr, begin_n, begin_m, num_rows, N, HAS_BIAS: gl.c
 
 
 @gluon.jit
-def _chunks_to_add(counter_ptr, seen, part, num_parts, NUM_CHUNKS: gl.constexpr, PATIENCE: gl.constexpr):
-    """The chunks, as bits, that a program adds up of a tile to which it has given its part.
-
-    counter: bits 0..15 parts that are there, 16..23 chunks that were left to whom comes last, 24..31 programs that look here no more; the
-    last of those sets it back. seen: its value before this part came
-    """
-    own = part * 0
-    for index in gl.static_range(NUM_CHUNKS):
-        own |= (index % num_parts == part).to(gl.int32) << index
-    is_last = (seen & 0xFFFF) == num_parts - 1
-    is_whole = is_last
-    num_looks = part * 0
-    while (is_whole == 0) & (num_looks < PATIENCE):
-        is_whole = (gl.atomic_add(counter_ptr, 0, sem="acquire") & 0xFFFF) == num_parts
-        num_looks += 1
-    found = gl.atomic_add(counter_ptr, gl.where(is_whole, 0, own << 16) + (1 << 24), sem="acquire")
-    if (found >> 24 & 0xFF) == num_parts - 1:
-        gl.store(counter_ptr, 0)
-    is_whole = is_whole | ((found & 0xFFFF) == num_parts)  # now, before anyone was told of what is left
-    return gl.where(is_whole, own, 0) | gl.where(is_last, seen >> 16 & 0xFF, 0)
-
-
-@gluon.jit
 def _compute(
     bias_ptr, y_ptr, parts_ptr, counters_ptr, num_rows, N, work, rings,
     HAS_BIAS: gl.constexpr, GATED: gl.constexpr, BLOCK_M: gl.constexpr, HIGH: gl.constexpr, S: gl.constexpr, NUM_STAGES: gl.constexpr,
@@ -271,7 +204,6 @@ def _compute(
     CHUNK_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, CHUNK, 16])
     PART: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 32, 1], [1, 8, 1], [2, 1, 0])
     NUM_CHUNKS: gl.constexpr = BLOCK_M // CHUNK
-    CHUNK_SIZE: gl.constexpr = 128 * S * CHUNK
     num_row_blocks, num_turns, share, begin, end = work
     _x_tiles, _high_tiles, _words_tiles, _params_tiles, _full, free = rings
     program = gl.program_id(0)
@@ -302,39 +234,26 @@ def _compute(
         begin_m = tile % num_row_blocks * BLOCK_M
         if last - first == num_turns:
             for index in gl.static_range(NUM_CHUNKS):
-                chunk = _chunk_of_both(acc, high, index, CHUNK)
+                chunk = chunk_of(acc, high, index, CHUNK)
                 _store(chunk, bias_ptr, y_ptr, begin_n, begin_m + index * CHUNK, num_rows, N, HAS_BIAS, GATED, S)
         else:
             slot = 2 * program + (first == 0).to(gl.int32)
-            part_ptr = parts_ptr + slot.to(gl.int64) * (128 * S * BLOCK_M) + _part_offsets(S, CHUNK, PART)
-            for index in gl.static_range(NUM_CHUNKS):
-                numbers = gl.reshape(_chunk_of_both(acc, high, index, CHUNK), (S, 8, 2, 8, CHUNK // 8, 4, 2))
-                numbers = gl.reshape(gl.permute(numbers, (0, 4, 1, 3, 5, 2, 6)), (S * CHUNK // 8, 256, 4))
-                gl.store(part_ptr + index * CHUNK_SIZE, gl.convert_layout(numbers, PART, assert_trivial=True))
-            thread_barrier()
-            seen = gl.atomic_add(counters_ptr + tile, 1, sem="acq_rel")
+            seen = leave_part(acc, high, parts_ptr, counters_ptr + tile, slot, S, BLOCK_M, CHUNK, PART)
             seen_first = gl.where(tile == first_tile, seen, seen_first)
     for tile in range(first_tile, end_tile, gl.maximum(end_tile - 1 - first_tile, 1)):
         if (begin > tile * num_turns) | (end < (tile + 1) * num_turns):
             sharer = tile * num_turns // share  # the first program of this tile, which may have begun with another
             num_parts = ((tile + 1) * num_turns - 1) // share + 1 - sharer
             seen_here = gl.where(tile == first_tile, seen_first, seen)
-            chunks = _chunks_to_add(counters_ptr + tile, seen_here, program - sharer, num_parts, NUM_CHUNKS, PATIENCE)
+            chunks = chunks_to_add(counters_ptr + tile, seen_here, program - sharer, num_parts, NUM_CHUNKS, PATIENCE)
             begin_n = tile // num_row_blocks * (128 * S)
             begin_m = tile % num_row_blocks * BLOCK_M
             first_slot = 2 * sharer + (sharer * share <= tile * num_turns).to(gl.int32)
             for index in range(NUM_CHUNKS):
                 if chunks >> index & 1 != 0:
-                    chunk_ptr = parts_ptr + index * CHUNK_SIZE + _part_offsets(S, CHUNK, PART)
-                    numbers = gl.zeros([S * CHUNK // 8, 256, 4], gl.float32, PART)
-                    for part in range(0, num_parts, 4):  # as many are asked for before the first is there
-                        a = _load_part(chunk_ptr, first_slot, sharer, part, num_parts, S, BLOCK_M)
-                        b = _load_part(chunk_ptr, first_slot, sharer, part + 1, num_parts, S, BLOCK_M)
-                        c = _load_part(chunk_ptr, first_slot, sharer, part + 2, num_parts, S, BLOCK_M)
-                        d = _load_part(chunk_ptr, first_slot, sharer, part + 3, num_parts, S, BLOCK_M)
-                        numbers = numbers + a + b + c + d
-                    sums = gl.permute(gl.reshape(numbers, (S, CHUNK // 8, 8, 8, 4, 2, 2)), (0, 2, 5, 3, 1, 4, 6))
-                    sums = gl.convert_layout(gl.reshape(sums, (128 * S, CHUNK)), CHUNK_LAYOUT, assert_trivial=True)
+                    sums = sum_of_parts(
+                        parts_ptr, index, first_slot, sharer, num_parts, gl.float32, S, BLOCK_M, CHUNK, CHUNK_LAYOUT, PART
+                    )
                     _store(sums, bias_ptr, y_ptr, begin_n, begin_m + index * CHUNK, num_rows, N, HAS_BIAS, GATED, S)
 
 
@@ -377,10 +296,7 @@ def _hopper_w4a16_kernel(
     fence_async_shared()
     num_row_blocks = (num_rows + BLOCK_M - 1) // BLOCK_M
     num_turns = K // 128
-    total = num_row_blocks * (N // (128 * S)) * num_turns
-    share = (total + gl.num_programs(0) - 1) // gl.num_programs(0)
-    begin = gl.minimum(gl.program_id(0) * share, total)
-    end = gl.minimum(begin + share, total)
+    share, begin, end = my_share(num_row_blocks, N // (128 * S), num_turns)
     work = (num_row_blocks, num_turns, share, begin, end)
     rings = (x_tiles, high_tiles, words_tiles, params_tiles, full, free)
     # fmt: off
@@ -396,7 +312,7 @@ def _hopper_w4a16_kernel(
     # fmt: on
 
 
-def linear(x: torch.Tensor, weight: W4A16Tiles, config: HopperW4A16Config) -> torch.Tensor:
+def linear(x: torch.Tensor, weight: W4A16Tiles, config: HopperTiles) -> torch.Tensor:
     """Operands and results as `w4a16_linear`'s and `w4a16_gate_up`'s, which assert them.
 
     x: fp16|bf16, at least one row; in_features a multiple of 128, out_features of config.block_n
@@ -411,11 +327,9 @@ def linear(x: torch.Tensor, weight: W4A16Tiles, config: HopperW4A16Config) -> to
     y = torch.empty((num_rows, n // 2 if weight.gated else n), dtype=x.dtype, device=x.device)
     parts, counters = workspace(x.device)
     words = weight.words.view(n // 16, 2 * k)
-    low = 1 << config.block_m.bit_length() - 1
-    high = config.block_m - low
     _hopper_w4a16_kernel[(min(config.num_programs, num_tiles * (k // 128)),)](
-        TensorDescriptor.from_tensor(x, [low, 64], ROWS),
-        TensorDescriptor.from_tensor(x, [high or low, 64], ROWS),
+        TensorDescriptor.from_tensor(x, [config.low, 64], ROWS),
+        TensorDescriptor.from_tensor(x, [config.high or config.low, 64], ROWS),
         TensorDescriptor.from_tensor(words, [8 * strips, 128], WORDS),
         TensorDescriptor.from_tensor(weight.params, [1, 128 * strips], WORDS),
         weight.bias,
@@ -429,7 +343,7 @@ def linear(x: torch.Tensor, weight: W4A16Tiles, config: HopperW4A16Config) -> to
         HAS_BIAS=weight.bias is not None,
         GATED=weight.gated,
         BLOCK_M=config.block_m,
-        HIGH=high,
+        HIGH=config.high,
         S=strips,
         NUM_STAGES=config.num_stages,
         PATIENCE=PATIENCE,

@@ -13,7 +13,7 @@ __all__ = [
     "FixedOrderLinearConfig",
     "GreedySampleConfig",
     "HopperGateUpConfig",
-    "HopperW4A16Config",
+    "HopperTiles",
     "PrefillAttentionConfig",
     "QuantizeRowsConfig",
     "QuantizedDecodeAttentionConfig",
@@ -30,6 +30,8 @@ __all__ = [
     "hopper_gate_up_config",
     "hopper_w4a16_config",
     "hopper_w4a16_tiles",
+    "hopper_w8a8_config",
+    "hopper_w8a8_tiles",
     "narrow_linear_config",
     "next_power_of_2",
     "prefill_attention_config",
@@ -43,6 +45,7 @@ __all__ = [
     "takes_hopper_gate_up",
     "takes_hopper_prefill",
     "takes_hopper_w4a16",
+    "takes_hopper_w8a8",
     "w4a16_linear_config",
     "w4a16_splits",
     "w8a8_linear_config",
@@ -185,7 +188,9 @@ class W4A16LinearConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class HopperW4A16Config:
+class HopperTiles:
+    """Of the kernels that share their tiles (hopper_shares.py)."""
+
     block_m: int  # rows of x a program, padded: a power of two, 160 or 192
     strips: int  # of 16 outputs a warp, of eight
     num_stages: int
@@ -194,6 +199,16 @@ class HopperW4A16Config:
     @property
     def block_n(self) -> int:
         return 128 * self.strips
+
+    @property
+    def low(self) -> int:
+        """The largest power of two in block_m."""
+        return 1 << self.block_m.bit_length() - 1
+
+    @property
+    def high(self) -> int:
+        """The rows beside them, another power of two, or none."""
+        return self.block_m - self.low
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +259,8 @@ MAX_PARTS = 9 << 20  # fp32 numbers of split sums, what split_sum.workspace has
 #: So many rows of 4 bit weights and more are `hopper_w4a16_linear`'s on sm_90: a layer of 256 takes 194 us where the plain kernel has 239
 #: (8B, H200: docs/perf-log.md).
 MIN_HOPPER_W4A16_ROWS = 33
+#: Rows of int8 that are `hopper_w8a8_linear`'s on sm_90.
+MIN_HOPPER_W8A8_ROWS, MAX_HOPPER_W8A8_ROWS = 65, 512
 #: More rows than these: the weights are dequantised for one linear layer at a time, and torch multiplies. It is as fast from 2,048 rows on;
 #: 1,024 is the last number of tokens that a runner warms up with.
 MAX_W4A16_ROWS = 1023
@@ -504,19 +521,43 @@ def takes_hopper_w4a16(num_rows: int, n: int, k: int, num_sms: int, *, is_hopper
     return is_hopper and is_faster and n % 128 == 0 and k % 128 == 0
 
 
-def hopper_w4a16_config(num_rows: int, n: int, num_sms: int) -> HopperW4A16Config:
+def hopper_w4a16_config(num_rows: int, n: int, num_sms: int) -> HopperTiles:
     """n must be a multiple of 128. Tiles of 128 outputs and up to 256 rows, or 256 outputs and up to 64. Measured on an H200."""
-    block_m = _clamp(next_power_of_2(num_rows), MIN_DOT_ROWS, 256)
-    if 128 < num_rows <= 192:
-        block_m = ceil_div(num_rows, 32) * 32
+    block_m = _rows_of_hopper_tile(num_rows)
     return hopper_w4a16_tiles(block_m, 2 if n % 256 == 0 and block_m <= 64 else 1, num_sms)
 
 
-def hopper_w4a16_tiles(block_m: int, strips: int, num_sms: int) -> HopperW4A16Config:
+def hopper_w4a16_tiles(block_m: int, strips: int, num_sms: int) -> HopperTiles:
     """The most stages and programs for such tiles. A step of 64 inputs takes 128 bytes a row of x and, of 128 outputs, 4.5 KiB of words and
     params; 18 KiB stay for what else the kernel needs."""
-    num_stages = min((209 << 10) // (128 * block_m + 4608 * strips), 8)
-    return HopperW4A16Config(block_m, strips, num_stages, min(num_sms, MAX_PARTS // (2 * 128 * strips * block_m)))
+    return _hopper_tiles(block_m, strips, 128 * block_m + 4608 * strips, num_sms)
+
+
+def takes_hopper_w8a8(num_rows: int, n: int, k: int, *, is_hopper: bool) -> bool:
+    """What `hopper_w8a8_linear` is written for: whole tiles of 128 outputs and steps of 128 inputs."""
+    return is_hopper and MIN_HOPPER_W8A8_ROWS <= num_rows <= MAX_HOPPER_W8A8_ROWS and n % 128 == 0 and k % 128 == 0
+
+
+def hopper_w8a8_config(num_rows: int, n: int, num_sms: int) -> HopperTiles:
+    """n must be a multiple of 128. Tiles of 128 outputs and up to 256 rows, or 256 outputs and up to 128, which read x half as often."""
+    block_m = _rows_of_hopper_tile(num_rows)
+    return hopper_w8a8_tiles(block_m, 2 if n % 256 == 0 and block_m <= 128 else 1, num_sms)
+
+
+def hopper_w8a8_tiles(block_m: int, strips: int, num_sms: int) -> HopperTiles:
+    """The most stages and programs for such tiles: a step of 128 inputs takes 128 bytes of each row and output."""
+    return _hopper_tiles(block_m, strips, 128 * (block_m + 128 * strips), num_sms)
+
+
+def _rows_of_hopper_tile(num_rows: int) -> int:
+    if 128 < num_rows <= 192:
+        return ceil_div(num_rows, 32) * 32
+    return _clamp(next_power_of_2(num_rows), MIN_DOT_ROWS, 256)
+
+
+def _hopper_tiles(block_m: int, strips: int, stage_bytes: int, num_sms: int) -> HopperTiles:
+    num_stages = min((209 << 10) // stage_bytes, 8)
+    return HopperTiles(block_m, strips, num_stages, min(num_sms, MAX_PARTS // (2 * 128 * strips * block_m)))
 
 
 def quantize_rows_config(n: int) -> QuantizeRowsConfig:

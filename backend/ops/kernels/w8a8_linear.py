@@ -14,7 +14,8 @@ the inputs of a tile (split_sum.py). Programs go by groups of GROUP_M row blocks
 W8 is stored by outputs, as 8 bit matrix instructions read both operands: along K. Rows and columns past the end repeat the last.
 With tensor descriptors the copy engine fetches the tiles (sm_90 on), and threads keep no addresses.
 
-e4m3 with many rows is cuBLAS's, through torch, where it can be: bf16 results and sizes that are multiples of 16.
+int8 with the rows of a batch of decodes is `hopper_w8a8_linear`'s on Hopper. e4m3 with many rows is cuBLAS's, through torch, where it can
+be: bf16 results and sizes that are multiples of 16.
 """
 
 import torch
@@ -24,9 +25,17 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from turbotriton.backend.ops.operands import Fp8Weight, QuantizedRows, W8A8Weight
 
-from .launch import has_pdl, launch_options, num_sms, wait_for_previous
+from . import hopper_w8a8_linear
+from .launch import has_pdl, is_hopper, launch_options, num_sms, wait_for_previous
 from .split_sum import sum_of_splits, workspace
-from .tuning import FP8_FAST_ACCUMULATION, MAX_OWN_FP8_ROWS, ceil_div, w8a8_linear_config
+from .tuning import (
+    FP8_FAST_ACCUMULATION,
+    MAX_OWN_FP8_ROWS,
+    ceil_div,
+    hopper_w8a8_config,
+    takes_hopper_w8a8,
+    w8a8_linear_config,
+)
 
 __all__ = ["w8a8_linear"]
 
@@ -131,6 +140,10 @@ def w8a8_linear(x: QuantizedRows, weight: W8A8Weight | Fp8Weight) -> torch.Tenso
             out_dtype=x.dtype,
             use_fast_accum=FP8_FAST_ACCUMULATION,
         )[: x.num_rows]
+    if isinstance(weight, W8A8Weight) and weight.weight.stride(0) == 1:
+        device = x.values.device
+        if takes_hopper_w8a8(x.num_rows, n, k, is_hopper=is_hopper(device)):
+            return hopper_w8a8_linear.linear(x, weight, hopper_w8a8_config(x.num_rows, n, num_sms(device)))
     return _linear(x, weight)
 
 

@@ -16,6 +16,7 @@ no lanes, no registers, no proxies of memory and no fences. Those are read in PT
 
 import math
 import random
+import sys
 import threading
 import time
 import types
@@ -29,7 +30,15 @@ from tests.backend.ops import inline_assembly
 from triton.runtime.jit import JITFunction
 
 LANDS_BY_ITSELF = 0.1  # a copy, at any wait or arrival
-NOT_THERE = {True: float("nan"), False: -858993460}  # of floats and of integers
+BYTE_NOT_THERE = -52  # of integers; floats are NaN
+
+
+def fill_as_not_there(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.is_floating_point():
+        tensor.fill_(float("nan"))
+    else:
+        tensor.view(torch.int8).fill_(BYTE_NOT_THERE)
+    return tensor
 
 
 class Pointer:
@@ -92,8 +101,9 @@ class Product:
         """The products before it come first."""
         if self.result is None:
             left, right, before = self.operands
-            start = before.compute() if isinstance(before, Product) else 0.0 if before is None else before
-            self.result = start + left.float() @ right.float()
+            start = before.compute() if isinstance(before, Product) else 0 if before is None else before
+            is_float = left.is_floating_point()
+            self.result = start + (left.float() @ right.float() if is_float else (left.double() @ right.double()).int())
         return self.result
 
 
@@ -186,7 +196,7 @@ class Device:
         if is_read and not descriptor.is_early:
             self.touch()
         assert target.data.numel() == math.prod(descriptor.block_shape)
-        target.data.fill_(NOT_THERE[target.dtype.is_floating_point])
+        fill_as_not_there(target.data)
 
         def copy() -> None:
             tile = base[tuple(slice(begin, begin + size) for begin, size in zip(begins, descriptor.block_shape, strict=True))]
@@ -333,7 +343,7 @@ def _language(device: Device) -> types.SimpleNamespace:
         if dtype is torch.int64:
             barriers = [Barrier() for _ in range(shape[0])]
             return barriers[0] if len(shape) == 1 else types.SimpleNamespace(index=lambda index: barriers[int(index)])
-        return Shared(torch.full(tuple(shape), NOT_THERE[dtype.is_floating_point], dtype=dtype))
+        return Shared(fill_as_not_there(torch.zeros(tuple(shape), dtype=dtype)))
 
     def nothing(*args: Any, **kwargs: Any) -> None:
         return None
@@ -389,9 +399,10 @@ def _language(device: Device) -> types.SimpleNamespace:
 
 
 def _as_python(module_names: dict[str, Any], device: Device) -> dict[str, Any]:
-    """The names of a module, its Gluon functions as plain ones that see these names."""
-    names = dict(module_names)
-    for name, value in module_names.items():
+    """The names of a module, and of those that its Gluon functions come from; the functions as plain ones that see these names."""
+    owners = {value.fn.__module__ for value in module_names.values() if isinstance(value, JITFunction)}
+    names = {name: value for owner in owners for name, value in vars(sys.modules[owner]).items()} | module_names
+    for name, value in list(names.items()):
         if isinstance(value, JITFunction):
             names[name] = types.FunctionType(value.fn.__code__, names, name, value.fn.__defaults__)
         elif type(value).__name__ == "constexpr":

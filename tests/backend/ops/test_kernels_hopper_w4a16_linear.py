@@ -18,7 +18,7 @@ from tests.backend.ops.test_kernels_w4a16_linear import Shape, weight_of
 from turbotriton.backend.ops.kernels import hopper_w4a16_linear as module
 from turbotriton.backend.ops.kernels import w4a16_linear as launcher
 from turbotriton.backend.ops.kernels.split_sum import workspace
-from turbotriton.backend.ops.kernels.tuning import HopperW4A16Config, hopper_w4a16_config, hopper_w4a16_tiles
+from turbotriton.backend.ops.kernels.tuning import HopperTiles, hopper_w4a16_config, hopper_w4a16_tiles
 from turbotriton.backend.ops.kernels.w4a16_linear import w4a16_gate_up, w4a16_linear
 from turbotriton.backend.ops.operands import W4A16Tiles
 
@@ -89,7 +89,7 @@ def test_every_row_and_output(shape, gated, dtype, monkeypatch, assert_close, gu
 @pytest.mark.parametrize("num_stages", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_equal_shares_cover_every_tile_once(num_programs, num_stages, monkeypatch, assert_close):
     """6 tiles of 3 turns: shares that end inside a tile, at its end, hold several tiles, are one turn; programs without work."""
-    config = HopperW4A16Config(64, 1, num_stages, num_programs)
+    config = HopperTiles(64, 1, num_stages, num_programs)
     for seed in range(2):
         out, expected = run(Shape(90, 384, 384, 128, bias=True), BF16, monkeypatch, config=config, seed=seed)
         assert_close(out, expected, **tolerance(BF16))
@@ -98,14 +98,14 @@ def test_equal_shares_cover_every_tile_once(num_programs, num_stages, monkeypatc
 @pytest.mark.parametrize("patience", [0, 1, 3])
 def test_who_does_not_wait_leaves_its_chunks_to_the_last(patience, monkeypatch, assert_close):
     for seed in range(4):
-        config = HopperW4A16Config(64, 2, 2, 5)
+        config = HopperTiles(64, 2, 2, 5)
         out, expected = run(Shape(64, 896, 256, 128), FP16, monkeypatch, config=config, seed=seed, patience=patience)
         assert_close(out, expected, **tolerance(FP16))
 
 
 @pytest.mark.parametrize("num_programs", [1, 4, 6])
 def test_the_sums_of_parts_do_not_depend_on_who_adds_them(num_programs, monkeypatch):
-    shape, config = Shape(64, 896, 256, 128), HopperW4A16Config(64, 1, 3, num_programs)
+    shape, config = Shape(64, 896, 256, 128), HopperTiles(64, 1, 3, num_programs)
     first, _ = run(shape, FP16, monkeypatch, config=config)
     weight, _ = weight_of(Target("cpu", FP16, torch.Generator().manual_seed(0)), shape)
     assert weight.in_features == 896
@@ -121,8 +121,8 @@ MISTAKES = {
     "never freed": ("_step", ARRIVE, ""),
     "freed before a tile's first product": ("_step", "pred=is_first == 0", "pred=True"),
     "sums used too early": ("_compute", "acc = warpgroup_mma_wait(0, [acc])", "acc = warpgroup_mma_wait(1, [acc])"),
-    "no wait for the other parts": ("_chunks_to_add", "    is_whole = is_last\n", "    is_whole = is_last | True\n"),
-    "nobody adds what was left": ("_chunks_to_add", "seen >> 16 & 0xFF", "0"),
+    "no wait for the other parts": ("chunks_to_add", "    is_whole = is_last\n", "    is_whole = is_last | True\n"),
+    "nobody adds what was left": ("chunks_to_add", "seen >> 16 & 0xFF", "0"),
 }
 
 
@@ -137,7 +137,7 @@ def test_the_emulation_finds_what_a_kernel_may_not_do(mistake, monkeypatch):
     workspace(torch.device("cpu"))[0].fill_(float("nan"))  # nothing of an earlier run
 
     def is_found(seed):
-        config = HopperW4A16Config(64, 1, 2, 3)
+        config = HopperTiles(64, 1, 2, 3)
         try:
             out, expected = run(Shape(64, 640, 256, 128), FP16, monkeypatch, config=config, seed=seed, patience=1 + seed % 2)
         except (AssertionError, AttributeError, RuntimeError, TypeError):

@@ -1,0 +1,131 @@
+"""How the programs of a Hopper kernel share a product y^T = W x^T whose tiles do not fill the device evenly, in Gluon.
+
+Programs take equal shares of all tiles' turns (a turn: 128 inputs), counted through all tiles. A tile of one program is stored at once. Of
+a tile of several, each leaves its part in the workspace, and at its own end looks for the other parts: all end at about the same time. Part
+p of P then adds up, in order, and stores the chunks p, p + P, ... of the tile's rows. Who has looked in vain for long leaves its chunks to
+the part that comes last, so programs need not run together.
+
+    turns       tile 0: 0 1 2 3 | tile 1: 0 1 2 3 | tile 2: 0 1 2 3
+    programs            0 0 0 1           1 1 2 2           2 3 3 3
+
+A tile's sums are [128 S outputs, rows] over eight warps, each with 16 of every 128 outputs. The matrix unit's widths are powers of two
+here: a tile of 160 or 192 rows is one of 128 and one of 32 or 64 beside it, `high`. A chunk is some of the rows, an eighth at least.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import tma
+
+__all__ = ["PATIENCE", "chunk_of", "chunks_to_add", "leave_part", "load_tile", "my_share", "sum_of_parts"]
+
+# renamed after triton 3.6
+load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+thread_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
+
+#: Looks at a counter, a few milliseconds: only what else runs on the device can keep programs of one launch from running together.
+PATIENCE = 4096
+
+
+@gluon.jit
+def my_share(num_row_blocks, num_column_blocks, num_turns):
+    """(turns of a program, this program's first, the one after its last)."""
+    total = num_row_blocks * num_column_blocks * num_turns
+    share = (total + gl.num_programs(0) - 1) // gl.num_programs(0)
+    begin = gl.minimum(gl.program_id(0) * share, total)
+    return share, begin, gl.minimum(begin + share, total)
+
+
+@gluon.jit
+def _chunk(acc, index: gl.constexpr, count: gl.constexpr):
+    """The columns of part `index` of `count`."""
+    if count == 1:
+        return acc
+    else:
+        low, high = gl.split(gl.permute(gl.reshape(acc, (acc.shape[0], 2, acc.shape[1] // 2)), (0, 2, 1)))
+        if index < count // 2:
+            return _chunk(low, index, count // 2)
+        else:
+            return _chunk(high, index - count // 2, count // 2)
+
+
+@gluon.jit
+def chunk_of(acc, high, index: gl.constexpr, CHUNK: gl.constexpr):
+    """Columns index * CHUNK and on of [acc | high]."""
+    LOW_CHUNKS: gl.constexpr = acc.shape[1] // CHUNK
+    if index < LOW_CHUNKS:
+        return _chunk(acc, index, LOW_CHUNKS)
+    else:
+        return _chunk(high, index - LOW_CHUNKS, high.shape[1] // CHUNK)
+
+
+@gluon.jit
+def _part_offsets(S: gl.constexpr, CHUNK: gl.constexpr, PART: gl.constexpr):
+    """Of a thread's numbers in a chunk, four after each other: [S CHUNK / 8, 256, 4]."""
+    i = gl.arange(0, S * CHUNK // 8, layout=gl.SliceLayout(1, gl.SliceLayout(2, PART)))
+    thread = gl.arange(0, 256, layout=gl.SliceLayout(0, gl.SliceLayout(2, PART)))
+    j = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, PART)))
+    return (i * 1024)[:, None, None] + (thread * 4)[None, :, None] + j[None, None, :]
+
+
+@gluon.jit
+def leave_part(
+    acc, high, parts_ptr, counter_ptr, slot, S: gl.constexpr, BLOCK_M: gl.constexpr, CHUNK: gl.constexpr, PART: gl.constexpr
+):
+    """Stores a tile's sums as a part of it, and returns what its counter was before."""
+    part_ptr = parts_ptr + slot.to(gl.int64) * (128 * S * BLOCK_M) + _part_offsets(S, CHUNK, PART)
+    for index in gl.static_range(BLOCK_M // CHUNK):
+        numbers = gl.reshape(chunk_of(acc, high, index, CHUNK), (S, 8, 2, 8, CHUNK // 8, 4, 2))
+        numbers = gl.reshape(gl.permute(numbers, (0, 4, 1, 3, 5, 2, 6)), (S * CHUNK // 8, 256, 4))
+        gl.store(part_ptr + index * (128 * S * CHUNK), gl.convert_layout(numbers, PART, assert_trivial=True))
+    thread_barrier()
+    return gl.atomic_add(counter_ptr, 1, sem="acq_rel")
+
+
+@gluon.jit
+def _load_part(chunk_ptr, first_slot, sharer, part, num_parts, S: gl.constexpr, BLOCK_M: gl.constexpr):
+    """A chunk of one part of a tile, past the L1 cache: zeros where there is no such part."""
+    slot = gl.where(part == 0, first_slot, 2 * (sharer + part))
+    return gl.load(
+        chunk_ptr + slot.to(gl.int64) * (128 * S * BLOCK_M), mask=part < num_parts, other=0, cache_modifier=".cg"
+    )  # fmt: skip
+
+
+@gluon.jit
+def sum_of_parts(
+    parts_ptr, index, first_slot, sharer, num_parts, dtype: gl.constexpr,
+    S: gl.constexpr, BLOCK_M: gl.constexpr, CHUNK: gl.constexpr, LAYOUT: gl.constexpr, PART: gl.constexpr,
+):  # fmt: skip
+    """A chunk of all parts of a tile, added up in their order: [128 S, CHUNK]."""
+    chunk_ptr = parts_ptr + index * (128 * S * CHUNK) + _part_offsets(S, CHUNK, PART)
+    numbers = gl.zeros([S * CHUNK // 8, 256, 4], dtype, PART)
+    for part in range(0, num_parts, 4):  # as many are asked for before the first is there
+        a = _load_part(chunk_ptr, first_slot, sharer, part, num_parts, S, BLOCK_M)
+        b = _load_part(chunk_ptr, first_slot, sharer, part + 1, num_parts, S, BLOCK_M)
+        c = _load_part(chunk_ptr, first_slot, sharer, part + 2, num_parts, S, BLOCK_M)
+        d = _load_part(chunk_ptr, first_slot, sharer, part + 3, num_parts, S, BLOCK_M)
+        numbers = numbers + a + b + c + d
+    sums = gl.permute(gl.reshape(numbers, (S, CHUNK // 8, 8, 8, 4, 2, 2)), (0, 2, 5, 3, 1, 4, 6))
+    return gl.convert_layout(gl.reshape(sums, (128 * S, CHUNK)), LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
+def chunks_to_add(counter_ptr, seen, part, num_parts, NUM_CHUNKS: gl.constexpr, PATIENCE: gl.constexpr):
+    """The chunks, as bits, that a program adds up of a tile to which it has given its part.
+
+    counter: bits 0..15 parts that are there, 16..23 chunks that were left to whom comes last, 24..31 programs that look here no more; the
+    last of those sets it back. seen: its value before this part came
+    """
+    own = part * 0
+    for index in gl.static_range(NUM_CHUNKS):
+        own |= (index % num_parts == part).to(gl.int32) << index
+    is_last = (seen & 0xFFFF) == num_parts - 1
+    is_whole = is_last
+    num_looks = part * 0
+    while (is_whole == 0) & (num_looks < PATIENCE):
+        is_whole = (gl.atomic_add(counter_ptr, 0, sem="acquire") & 0xFFFF) == num_parts
+        num_looks += 1
+    found = gl.atomic_add(counter_ptr, gl.where(is_whole, 0, own << 16) + (1 << 24), sem="acquire")
+    if (found >> 24 & 0xFF) == num_parts - 1:
+        gl.store(counter_ptr, 0)
+    is_whole = is_whole | ((found & 0xFFFF) == num_parts)  # now, before anyone was told of what is left
+    return gl.where(is_whole, own, 0) | gl.where(is_last, seen >> 16 & 0xFF, 0)

@@ -1,0 +1,238 @@
+"""The warp-specialised kernel over int8 against exact sums, as `w8a8_linear` launches it on sm_90.
+
+On the CPU in an emulation of its barriers, rings and counters (gluon_emulation.py), compiled ahead for sm_90, and on a GPU. Tolerance as in
+test_kernels_w8a8_linear.py: sums are exact.
+"""
+
+import inspect
+
+import pytest
+import torch
+from tests.backend.ops.conftest import Target
+from tests.backend.ops.gluon_emulation import emulate
+from tests.backend.ops.hopper_code import compiled_for_hopper, loops_of, ptxas_report
+from tests.backend.ops.test_kernels_compile_ahead import SHARED_LIMIT_BYTES, Recorder, resource_usage
+from tests.backend.ops.test_kernels_w8a8_linear import Shape, product64, weight_of
+
+from turbotriton.backend.ops.kernels import hopper_w8a8_linear as module
+from turbotriton.backend.ops.kernels import w8a8_linear as launcher
+from turbotriton.backend.ops.kernels.quantize_rows import quantize_rows
+from turbotriton.backend.ops.kernels.split_sum import workspace
+from turbotriton.backend.ops.kernels.tuning import HopperTiles, hopper_w8a8_config, hopper_w8a8_tiles
+from turbotriton.backend.ops.kernels.w8a8_linear import w8a8_linear
+from turbotriton.backend.ops.operands import QuantizedRows, W8A8Weight
+
+BF16, FP16, INT8 = torch.bfloat16, torch.float16, torch.int8
+KERNEL = "_hopper_w8a8_kernel"
+
+
+def tolerance(dtype):
+    eps = torch.finfo(dtype).eps
+    return {"max_error": 4 * eps + 2e-6, "rms_error": 0.6 * eps + 1e-6}
+
+
+def run(shape, dtype, monkeypatch, *, config=None, seed=0, patience=1000):
+    """(result, exact result), emulated; rows of no meaning behind x."""
+    target = Target("cpu", dtype, torch.Generator().manual_seed(seed))
+    weight = weight_of(target, shape, INT8, by_outputs=True)
+    values = torch.randint(-127, 128, (shape.num_rows + 5, shape.k), generator=target.generator, dtype=INT8)
+    rows = QuantizedRows(values, torch.rand(shape.num_rows + 5, generator=target.generator) / 100, shape.num_rows, dtype)
+    with monkeypatch.context() as patch:
+        patch.setattr(launcher, "is_hopper", lambda device: True)
+        patch.setattr(launcher, "takes_hopper_w8a8", lambda *args, is_hopper: is_hopper)
+        patch.setattr(module, "PATIENCE", patience)
+        if config is not None:
+            patch.setattr(launcher, "hopper_w8a8_config", lambda *args: config)
+        patch.setattr(module, "has_pdl", lambda device: True)
+        emulate(module, KERNEL, patch, seed, early=("weight_desc",))
+        y = w8a8_linear(rows, weight)
+    assert not workspace(y.device)[1].any(), "counters did not return to zero"
+    return y, product64(rows, weight)
+
+
+SHAPES = [
+    Shape(1, 256, 256),
+    Shape(20, 128, 384, bias=True),
+    Shape(65, 384, 256),
+    Shape(128, 256, 128, bias=True),
+    Shape(129, 256, 256, bias=True),  # a tile of 128 rows and one of 32 beside it
+    Shape(192, 384, 128),  # of 64
+    Shape(256, 128, 128),  # a step in all
+    Shape(300, 256, 256, bias=True),  # two blocks of rows, the last of them short
+]
+
+
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_row_and_output(shape, dtype, monkeypatch, assert_close, guarded_outputs):
+    assert_close(*run(shape, dtype, monkeypatch), **tolerance(dtype))
+
+
+@pytest.mark.parametrize("num_programs", [1, 2, 5, 7])
+@pytest.mark.parametrize("patience", [0, 3, 1000])
+def test_equal_shares_cover_every_tile_once_whoever_waits(num_programs, patience, monkeypatch, assert_close):
+    """6 tiles of 3 turns: shares that end inside a tile, at its end, hold several tiles, are one turn."""
+    config = HopperTiles(64, 1, 2, num_programs)
+    for seed in range(2):
+        found = run(Shape(90, 384, 384, bias=True), BF16, monkeypatch, config=config, seed=seed, patience=patience)
+        assert_close(*found, **tolerance(BF16))
+
+
+ARRIVE = "    mbarrier.arrive(free.index((number + NUM_STAGES - 1) % NUM_STAGES), count=1, pred=is_first == 0)\n"
+MISTAKES = {
+    "x read before it is there": ("_step", "    mbarrier.wait(full.index(stage), number // NUM_STAGES & 1)\n", ""),
+    "x freed while it is read": ("_step", "warpgroup_mma_wait(1, [acc])", "warpgroup_mma_wait(2, [acc])"),
+    "never freed": ("_step", ARRIVE, ""),
+    "freed before a tile's first product": ("_step", "pred=is_first == 0", "pred=True"),
+    "sums used too early": ("_compute", "acc = warpgroup_mma_wait(0, [acc])", "acc = warpgroup_mma_wait(1, [acc])"),
+    "the other rows' products not waited for": ("_compute", "warpgroup_mma_wait(0, [acc, high])", "(acc, high)"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_the_emulation_finds_what_a_kernel_may_not_do(mistake, monkeypatch):
+    function, old, new = MISTAKES[mistake]
+    source = inspect.getsource(getattr(module, function).fn).removeprefix("@gluon.jit\n")
+    assert source.count(old) == 1
+    names: dict[str, object] = {}
+    exec(source.replace(old, new), dict(vars(module)), names)
+    monkeypatch.setattr(getattr(module, function), "fn", names[function])
+
+    def is_found(seed):
+        high = "other rows" in mistake
+        config = HopperTiles(160 if high else 64, 1, 2, 3)
+        try:
+            out, expected = run(Shape(150 if high else 64, 640, 256), FP16, monkeypatch, config=config, seed=seed)
+        except (AssertionError, AttributeError, RuntimeError, TypeError):
+            return True
+        return not torch.allclose(out.double(), expected, rtol=0.01, atol=0.01)
+
+    try:
+        assert any(is_found(seed) for seed in range(20))
+    finally:
+        workspace(torch.device("cpu"))[1].zero_()
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "k", "n", "is_hopper", "expected"),
+    [
+        (65, 4096, 6144, True, KERNEL),
+        (256, 14336, 4096, True, KERNEL),
+        (64, 4096, 6144, True, "_w8a8_linear_kernel"),
+        (2048, 4096, 6144, True, "_w8a8_linear_kernel"),
+        (256, 4096, 6144, False, "_w8a8_linear_kernel"),
+        (256, 4032, 6144, True, "_w8a8_linear_kernel"),
+        (256, 4096, 6080, True, "_w8a8_linear_kernel"),
+    ],
+)
+def test_what_it_does_not_take_is_the_plain_kernels(num_rows, k, n, is_hopper, expected, monkeypatch):
+    launches = []
+    for owner, name in ((module, KERNEL), (launcher, "_w8a8_linear_kernel")):
+        monkeypatch.setattr(owner, name, Recorder(getattr(owner, name), launches))
+    monkeypatch.setattr(launcher, "is_hopper", lambda device: is_hopper)
+    monkeypatch.setattr(launcher, "num_sms", lambda device: 132)
+    w8a8_linear(*empty_operands(num_rows, k, n, BF16))
+    assert [kernel.__name__ for kernel, _ in launches] == [expected]
+
+
+def empty_operands(num_rows, k, n, dtype, *, bias=False):
+    rows = QuantizedRows(torch.empty((num_rows, k), dtype=INT8), torch.empty(num_rows), num_rows, dtype)
+    weight = torch.empty((n, k), dtype=INT8).t()
+    return rows, W8A8Weight(weight, torch.empty(n), torch.empty(n, dtype=dtype) if bias else None)
+
+
+@pytest.mark.parametrize("num_sms", [78, 114, 132])
+@pytest.mark.parametrize("n", [128, 256, 384, 28672])
+@pytest.mark.parametrize("num_rows", [65, 128, 129, 161, 193, 256, 257, 512])
+def test_tiles_fit_what_there_is(num_rows, n, num_sms):
+    config = hopper_w8a8_config(num_rows, n, num_sms)
+    assert n % config.block_n == 0
+    assert config.block_m * config.strips <= 256, "more than 128 registers of sums"
+    assert config.num_stages >= 4
+    assert config.num_stages * 128 * (config.block_m + config.block_n) <= SHARED_LIMIT_BYTES[90] - (18 << 10)
+    assert 0 < config.num_programs <= num_sms
+
+
+@pytest.mark.parametrize(
+    ("tiles", "bias"),
+    [
+        (hopper_w8a8_tiles(256, 1, 132), False),
+        (hopper_w8a8_tiles(192, 1, 132), True),
+        pytest.param(hopper_w8a8_tiles(160, 1, 132), False, marks=pytest.mark.slow),
+        pytest.param(hopper_w8a8_tiles(128, 2, 132), False, marks=pytest.mark.slow),
+        pytest.param(hopper_w8a8_tiles(128, 1, 132), True, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_products_follow_each_other(tiles, bias, monkeypatch, tmp_path):
+    """Integer products, nothing spilled, not serialised by ptxas, one group of products waited for while the next runs."""
+    launches = []
+    monkeypatch.setattr(module, KERNEL, Recorder(getattr(module, KERNEL), launches))
+    monkeypatch.setattr(module, "has_pdl", lambda device: True)
+    module.linear(*empty_operands(tiles.block_m, 4096, 28672, BF16, bias=bias), tiles)
+    compiled = compiled_for_hopper(*launches[0])
+    assert compiled.metadata.shared <= SHARED_LIMIT_BYTES[90]
+    usage = resource_usage(compiled.asm["cubin"], tmp_path)
+    assert usage["LOCAL"] == usage["STACK"] == 0, usage
+    said = ptxas_report(compiled, tmp_path)
+    assert "serialized" not in said
+    assert "0 bytes spill stores" in said
+    code, loops = loops_of(compiled, tmp_path)
+    inner = min((code[b:e] for b, e in loops if any("IGMMA" in each for each in code[b:e])), key=len)
+    per_step = 1 if tiles.block_m <= 128 else 2
+    assert sum("IGMMA" in each for each in inner) == 4 * tiles.strips * per_step
+    assert sum("DEPBAR" in each and "gsb0" in each for each in inner) == 1
+
+
+GPU_SHAPES = [
+    *SHAPES,
+    Shape(256, 4096, 6144),
+    Shape(200, 14336, 1024, bias=True),
+    Shape(150, 4096, 4096),
+    Shape(176, 4096, 4096, bias=True),
+    Shape(100, 4096, 2048),
+    Shape(512, 1024, 1152),
+]
+
+
+def skip_unless_hopper():
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the chip is no Hopper")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
+@pytest.mark.parametrize("shape", GPU_SHAPES, ids=str)
+def test_every_row_and_output_on_a_gpu(shape, dtype, assert_close):
+    skip_unless_hopper()
+    rows, weight = operands_on_gpu(shape, dtype)
+    y = module.linear(rows, weight, hopper_w8a8_config(shape.num_rows, shape.n, 132))
+    assert_close(y, product64(rows, weight), **tolerance(dtype))
+
+
+def operands_on_gpu(shape, dtype):
+    target = Target("cuda", dtype, torch.Generator().manual_seed(0))
+    weight = weight_of(target, shape, INT8, by_outputs=True)
+    return quantize_rows(target.randn(shape.num_rows, shape.k), INT8), weight
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "config",
+    [
+        hopper_w8a8_tiles(256, 1, 132),
+        hopper_w8a8_tiles(256, 1, 50),
+        hopper_w8a8_tiles(192, 1, 132),
+        hopper_w8a8_tiles(160, 1, 7),
+        hopper_w8a8_tiles(128, 2, 132),
+        hopper_w8a8_tiles(128, 1, 100),
+    ],
+    ids=str,
+)
+def test_sums_are_the_same_again_and_again(config, assert_close):
+    """A race in the ring or at the counters would show as a difference between runs: integer sums are exact."""
+    skip_unless_hopper()
+    rows, weight = operands_on_gpu(Shape(256, 4096, 1024), BF16)
+    y = module.linear(rows, weight, config)
+    assert_close(y, product64(rows, weight), **tolerance(BF16))
+    assert all(torch.equal(module.linear(rows, weight, config), y) for _ in range(200))
