@@ -128,6 +128,8 @@ def measure(args: argparse.Namespace, grpc_url: str, concurrency: int) -> dict[s
     with contextlib.ExitStack() as stack:
         servers = {name: stack.enter_context(api_server(grpc_url, of_source[name], source)) for name, source in sources.items()}
         urls = {"grpc": grpc_url} | {name: url for name, (url, _) in servers.items()}
+        while len(requests_by_worker(urls["openai"])) < args.workers:
+            time.sleep(0.1)
         for number in range(-1, args.repeats):  # the first is the warm-up
             for name in list(urls) if number % 2 else list(urls)[::-1]:
                 before = cpu_seconds(servers[name][1]) if name in servers else 0.0
@@ -137,7 +139,7 @@ def measure(args: argparse.Namespace, grpc_url: str, concurrency: int) -> dict[s
                     times[name].append(seconds)
                     if name in servers:
                         cpu[name].append(cpu_seconds(servers[name][1]) - before)
-                    if name == "openai":
+                    if answered:
                         after = requests_by_worker(urls[name])
                         spread.append(sorted(after[pid] - answered.get(pid, 0) for pid in after))
     num_tokens = sum(item.max_tokens for item in items)

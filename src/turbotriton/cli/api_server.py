@@ -15,7 +15,7 @@ from .served_model import add_served_model_options, served_model
 if TYPE_CHECKING:
     from turbotriton.client.openai.app import ServerOptions
 
-__all__ = ["add_parser"]
+__all__ = ["add_parser", "check_workers"]
 
 logger = logging.getLogger(__name__)
 
@@ -77,8 +77,7 @@ def run(args: argparse.Namespace) -> int:
         raise InvalidInputError(f"--qos-max-running is {args.qos_max_running}; it must be 1 or more")
     if not 0 <= args.stream_interval <= 1024:
         raise InvalidInputError(f"--stream-interval is {args.stream_interval}; it must be from 0 to 1024")
-    if not 1 <= args.workers <= MAX_WORKERS:
-        raise InvalidInputError(f"--workers is {args.workers}; it must be from 1 to {MAX_WORKERS}")
+    check_workers(args.workers, "--workers")
     keyfile, certfile = _ssl_files(args)
     with served_model(args) as own_server:
         urls = [check_url(url) for url in args.target.split(",")] if own_server is None else [own_server.grpc]
@@ -111,6 +110,12 @@ def run(args: argparse.Namespace) -> int:
 
             run_workers(options, args.workers, **config)
     return 0
+
+
+def check_workers(workers: int, name: str) -> None:
+    """Raises InvalidInputError."""
+    if not 1 <= workers <= MAX_WORKERS:
+        raise InvalidInputError(f"{name} is {workers}; it must be from 1 to {MAX_WORKERS}")
 
 
 def _run_alone(options: "ServerOptions", config: dict[str, Any]) -> None:

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI
 from prometheus_client.multiprocess import mark_process_dead
 from uvicorn.config import STARTUP_FAILURE
 from uvicorn.supervisors import Multiprocess
@@ -75,8 +74,8 @@ def run_workers(options: ServerOptions, num_workers: int, **config: Any) -> None
         raise ServerError(supervisor.failure)
 
 
-def _worker_app(options: ServerOptions, parent: int) -> FastAPI:
-    """In the worker, before it listens."""
+def _worker_app(options: ServerOptions, parent: int) -> object:
+    """The app; called in the worker, before it listens."""
     end_with_parent()
     if os.getppid() != parent:  # it ended before that
         raise SystemExit(STARTUP_FAILURE)
