@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -35,11 +36,15 @@ def nobody() -> Iterator[str]:
 
 @contextlib.contextmanager
 def workers(target: str, log_path: Path, *options: str, start: tuple[str, ...] = ("-m", "turbotriton")) -> Iterator["Server"]:
-    with held_ports(1) as (port,), open(log_path, "wb") as log:
+    with (
+        held_ports(1) as (port,),
+        open(log_path, "wb") as log,
+        tempfile.TemporaryDirectory(prefix="turbotriton-", dir="/tmp") as folder,  # short enough for a socket
+    ):
         command = [sys.executable, *start, "serve", "api_server", target, "--workers=2", f"--server-port={port}", *options]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": folder}
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-        server = Server(process, f"http://127.0.0.1:{port}", log_path)
+        server = Server(process, f"http://127.0.0.1:{port}", log_path, Path(folder))
         try:
             wait_until(lambda: len(server.answering()) == 2, server)
             yield server
@@ -49,8 +54,8 @@ def workers(target: str, log_path: Path, *options: str, start: tuple[str, ...] =
 
 
 class Server:
-    def __init__(self, process: "subprocess.Popen[bytes]", url: str, log_path: Path) -> None:
-        self.process, self.url, self.log_path = process, url, log_path
+    def __init__(self, process: "subprocess.Popen[bytes]", url: str, log_path: Path, folder: Path) -> None:
+        self.process, self.url, self.log_path, self.folder = process, url, log_path, folder
 
     def page(self, path: str) -> str:
         """Whatever its status."""
@@ -110,15 +115,21 @@ def test_a_killed_worker_is_replaced_and_its_requests_still_count(nobody: str, t
         assert server.process.wait(PATIENCE_S) == 0
         wait_until(lambda: all(is_gone(pid) for pid in children), server)
         assert len(children) >= 2
-    assert not list(Path("/tmp").glob(f"turbotriton-workers-*/*_{new}.db"))
+        assert not list(server.folder.iterdir())
 
 
-def test_ctrl_c_ends_all_of_them(nobody: str, tmp_path: Path) -> None:
+def test_ctrl_c_ends_all_of_them_also_while_they_start(nobody: str, tmp_path: Path) -> None:
     with workers(nobody, tmp_path / "log") as server:
+        old = set(server.processes())
+        os.kill(min(server.answering()), signal.SIGKILL)
+        wait_until(lambda: set(server.processes()) - old, server)
         children = server.processes()
-        for pid in (server.process.pid, *server.answering()):  # as a terminal does
-            os.kill(pid, signal.SIGINT)
+        for pid in (server.process.pid, *children):  # as a terminal does
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGINT)
+        began = time.monotonic()
         assert server.process.wait(PATIENCE_S) == 0
+        assert time.monotonic() - began < 20
         wait_until(lambda: all(is_gone(pid) for pid in children), server)
         assert "Traceback" not in server.log_path.read_text()
 

@@ -1,7 +1,9 @@
 """Several processes behind the OpenAI server's port: for a client they are one server."""
 
 import json
+import os
 import re
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -118,8 +120,34 @@ def test_the_qos_gate_is_one_for_all_workers(url: str, demo_server: TritonServer
     assert min(count - before[pid] for pid, count in by_worker(url).items()) > 0
 
 
-def test_a_caller_that_leaves_has_its_answer_cancelled(url: str, demo_server: TritonServer) -> None:
-    with throttled(engine_pid(demo_server), share=0.1), cancelling(demo_server, 4):
-        for _ in range(4):
-            with httpx.stream("POST", f"{url}/v1/completions", json=STORY, headers=KEY, timeout=PATIENCE_S) as reply:
-                next(reply.iter_lines())
+def test_dead_workers_take_their_answers_along_and_leave_the_conversations(url: str, demo_server: TritonServer) -> None:
+    """Last in this file, since it ends the other tests' workers."""
+
+    def say() -> dict[str, Any]:
+        body = {"prompt": "Hi", "session_id": 5, "interactive_mode": True, "request_output_len": 2}
+        reply: dict[str, Any] = post(url, "chat/interactive", **body).json()
+        return reply
+
+    first = say()
+    old = set(by_worker(url))
+    with (
+        throttled(engine_pid(demo_server), share=0.1),
+        cancelling(demo_server),
+        httpx.stream("POST", f"{url}/v1/completions", json=STORY, headers=KEY, timeout=PATIENCE_S) as story,
+    ):
+        lines = story.iter_lines()
+        next(lines)
+        for pid in old:
+            os.kill(int(pid), signal.SIGKILL)
+        with pytest.raises(httpx.RemoteProtocolError):
+            list(lines)
+    wait_until(lambda: _answers(url), "a worker to come back")
+    assert say()["history_tokens"] == first["input_tokens"] + first["tokens"]
+    wait_until(lambda: len(set(by_worker(url)) - old) == NUM_WORKERS, "both workers to come back")
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=PATIENCE_S).status_code == 200
+    except httpx.TransportError:
+        return False

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from turbotriton.contract import env
 from turbotriton.contract.errors import InvalidInputError
 
+from .process_setup import collect_seldom
 from .served_model import add_served_model_options, served_model
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ __all__ = ["add_parser", "check_workers"]
 
 logger = logging.getLogger(__name__)
 
-MAX_WORKERS = 64
+MAX_WORKERS = 32
 GRACE_S = 10  # for answers under way at a stop, as tritonserver's; an idle client over TLS would hold it up for 30
 
 
@@ -124,6 +125,7 @@ def _run_alone(options: "ServerOptions", config: dict[str, Any]) -> None:
     from turbotriton.client.openai.app import make_app
 
     server = uvicorn.Server(uvicorn.Config(make_app(options), **config))
+    collect_seldom()
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn stops cleanly, then raises what it caught once more
         signal.signal(number, lambda *_: None)
     try:

@@ -13,7 +13,7 @@ from turbotriton import __version__
 from turbotriton.contract.errors import TurbotritonError
 
 from .help_format import CommandParser
-from .logs import set_up_logging
+from .process_setup import set_up_logging
 
 __all__ = ["main"]
 

@@ -20,6 +20,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from turbotriton.contract import env
 from turbotriton.contract.errors import ConfigError, InvalidInputError, ServerError
 
 from .leftovers import end_with_parent
-from .logs import set_up_logging
+from .process_setup import collect_seldom, set_up_logging
 
 __all__ = ["run_workers"]
 
@@ -58,6 +59,7 @@ def run_workers(options: ServerOptions, num_workers: int, **config: Any) -> None
         _held_address(config["host"], config["port"]) as sockets,
         _hub(options, Path(name)),
         env.metrics_folder(Path(name)),
+        _ctrl_c_is_ours(),
     ):
         app = functools.partial(_worker_app, replace(options, shared=Path(name)), os.getpid())
         supervisor = _Supervisor(
@@ -74,13 +76,29 @@ def run_workers(options: ServerOptions, num_workers: int, **config: Any) -> None
         raise ServerError(supervisor.failure)
 
 
+@contextlib.contextmanager
+def _ctrl_c_is_ours() -> Iterator[None]:
+    """A terminal sends SIGINT to workers, too: those that still import would end by it and be started again.
+
+    They inherit this thread's mask. The hub's thread takes the signal, and Python runs its handler in this one.
+    """
+    resource_tracker.ensure_running()  # multiprocessing's; it unblocks SIGINT when it starts
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
 def _worker_app(options: ServerOptions, parent: int) -> object:
     """The app; called in the worker, before it listens."""
     end_with_parent()
     if os.getppid() != parent:  # it ended before that
         raise SystemExit(STARTUP_FAILURE)
     set_up_logging()
-    return make_app(options)
+    app = make_app(options)
+    collect_seldom()
+    return app
 
 
 class _Supervisor(Multiprocess):
@@ -94,7 +112,9 @@ class _Supervisor(Multiprocess):
         self._deaths: deque[float] = deque(maxlen=MAX_DEATHS_A_MINUTE)
 
     def keep_subprocess_alive(self) -> None:
-        self._pids |= {process.pid for process in self.processes}
+        for process in self.processes:
+            self._pids.add(process.pid)
+            process.child_conn.close()  # the worker has its own; with this one open its death would not end a wait for its answer
         super().keep_subprocess_alive()
         if any(process.exitcode == STARTUP_FAILURE for process in self.processes):
             self.failure = "a worker did not start; its log lines above tell why"
@@ -150,8 +170,9 @@ def _held_address(host: str, port: int) -> Iterator[list[socket.socket]]:
                 socket.create_server(address, family=socket.AddressFamily(family)).close()
             sockets: list[socket.socket] = [stack.enter_context(_bound(family, address)) for family, address in places]
         except OSError as error:
+            reason = str(error.strerror).partition(" (")[0]  # create_server repeats the address there
             raise InvalidInputError(
-                f"{host}:{port} cannot be taken ({error.strerror}); choose another --server-name or --server-port"
+                f"{host}:{port} cannot be taken ({reason}); choose another --server-name or --server-port"
             ) from None
         yield sockets
 
