@@ -134,11 +134,12 @@ def test_ctrl_c_ends_all_of_them_also_while_they_start(nobody: str, tmp_path: Pa
         assert "Traceback" not in server.log_path.read_text()
 
 
-def test_workers_do_not_outlive_a_killed_server(nobody: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])
+def test_workers_do_not_outlive_a_killed_server(nobody: str, tmp_path: Path, number: int) -> None:
     with workers(nobody, tmp_path / "log") as server:
         children = server.processes()
-        server.process.kill()
-        server.process.wait()
+        server.process.send_signal(number)
+        assert server.process.wait(PATIENCE_S) == -number
         wait_until(lambda: all(is_gone(pid) for pid in children), server)
 
 

@@ -71,7 +71,7 @@ def test_every_worker_answers_and_the_metrics_page_counts_all(url: str) -> None:
 def test_a_conversation_goes_on_at_any_worker(url: str) -> None:
     before = by_worker(url)
     num_tokens = 0
-    for _ in range(12):
+    for _ in range(20):
         reply = post(url, "chat/interactive", prompt="Hi", session_id=3, interactive_mode=True, request_output_len=2).json()
         assert reply["history_tokens"] == num_tokens
         num_tokens += reply["input_tokens"] + reply["tokens"]
@@ -111,7 +111,7 @@ def test_the_qos_gate_is_one_for_all_workers(url: str, demo_server: TritonServer
     body = {"model": "demo", "prompt": "x", "max_tokens": 50, "ignore_eos": True}
     most = 0
     with watched(demo_server) as engine, ThreadPoolExecutor(10) as pool:
-        asking = [pool.submit(post, url, "completions_qos", **body) for _ in range(10)]
+        asking = [pool.submit(post, url, "completions_qos", **body) for _ in range(24)]
         while not all(one.done() for one in asking):
             most = max(most, engine.newest.num_running)
             time.sleep(0.002)

@@ -36,9 +36,8 @@ SUM = [{"role": "user", "content": "What is 2 + 3?"}]
 @pytest.fixture(scope="module")
 def server() -> Iterator[ApiServer]:
     config = TurbomindEngineConfig(session_len=256, max_batch_size=4)
-    with serve(
-        checkpoint_path(), model_name="sums", backend_config=config, server_port=0, api_keys=["first", "second-key-of-sums"]
-    ) as made:
+    keys = ["first", "second-key-of-sums"]
+    with serve(checkpoint_path(), model_name="sums", backend_config=config, server_port=0, api_keys=keys, workers=2) as made:
         yield made
         log_path = made.log_path
         assert log_path.is_file()

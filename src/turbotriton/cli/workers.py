@@ -53,7 +53,7 @@ def run_workers(options: ServerOptions, num_workers: int, **config: Any) -> None
     Raises InvalidInputError for an address that cannot be taken, ConfigError for a QoS file that cannot be read, ServerError when
     workers do not start or die again and again.
     """
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with (
         tempfile.TemporaryDirectory(prefix="turbotriton-workers-") as name,
         _held_address(config["host"], config["port"]) as sockets,
@@ -105,7 +105,13 @@ class _Supervisor(Multiprocess):
     """A worker that dies is started again, and its share of the gauges forgotten; `failure` says why that was given up."""
 
     def __init__(self, config: uvicorn.Config, sockets: list[socket.socket], folder: Path) -> None:
+        before = {number: signal.getsignal(number) for number in SIGNALS}
         super().__init__(config, sockets)
+        for number in SIGNALS.keys() - {
+            signal.SIGINT,
+            signal.SIGTERM,
+        }:  # a terminal that closes ends this server, as one of one process
+            signal.signal(number, before[number])
         self.failure: str | None = None
         self._folder = folder
         self._pids: set[int | None] = set()
