@@ -53,7 +53,6 @@ def run_workers(options: ServerOptions, num_workers: int, **config: Any) -> None
     Raises InvalidInputError for an address that cannot be taken, ConfigError for a QoS file that cannot be read, ServerError when
     workers do not start or die again and again.
     """
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with (
         tempfile.TemporaryDirectory(prefix="turbotriton-workers-") as name,
         _held_address(config["host"], config["port"]) as sockets,
@@ -67,11 +66,7 @@ def run_workers(options: ServerOptions, num_workers: int, **config: Any) -> None
             sockets,
             Path(name),
         )
-        try:
-            supervisor.run()
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+        supervisor.run()  # its handlers stay: a tritonserver of ours has yet to be stopped in peace
     if supervisor.failure is not None:
         raise ServerError(supervisor.failure)
 
@@ -107,11 +102,8 @@ class _Supervisor(Multiprocess):
     def __init__(self, config: uvicorn.Config, sockets: list[socket.socket], folder: Path) -> None:
         before = {number: signal.getsignal(number) for number in SIGNALS}
         super().__init__(config, sockets)
-        for number in SIGNALS.keys() - {
-            signal.SIGINT,
-            signal.SIGTERM,
-        }:  # a terminal that closes ends this server, as one of one process
-            signal.signal(number, before[number])
+        for number in before.keys() - {signal.SIGINT, signal.SIGTERM}:
+            signal.signal(number, before[number])  # SIGHUP, of a terminal that closes, ends this server as one of one process
         self.failure: str | None = None
         self._folder = folder
         self._pids: set[int | None] = set()
