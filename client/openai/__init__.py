@@ -2,5 +2,6 @@
 
 app.py      routes            schema.py     requests, field by field      errors.py    failures -> OpenAI's error objects
 fleet.py    which server      answers.py    one choice after another      tools.py     tool calls in a model's text
-qos.py      who goes first    interactive.py  LMDeploy's sessions         access.py    keys, metrics
+qos.py      who goes first    interactive.py, sessions.py  LMDeploy's sessions   access.py    keys, metrics
+hub.py      what several processes of one server have in common
 """

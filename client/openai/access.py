@@ -1,11 +1,14 @@
 """Who may call, how much, and what was called: API keys, sizes, Prometheus metrics; plain ASGI middleware, streams pass untouched."""
 
 import hmac
+import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from fastapi import HTTPException
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -68,13 +71,29 @@ def _too_large() -> ApiError:
 
 
 class Metrics:
-    """Requests by path and status, their seconds to the last byte, how many are under way."""
+    """Requests by path and status, their seconds to the last byte, how many are under way, how many each process answered.
 
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        self.total = Counter("turbotriton_openai_requests", "Requests answered", ["path", "status"], registry=self.registry)
-        self.running = Gauge("turbotriton_openai_requests_running", "Requests under way", registry=self.registry)
-        self.seconds = Histogram("turbotriton_openai_request_seconds", "Seconds to the end", ["path"], registry=self.registry)
+    folder: where the processes of one server keep their figures, by prometheus_client's multiprocess mode (which reads the variable
+    PROMETHEUS_MULTIPROC_DIR when it is imported); the page is about all of them then. None: this process is the server.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+        registry = self._registry = CollectorRegistry()
+        self.total = Counter("turbotriton_openai_requests", "Requests answered", ["path", "status"], registry=registry)
+        self.running = Gauge(
+            "turbotriton_openai_requests_running", "Requests under way", registry=registry, multiprocess_mode="livesum"
+        )
+        self.seconds = Histogram("turbotriton_openai_request_seconds", "Seconds to the end", ["path"], registry=registry)
+        workers = Counter("turbotriton_openai_worker_requests", "Requests answered by a process", ["pid"], registry=registry)
+        self.of_worker = workers.labels(os.getpid())
+
+    def page(self) -> bytes:
+        registry = self._registry
+        if self._folder is not None:
+            registry = CollectorRegistry()
+            MultiProcessCollector(registry, path=str(self._folder))  # type: ignore[no-untyped-call]
+        return generate_latest(registry)
 
 
 class Meter:
@@ -102,4 +121,5 @@ class Meter:
             route = scope.get("route")
             path = route.path if route is not None else "other"  # a bounded number of labels
             self._metrics.total.labels(path, status).inc()
+            self._metrics.of_worker.inc()
             self._metrics.seconds.labels(path).observe(time.monotonic() - began)

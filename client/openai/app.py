@@ -5,13 +5,14 @@ import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from turbotriton import __version__
@@ -23,12 +24,14 @@ from .encode import encode
 from .errors import ApiError, api_error, error_response, on_failure, on_http_error, on_invalid_request
 from .event_stream import EventStream, until_gone
 from .fleet import Fleet
+from .hub import SharedGate, SharedSessions
 from .interactive import Interactive
 from .qos import QosGate, read_qos_config
 from .schema import ChatRequest, CompletionRequest, EncodeRequest, InteractiveRequest
+from .sessions import Sessions
 from .tools import TOOL_FORMATS, ToolFormat, find_tool_format
 
-__all__ = ["ServerOptions", "make_app"]
+__all__ = ["ServerOptions", "make_app", "make_gate"]
 
 T = TypeVar("T")
 DISCONNECTED = 499
@@ -36,7 +39,10 @@ DISCONNECTED = 499
 
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
-    """urls: gRPC addresses of the tritonservers. api_keys are compared and never written anywhere."""
+    """urls: gRPC addresses of the tritonservers. api_keys are compared and never written anywhere.
+
+    shared: the folder with a `Hub`'s socket and the metrics where several processes are one server; None: this process is the server.
+    """
 
     urls: Sequence[str]
     api_keys: Sequence[str] = field(default=(), repr=False)
@@ -45,9 +51,10 @@ class ServerOptions:
     allow_headers: Sequence[str] = ("*",)
     allow_credentials: bool = False
     tool_call_parser: str = "auto"
-    qos_config_path: Any = None  # Path of LMDeploy's QoS file
+    qos_config_path: Path | None = None  # LMDeploy's QoS file
     qos_max_running: int = 64
     stream_interval: int = 0  # see Fleet
+    shared: Path | None = None
 
 
 class _Service:
@@ -56,11 +63,11 @@ class _Service:
     def __init__(self, options: ServerOptions) -> None:
         self.options = options
         self.fleet = Fleet(options.urls, options.stream_interval)
-        self.interactive = Interactive(self.fleet)
-        self.gate = None
+        shared = options.shared
+        self.interactive = Interactive(self.fleet, Sessions() if shared is None else SharedSessions(shared))
+        self.gate: QosGate | SharedGate | None = None
         if options.qos_config_path is not None:
-            users = read_qos_config(options.qos_config_path)
-            self.gate = QosGate(users, options.qos_max_running)
+            self.gate = make_gate(options) if shared is None else SharedGate(shared)
         self._tool_formats: dict[str, ToolFormat | None] = {}
 
     async def tool_format(self, request: ChatRequest) -> ToolFormat | None:
@@ -88,10 +95,17 @@ class _Service:
             yield
 
 
+def make_gate(options: ServerOptions) -> QosGate | None:
+    """None without a QoS file. Raises ConfigError for one that cannot be read."""
+    if options.qos_config_path is None:
+        return None
+    return QosGate(read_qos_config(options.qos_config_path), options.qos_max_running)
+
+
 def make_app(options: ServerOptions) -> FastAPI:
     """Raises ConfigError for a QoS file that cannot be read."""
-    if options.qos_config_path is not None:
-        read_qos_config(options.qos_config_path)
+    if options.shared is None:
+        make_gate(options)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -100,7 +114,7 @@ def make_app(options: ServerOptions) -> FastAPI:
         await app.state.service.fleet.close()
 
     app = FastAPI(title="turbotriton", version=__version__, lifespan=lifespan, docs_url="/", redoc_url=None)
-    metrics = Metrics()
+    metrics = Metrics(options.shared)
     app.add_middleware(BodyLimit)
     app.add_middleware(Meter, metrics=metrics)
     app.add_middleware(KeyCheck, keys=options.api_keys)
@@ -213,7 +227,7 @@ def _add_others(app: FastAPI, metrics: Metrics) -> None:
     @app.get("/metrics")
     async def metrics_page() -> Response:
         """Prometheus; the engine's own figures are on tritonserver's metrics port."""
-        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(metrics.page(), media_type=CONTENT_TYPE_LATEST)
 
 
 def _model(name: str) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """The tritonservers behind this server: which text doors they have, which one gets a request, which one is away.
 
-A request goes to the live server with the fewest of ours under way. One that does not answer rests for REST_S; a request that met it
+A request goes to the live server with the fewest of ours under way, among equals to any: several processes, which do not know of each
+other's requests, would all begin with the first. One that does not answer rests for REST_S; a request that met it
 before its first token goes to the next.
 """
 
 import asyncio
 import contextlib
+import random
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
@@ -131,7 +133,7 @@ class Fleet:
     def _pick(self, model: str, tried: Sequence[_Server]) -> _Server:
         now = time.monotonic()
         candidates = [server for server in self._having(model) if server not in tried]
-        return min(candidates, key=lambda server: (server.rests_until > now, server.num_running))
+        return min(candidates, key=lambda server: (server.rests_until > now, server.num_running, random.random()))
 
     def any_client(self) -> AsyncClient:
         """A client of the best server, for calls that are no answers."""

@@ -1,15 +1,12 @@
 """LMDeploy's /v1/chat/interactive: conversations that live here as messages, answers as newline-delimited JSON.
 
-The prefix cache of the engine keeps what it computed for a conversation; here only its messages are held, for the MAX_SESSIONS that
-spoke last.
+The prefix cache of the engine keeps what it computed for a conversation; here only its messages are held (sessions.py).
 """
 
 import asyncio
 import contextlib
-import itertools
-from collections import OrderedDict
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from turbotriton.client.text_door import Delta
@@ -19,17 +16,9 @@ from .answers import plain_message
 from .errors import ApiError, api_error
 from .fleet import Fleet
 from .schema import InteractiveRequest
+from .sessions import Session, SessionStore
 
 __all__ = ["Interactive"]
-
-MAX_SESSIONS = 4096
-
-
-@dataclass(slots=True)
-class _Session:
-    messages: list[dict[str, Any]] = field(default_factory=list)
-    num_tokens: int = 0  # of the conversation so far
-    running: "asyncio.Task[None] | None" = None
 
 
 @dataclass(slots=True)
@@ -48,7 +37,7 @@ class _Turn:
         self.num_input = delta.num_input_tokens or self.num_input
         self.num_output = delta.num_output_tokens or self.num_output
 
-    def note_in(self, session: _Session) -> None:
+    def note_in(self, session: Session) -> None:
         session.messages = [*self.messages, {"role": "assistant", "content": self.text}]
         session.num_tokens = self.num_input + self.num_output
 
@@ -56,38 +45,39 @@ class _Turn:
 class Interactive:
     """Belongs to one event loop."""
 
-    def __init__(self, fleet: Fleet) -> None:
-        self._fleet = fleet
-        self._sessions: OrderedDict[int, _Session] = OrderedDict()
-        self._numbers = itertools.count(1)
+    def __init__(self, fleet: Fleet, sessions: SessionStore) -> None:
+        self._fleet, self._sessions = fleet, sessions
 
     async def replies(self, request: InteractiveRequest) -> AsyncGenerator[dict[str, Any]]:
         """{text, tokens, input_tokens, history_tokens, finish_reason} as they come; the last has finish_reason. Raises ApiError."""
         if request.cancel:
-            yield self._cancel(request.session_id)
+            yield await self._cancel(request.session_id)
             return
-        session_id = next(self._numbers) | 1 << 62 if request.session_id < 0 else request.session_id
         if request.prompt in ("", []):  # LMDeploy's way to end a session
-            self._sessions.pop(session_id, None)
+            await self._sessions.end(request.session_id)
             yield _reply("", 0, 0, 0, "stop")
             return
-        session = self._open(session_id)
         came: asyncio.Queue[dict[str, Any] | Exception | None] = asyncio.Queue()
-        session.running = asyncio.create_task(self._run(request, session, came))
-        try:
-            while (reply := await came.get()) is not None:
-                if isinstance(reply, Exception):
-                    raise reply
-                yield reply
-        finally:
-            session.running.cancel()
-            await asyncio.gather(session.running, return_exceptions=True)
-            session.running = None
-            if not request.interactive_mode:
-                self._sessions.pop(session_id, None)
+        running: asyncio.Task[None]
+
+        def cancel() -> None:
+            asyncio.get_running_loop().call_soon(
+                lambda: running.cancel()
+            )  # after its first step: before that it would end unheard
+
+        async with self._sessions.turn(request.session_id, cancel, is_kept=request.interactive_mode) as session:
+            running = asyncio.create_task(self._run(request, session, came))
+            try:
+                while (reply := await came.get()) is not None:
+                    if isinstance(reply, Exception):
+                        raise reply
+                    yield reply
+            finally:
+                running.cancel()
+                await asyncio.gather(running, return_exceptions=True)
 
     async def _run(
-        self, request: InteractiveRequest, session: _Session, came: "asyncio.Queue[dict[str, Any] | Exception | None]"
+        self, request: InteractiveRequest, session: Session, came: "asyncio.Queue[dict[str, Any] | Exception | None]"
     ) -> None:
         """A task of its own, which `cancel` ends; the caller still gets a last reply then, and the conversation keeps what came."""
         prompt = request.prompt
@@ -112,24 +102,12 @@ class Interactive:
         except Exception as error:  # noqa: BLE001  handed to the caller's task
             came.put_nowait(error)
 
-    def _open(self, session_id: int) -> _Session:
-        session = self._sessions.setdefault(session_id, _Session())
-        self._sessions.move_to_end(session_id)
-        while len(self._sessions) > MAX_SESSIONS:
-            self._sessions.popitem(last=False)
-        if session.running is not None:
-            raise ApiError(409, f"session_id {session_id} is answering; wait for it or send cancel", param="session_id")
-        return session
-
-    def _cancel(self, session_id: int) -> dict[str, Any]:
+    async def _cancel(self, session_id: int) -> dict[str, Any]:
         if session_id < 0:
             raise ApiError(400, "cancel needs the session_id that is to be cancelled", param="session_id")
-        session = self._sessions.get(session_id)
-        if session is not None and session.running is not None:
-            session.running.cancel()
-        return _reply("", 0, 0, session.num_tokens if session else 0, "stop")
+        return _reply("", 0, 0, await self._sessions.cancel(session_id), "stop")
 
-    async def _answer(self, request: InteractiveRequest, session: _Session, turn: _Turn) -> AsyncGenerator[dict[str, Any]]:
+    async def _answer(self, request: InteractiveRequest, session: Session, turn: _Turn) -> AsyncGenerator[dict[str, Any]]:
         turn.history_tokens = history_tokens = session.num_tokens
         model = (await self._served())[0]
         try:

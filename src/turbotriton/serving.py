@@ -24,6 +24,7 @@ from typing import Literal
 import httpx
 
 from turbotriton.backend.pipeline.options import PytorchEngineConfig, TurbomindEngineConfig, engine_options
+from turbotriton.cli.api_server import check_workers
 from turbotriton.cli.leftovers import end_with_parent
 from turbotriton.cli.running_server import held_ports
 from turbotriton.cli.tritonserver import BACKENDS, check_engine_options
@@ -76,6 +77,7 @@ def serve(
     *,
     revision: str | None = None,
     download_dir: str | os.PathLike[str] | None = None,
+    workers: int = 1,
 ) -> ApiServer:
     """Starts an OpenAI server for a workspace, a checkpoint's folder or a hub id, and waits until it answers.
 
@@ -83,11 +85,13 @@ def serve(
     model_name: what a checkpoint is served as; by default the last part of model_path. A workspace brings its own.
     backend 'pytorch', or a PytorchEngineConfig: the reference ops on any device.
     server_port: 0 takes a free one.   ssl: with the files that SSL_KEYFILE and SSL_CERTFILE name.
+    workers: processes that answer behind the one port.
     The first of api_keys is the one that the returned client sends.
 
     Raises InvalidInputError for a wrong value, ServerError when the server does not come up.
     """
     _check(backend, backend_config, log_level, ssl=ssl)
+    check_workers(workers, "workers")
     config = TurbomindEngineConfig() if backend_config is None else backend_config
     if isinstance(config, PytorchEngineConfig):
         backend = "pytorch"
@@ -96,6 +100,7 @@ def serve(
     named = {
         "--server-name": server_name,
         "--log-level": log_level.lower(),
+        "--workers": str(workers),
         "--model-name": options.model_name,
         "--model-format": options.model_format,
         "--revision": options.revision,

@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -40,12 +41,12 @@ from turbotriton.demo import checkpoint_path
 
 
 @contextlib.contextmanager
-def api_server(grpc_url: str, stream_interval: int, source: Path | None) -> Iterator[tuple[str, int]]:
+def api_server(grpc_url: str, options: list[str], source: Path | None) -> Iterator[tuple[str, int]]:
     """Its URL and pid. source: of another checkout, the folder with its package."""
     environment = os.environ if source is None else os.environ | {"PYTHONPATH": str(source)}
     with held_ports(1) as (port,):
         command = [sys.executable, "-m", "turbotriton", "serve", "api_server", grpc_url, "--server-port", str(port)]
-        command += ["--log-level", "warning", "--stream-interval", str(stream_interval)]
+        command += ["--log-level", "warning", *options]
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
         url = f"http://127.0.0.1:{port}"
         try:
@@ -69,8 +70,21 @@ def _wait_answer(url: str, process: "subprocess.Popen[bytes]") -> None:
 
 
 def cpu_seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    """Of a server and its workers."""
+    total = 0.0
+    for one in [pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]:
+        fields = Path(f"/proc/{one}/stat").read_text().rsplit(")", 1)[1].split()
+        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return total
+
+
+def requests_by_worker(url: str) -> dict[str, float]:
+    """pid -> requests answered so far; empty for a checkout whose server does not tell."""
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"{url}/metrics", timeout=30) as reply:
+        found = re.findall(
+            r'^turbotriton_openai_worker_requests_total\{pid="(\d+)"\} (\S+)$', reply.read().decode(), re.MULTILINE
+        )
+    return {pid: float(count) for pid, count in found}
 
 
 @contextlib.asynccontextmanager
@@ -108,19 +122,26 @@ def measure(args: argparse.Namespace, grpc_url: str, concurrency: int) -> dict[s
     sources = {"openai": None} | ({"beside": args.beside} if args.beside else {})
     times: dict[str, list[float]] = {"grpc": []} | {name: [] for name in sources}
     cpu: dict[str, list[float]] = {name: [] for name in sources}
+    spread: list[list[float]] = []
+    options = ["--stream-interval", str(args.stream_interval)]
+    of_source = {"openai": options + (["--workers", str(args.workers)] if args.workers != 1 else []), "beside": options}
     with contextlib.ExitStack() as stack:
-        servers = {
-            name: stack.enter_context(api_server(grpc_url, args.stream_interval, source)) for name, source in sources.items()
-        }
+        servers = {name: stack.enter_context(api_server(grpc_url, of_source[name], source)) for name, source in sources.items()}
         urls = {"grpc": grpc_url} | {name: url for name, (url, _) in servers.items()}
+        while len(requests_by_worker(urls["openai"])) < args.workers:
+            time.sleep(0.1)
         for number in range(-1, args.repeats):  # the first is the warm-up
             for name in list(urls) if number % 2 else list(urls)[::-1]:
                 before = cpu_seconds(servers[name][1]) if name in servers else 0.0
+                answered = requests_by_worker(urls[name]) if name == "openai" else {}
                 seconds = sample_s("grpc" if name == "grpc" else "openai", urls[name], items, concurrency)
                 if number >= 0:
                     times[name].append(seconds)
                     if name in servers:
                         cpu[name].append(cpu_seconds(servers[name][1]) - before)
+                    if answered:
+                        after = requests_by_worker(urls[name])
+                        spread.append(sorted(after[pid] - answered.get(pid, 0) for pid in after))
     num_tokens = sum(item.max_tokens for item in items)
     speed = num_tokens / statistics.median(times["grpc"])
     print(
@@ -135,6 +156,9 @@ def measure(args: argparse.Namespace, grpc_url: str, concurrency: int) -> dict[s
         found[f"{prefix}server_cpu_us_per_token"] = show(
             f"{name}, us of CPU a token", [value / num_tokens * 1e6 for value in cpu[name]]
         )
+    if args.workers != 1:
+        print(f"{'requests of each worker, by sample':48}" + " ".join("/".join(f"{n:.0f}" for n in one) for one in spread))
+        found["requests_by_worker"] = spread
     return found
 
 
@@ -167,6 +191,7 @@ def main() -> None:
     parser.add_argument("--fake", action="store_true", help="of --shape, an engine that only keeps the time of an H200")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="engine option of what is served")
     parser.add_argument("--stream-interval", type=int, default=0, help="of serve api_server")
+    parser.add_argument("--workers", type=int, default=1, help="of serve api_server, but not of the one of --beside")
     parser.add_argument("--beside", type=Path, metavar="SRC", help="src of another checkout: its OpenAI server too, in turns")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[8])
     parser.add_argument("--num-prompts", type=int, default=32, help="at least; two for each stream (default: %(default)s)")
@@ -188,7 +213,8 @@ def main() -> None:
         found = [measure(args, args.grpc, concurrency) for concurrency in args.concurrency]
     result = {
         "bench": "openai", "model": args.shape or str(args.workspace or "demo"), "fake": args.fake, "num_prompts": args.num_prompts,
-        "output_len": args.output_len, "repeats": args.repeats, "stream_interval": args.stream_interval, "runs": found,
+        "output_len": args.output_len, "repeats": args.repeats, "stream_interval": args.stream_interval,
+        "workers": args.workers, "runs": found,
         "num_cpus": os.cpu_count(), "version": __version__, "commit": commit(),
     }  # fmt: skip
     print(json.dumps(result))

@@ -131,7 +131,7 @@ def test_the_way_through_tritonserver_is_measured_beside_the_engine_in_process(t
             assert any(label.startswith("door") for label in found[way]["cpu_s"]), run.stdout
 
 
-@pytest.mark.parametrize("more", [["--stream-interval", "4"], ["--fake", "--beside", str(ROOT / "src")]])
+@pytest.mark.parametrize("more", [["--stream-interval", "4"], ["--fake", "--workers", "2", "--beside", str(ROOT / "src")]])
 def test_the_openai_server_is_measured_beside_grpc(more: list[str]) -> None:
     work = ["--num-prompts", "4", "--output-len", "12", "--repeats", "1", "--concurrency", "1", "2"]
     options = ["--option", "device=cpu", "--option", "session_len=128", "--option", "cache_max_entry_count=16"]

@@ -4,8 +4,10 @@ import json
 import re
 from pathlib import Path
 
+import httpx
 import pytest
 
+from .engine import wait_until
 from .openai_server import api_server
 from .server import TritonServer
 
@@ -27,14 +29,24 @@ def test_guided_page(demo_server: TritonServer, capsys: pytest.CaptureFixture[st
 
 
 def test_openai_page(demo_server: TritonServer, capsys: pytest.CaptureFixture[str]) -> None:
-    blocks = python_blocks("openai.md")
+    """With as many processes as its section about several starts."""
+    *blocks, counting = python_blocks("openai.md")
     assert len(blocks) == 2
+    text = (DOCS / "openai.md").read_text(encoding="utf-8")
+    (num_workers,) = re.findall(r"serve api_server localhost:8001 --workers (\d+) ", text)
     namespace: dict[str, object] = {}
-    with api_server(demo_server.grpc_url) as url:
+    with api_server(demo_server.grpc_url, "--workers", num_workers) as url:
         for block in blocks:
             exec(compile(block.replace("http://localhost:23333", url), "openai.md", "exec"), namespace)
         whole, streamed, review, colour = capsys.readouterr().out.splitlines()
+        series = "turbotriton_openai_worker_requests_total{"
+        wait_until(lambda: httpx.get(f"{url}/metrics").text.count(series) == int(num_workers), "every process to listen")
+        before = httpx.get(f"{url}/metrics").text
+        exec(compile(counting.replace("http://localhost:23333", url), "openai.md", "exec"), {})
+        printed = capsys.readouterr().out
     assert whole == streamed
     assert "42" in whole
     assert review.startswith("stars=")
     assert colour in ('"red"', '"blue"')
+    num_listed = int(re.findall(r'_requests_total\{path="/v1/models",status="200"\} (\d+)', before)[0])
+    assert printed == text.split(counting)[1].split("```text\n")[1].split("```")[0].replace("40", str(40 + num_listed))

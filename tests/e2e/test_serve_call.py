@@ -36,9 +36,8 @@ SUM = [{"role": "user", "content": "What is 2 + 3?"}]
 @pytest.fixture(scope="module")
 def server() -> Iterator[ApiServer]:
     config = TurbomindEngineConfig(session_len=256, max_batch_size=4)
-    with serve(
-        checkpoint_path(), model_name="sums", backend_config=config, server_port=0, api_keys=["first", "second-key-of-sums"]
-    ) as made:
+    keys = ["first", "second-key-of-sums"]
+    with serve(checkpoint_path(), model_name="sums", backend_config=config, server_port=0, api_keys=keys, workers=2) as made:
         yield made
         log_path = made.log_path
         assert log_path.is_file()
@@ -141,6 +140,7 @@ def test_an_idle_client_does_not_hold_up_the_stop_of_an_https_server(certificate
         (None, {"server_port": 70000}, "server_port is 70000"),
         (None, {"log_level": "LOUD"}, "log_level is 'LOUD'"),
         (None, {"ssl": True}, "SSL_KEYFILE"),
+        (None, {"workers": 0}, "workers is 0"),
     ],
 )
 def test_what_cannot_be_served_is_one_line(model_path: str | None, options: dict[str, Any], message: str) -> None:

@@ -5,16 +5,22 @@ import logging
 import signal
 import ssl
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from turbotriton.contract import env
 from turbotriton.contract.errors import InvalidInputError
 
+from .process_setup import collect_seldom
 from .served_model import add_served_model_options, served_model
 
-__all__ = ["add_parser"]
+if TYPE_CHECKING:
+    from turbotriton.client.openai.app import ServerOptions
+
+__all__ = ["add_parser", "check_workers"]
 
 logger = logging.getLogger(__name__)
 
+MAX_WORKERS = 32
 GRACE_S = 10  # for answers under way at a stop, as tritonserver's; an idle client over TLS would hold it up for 30
 
 
@@ -48,6 +54,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="tokens in an event of a stream after its first; 0: 1, and one more for each 8 answers under way, up to 4",
     )  # fmt: skip
     parser.add_argument(
+        "--workers", type=int, default=1,
+        help=f"processes that answer behind the one port, 1 to {MAX_WORKERS}; more than 1 for bursts that one core is too slow for",
+    )  # fmt: skip
+    parser.add_argument(
         "--log-level",
         type=str.lower,
         choices=("debug", "info", "warning", "error", "critical"),
@@ -59,10 +69,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(args: argparse.Namespace) -> int:
-    import uvicorn
-
     from turbotriton.client.kserve import check_url
-    from turbotriton.client.openai.app import ServerOptions, make_app
+    from turbotriton.client.openai.app import ServerOptions, make_gate
 
     if not 0 < args.server_port < 65536:
         raise InvalidInputError(f"--server-port is {args.server_port}; it must be from 1 to 65535")
@@ -70,42 +78,60 @@ def run(args: argparse.Namespace) -> int:
         raise InvalidInputError(f"--qos-max-running is {args.qos_max_running}; it must be 1 or more")
     if not 0 <= args.stream_interval <= 1024:
         raise InvalidInputError(f"--stream-interval is {args.stream_interval}; it must be from 0 to 1024")
+    check_workers(args.workers, "--workers")
     keyfile, certfile = _ssl_files(args)
     with served_model(args) as own_server:
         urls = [check_url(url) for url in args.target.split(",")] if own_server is None else [own_server.grpc]
-        app = make_app(
-            ServerOptions(
-                urls=urls,
-                api_keys=args.api_keys,
-                allow_origins=args.allow_origins,
-                allow_methods=args.allow_methods,
-                allow_headers=args.allow_headers,
-                allow_credentials=args.allow_credentials,
-                tool_call_parser=args.tool_call_parser,
-                qos_config_path=args.qos_config_path,
-                qos_max_running=args.qos_max_running,
-                stream_interval=args.stream_interval,
-            )
+        options = ServerOptions(
+            urls=urls,
+            api_keys=args.api_keys,
+            allow_origins=args.allow_origins,
+            allow_methods=args.allow_methods,
+            allow_headers=args.allow_headers,
+            allow_credentials=args.allow_credentials,
+            tool_call_parser=args.tool_call_parser,
+            qos_config_path=args.qos_config_path,
+            qos_max_running=args.qos_max_running,
+            stream_interval=args.stream_interval,
         )
+        make_gate(options)  # a QoS file that cannot be read is refused before anything is said
         scheme = "https" if certfile else "http"
         print(
             f"OpenAI's API at {scheme}://{args.server_name}:{args.server_port}/v1 for {', '.join(urls)}; Ctrl-C stops it.",
             flush=True,
         )
-        config = uvicorn.Config(
-            app, host=args.server_name, port=args.server_port, log_level=args.log_level, ssl_keyfile=keyfile, ssl_certfile=certfile,
-            access_log=args.log_level == "debug", timeout_graceful_shutdown=GRACE_S,
-        )  # fmt: skip
-        server = uvicorn.Server(config)
-        for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn stops cleanly, then raises what it caught once more
-            signal.signal(number, lambda *_: None)
-        try:
-            server.run()
-        except SystemExit:  # uvicorn's way to say that it could not listen; it has logged why
-            raise InvalidInputError(
-                f"{args.server_name}:{args.server_port} cannot be taken; choose another --server-port"
-            ) from None
+        config: dict[str, Any] = {
+            "host": args.server_name, "port": args.server_port, "log_level": args.log_level, "access_log": args.log_level == "debug",
+            "ssl_keyfile": keyfile, "ssl_certfile": certfile, "timeout_graceful_shutdown": GRACE_S,
+        }  # fmt: skip
+        if args.workers == 1:
+            _run_alone(options, config)
+        else:
+            from .workers import run_workers
+
+            run_workers(options, args.workers, **config)
     return 0
+
+
+def check_workers(workers: int, name: str) -> None:
+    """Raises InvalidInputError."""
+    if not 1 <= workers <= MAX_WORKERS:
+        raise InvalidInputError(f"{name} is {workers}; it must be from 1 to {MAX_WORKERS}")
+
+
+def _run_alone(options: "ServerOptions", config: dict[str, Any]) -> None:
+    import uvicorn
+
+    from turbotriton.client.openai.app import make_app
+
+    server = uvicorn.Server(uvicorn.Config(make_app(options), **config))
+    collect_seldom()
+    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn stops cleanly, then raises what it caught once more
+        signal.signal(number, lambda *_: None)
+    try:
+        server.run()
+    except SystemExit:  # uvicorn's way to say that it could not listen; it has logged why
+        raise InvalidInputError(f"{config['host']}:{config['port']} cannot be taken; choose another --server-port") from None
 
 
 def _ssl_files(args: argparse.Namespace) -> tuple[Path | None, Path | None]:

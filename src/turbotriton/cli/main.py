@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import logging
 import os
 import signal
 import sys
@@ -14,6 +13,7 @@ from turbotriton import __version__
 from turbotriton.contract.errors import TurbotritonError
 
 from .help_format import CommandParser
+from .process_setup import set_up_logging
 
 __all__ = ["main"]
 
@@ -37,8 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 1 failed while running, 2 wrong input or usage, 130 interrupted, 143 terminated."""
     try:
         args = _parse(argv)
-        logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-        logging.getLogger("turbotriton").setLevel(logging.INFO)  # others' INFO is a line a request, or statistics at the end
+        set_up_logging()
         with _terminated_as_by_exit():
             return int(args.run(args) or 0)
     except TurbotritonError as error:

@@ -1,6 +1,8 @@
 """The only place that reads the environment. One function a variable, with its meaning and default."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 __all__ = [
@@ -8,6 +10,7 @@ __all__ = [
     "chat_template",
     "engine_option",
     "environment",
+    "metrics_folder",
     "openai_api_key",
     "python_executable",
     "runtime_dir",
@@ -89,3 +92,16 @@ def ssl_certfile() -> Path | None:
     """SSL_CERTFILE: its certificate."""
     value = os.environ.get("SSL_CERTFILE")
     return Path(value) if value else None
+
+
+@contextlib.contextmanager
+def metrics_folder(path: Path) -> Iterator[None]:
+    """PROMETHEUS_MULTIPROC_DIR: where processes that are started meanwhile keep the figures of their common metrics page."""
+    before = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(path)
+    try:
+        yield
+    finally:
+        del os.environ["PROMETHEUS_MULTIPROC_DIR"]
+        if before is not None:
+            os.environ["PROMETHEUS_MULTIPROC_DIR"] = before

@@ -1,0 +1,23 @@
+"""What a process of ours sets for itself before its work: what it logs, how often it collects garbage."""
+
+import gc
+import logging
+import sys
+
+__all__ = ["collect_seldom", "set_up_logging"]
+
+
+def set_up_logging() -> None:
+    """Our own lines from INFO on, others' from WARNING on: their INFO is a line a request, or statistics at the end."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("turbotriton").setLevel(logging.INFO)
+
+
+def collect_seldom() -> None:
+    """For a server that is set up now: it never looks again at what is there, and at what comes after each 10,000 new objects.
+
+    A request of the OpenAI server makes thousands, so Python's 700 cost 6 % of its CPU time (docs/perf-log.md, 2026-11-28).
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 10, 10)
