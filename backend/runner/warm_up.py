@@ -51,15 +51,16 @@ def warm_up_plans(
         plans += [StepPlan(next(steps), rows=rows) for rows in others]
         return (*plans, StepPlan(next(steps), left=tuple(request.slot for request in requests)))
 
-    def whole(requests: Sequence[JoinedRequest]) -> list[ScheduledRow]:
-        return [ScheduledRow(request.slot, 0, len(request.token_ids), True) for request in requests]
+    def whole(requests: Sequence[JoinedRequest], *, samples: bool = True) -> list[ScheduledRow]:
+        return [ScheduledRow(request.slot, 0, len(request.token_ids), samples) for request in requests]
 
     yield group([joined(0, 2, GREEDY)], [ScheduledRow(0, 0, 1, False)])  # a chunk that the budget cut to one token
     for num_tokens in TOKEN_COUNTS[1:]:
         num_chunks = -(-num_tokens // max(longest - 1, 1))  # prompts may be shorter than what several of them bring to a step
         if num_chunks <= max_batch_size:
             lengths = [num_tokens // num_chunks + (slot < num_tokens % num_chunks) for slot in range(num_chunks)]
-            yield group(some := [joined(slot, length, GREEDY) for slot, length in enumerate(lengths)], whole(some))
+            some = [joined(slot, length, GREEDY) for slot, length in enumerate(lengths)]
+            yield group(some, whole(some, samples=num_chunks > 1))  # one that samples would replay a graph of more tokens
     for num_rows in (*(size for size in TOKEN_COUNTS[1:] if size < max_batch_size), max_batch_size):
         yield group(some := [joined(slot, 2, GREEDY) for slot in range(num_rows)], whole(some))
     for way in _draws():

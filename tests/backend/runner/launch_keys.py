@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from turbotriton.backend.ops import kernels
-from turbotriton.backend.runner import decode_graphs, model_runner, weights
+from turbotriton.backend.runner import decode_graphs, model_runner, prompt_graphs, weights
 from turbotriton.backend.runner.decode_graphs import DecodeGraphs
+from turbotriton.backend.runner.prompt_graphs import PromptGraphs
 
 NUM_SMS = 132
 ALIGNMENT = 16
@@ -32,6 +33,23 @@ class EagerGraphs(DecodeGraphs):
 
     def logits(self, slots, positions):  # type: ignore[no-untyped-def]
         return self._forward(next(size for size in self._buckets if size >= slots.size))[: slots.size]
+
+    def close(self) -> None:
+        pass
+
+
+class EagerPromptGraphs(PromptGraphs):
+    """The same of short prompts."""
+
+    def __init__(self, decoder, slots, kv, session_len, device) -> None:  # type: ignore[no-untyped-def]
+        self._decoder, self._slots, self._device, self._kv = decoder, slots, device, kv
+        self._inputs = torch.zeros(3, dtype=torch.int64, device=device)
+        self._graphs = dict.fromkeys(size for size in prompt_graphs.BUCKETS if size <= session_len)  # type: ignore[assignment]
+        for size in self._graphs:
+            self._forward(size)
+
+    def logits(self, slot, start, num_tokens):  # type: ignore[no-untyped-def]
+        return self._forward(min(size for size in self._graphs if size >= num_tokens))
 
     def close(self) -> None:
         pass
@@ -73,6 +91,7 @@ def noted_launches(monkeypatch: Any) -> Iterator[set[tuple[Any, ...]]]:
         patch.setattr(torch, "empty_like", torch.zeros_like)
         patch.setattr(model_runner, "ops_for", lambda device, *, deterministic: DETERMINISTIC if deterministic else TRITON)
         patch.setattr(model_runner, "DecodeGraphs", EagerGraphs)
+        patch.setattr(model_runner, "PromptGraphs", EagerPromptGraphs)
         patch.setattr(weights, "_dense", lambda weight, bias=None: weights.DenseWeight(weight.t().contiguous().t(), bias))
         for info in pkgutil.iter_modules(kernels.__path__):
             module = import_module(f"{kernels.__name__}.{info.name}")

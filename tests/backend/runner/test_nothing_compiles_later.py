@@ -87,6 +87,8 @@ def load_as_on_a_gpu(model, config, folder):  # type: ignore[no-untyped-def]
         with torch.inference_mode():
             parts = (runner._decoder, runner._slots, runner._kv, config.max_batch_size, torch.device("cpu"))
             runner._graphs = model_runner.DecodeGraphs(*parts)
+            if isinstance(runner._kv.k[0], torch.Tensor):
+                runner._prompt_graphs = model_runner.PromptGraphs(*parts[:3], config.session_len, torch.device("cpu"))
     runner.warm_up(config)
     return runner
 
