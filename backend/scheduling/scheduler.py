@@ -8,10 +8,10 @@ One step, in `schedule`:
   1. Requests past their deadline end.
   2. Running requests in order of service (priority, arrival): a decode takes one token of the budget, a prefill a chunk. All
      decodes come before all chunks, so a long prompt never delays a running answer by more than one step. Where as many requests
-     decode as wait for their first token, or more, prompts get `beside_decodes` tokens of that step and not all its budget: those who
-     wait for their next token would wait as long as that takes. A request that needs a block when none is free makes the last in
-     order give up its blocks; if that is itself, it waits. In the plan the longest decodes stand first: attention's programs start in
-     that order, and short ones fill the gaps at its end.
+     decode as wait for their first token, or more, the step takes `beside_decodes` tokens and not all its budget: those who wait for
+     their next token would wait as long as that takes. Of a long queue it takes a quarter, if that is more. A request that needs a
+     block when none is free makes the last in order give up its blocks; if that is itself, it waits. In the plan the longest decodes
+     stand first: attention's programs start in that order, and short ones fill the gaps at its end.
   3. Waiting requests in order, while a slot, budget and blocks for all their known tokens are there. The first that does not fit
      holds back those behind it: nobody starves.
 
@@ -43,6 +43,7 @@ __all__ = ["PREFILL_BESIDE_DECODES", "OwnedDelta", "Scheduler"]
 
 #: Matrix products of so many rows fill a GPU with whole tiles, where a few rows more would begin a new wave of them.
 PREFILL_BESIDE_DECODES = 2048
+QUEUE_SHARE = 4  # of the prompt tokens that wait, a step beside decodes takes one in so many
 
 
 class OwnedDelta(NamedTuple):
@@ -291,7 +292,9 @@ class Scheduler:
         picked.sort(key=_num_scheduled, reverse=True)
         rows += [self._row(request, 1) for request in picked]
         if rows and len(rows) >= len(chunks) + self.num_waiting - self._num_held:
-            budget = min(budget, max(self._beside_decodes - len(rows), self._beside_decodes // 2))
+            waiting = self.num_waiting_tokens + sum(request.num_missing for request in chunks)
+            most = max(self._beside_decodes, waiting // QUEUE_SHARE)
+            budget = min(budget, max(most - len(rows), self._beside_decodes // 2))
         for request in chunks:
             if budget and request.state is RequestState.RUNNING:
                 picked.append(request)

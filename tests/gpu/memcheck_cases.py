@@ -106,7 +106,7 @@ def quantised_linears(m: Maker) -> None:
         for num_rows, k, n in ((3, 256, 256), (130, 384, 128), (300, 128, 128)):
             int8 = W8A8Weight(m.zeros(n, k, dtype=torch.int8).t(), m.zeros(n, dtype=torch.float32), m.zeros(n))
             rows = quantize_rows.quantize_rows(m.zeros(num_rows, k), torch.int8)
-            hopper_w8a8_linear.linear(rows, int8, hopper_w8a8_config(num_rows, n, num_sms=132))
+            hopper_w8a8_linear.linear(rows, int8, hopper_w8a8_config(num_rows, num_sms=132))
     for num_rows, k, n in ((3, 72, 40), (33, 208, 130), (3, 2064, 33)):
         int8 = W8A8Weight(m.zeros(n, k, dtype=torch.int8).t(), m.zeros(n, dtype=torch.float32), m.zeros(n))
         fp8 = Fp8Weight(m.zeros(n, k, dtype=torch.float8_e4m3fn).t(), m.zeros(n, dtype=torch.float32))

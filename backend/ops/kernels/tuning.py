@@ -259,8 +259,9 @@ MAX_PARTS = 9 << 20  # fp32 numbers of split sums, what split_sum.workspace has
 #: So many rows of 4 bit weights and more are `hopper_w4a16_linear`'s on sm_90: a layer of 256 takes 194 us where the plain kernel has 239
 #: (8B, H200: docs/perf-log.md).
 MIN_HOPPER_W4A16_ROWS = 33
-#: Rows of int8 that are `hopper_w8a8_linear`'s on sm_90.
-MIN_HOPPER_W8A8_ROWS, MAX_HOPPER_W8A8_ROWS = 65, 512
+#: Rows of int8 that are `hopper_w8a8_linear`'s on sm_90: a layer of 160, 256 and 512 takes 112, 147 and 261 us where the plain kernel has
+#: 178, 168 and 282, of 128 rows 120 where that has 108 (8B, H200: docs/perf-log.md).
+MIN_HOPPER_W8A8_ROWS, MAX_HOPPER_W8A8_ROWS = 129, 512
 #: More rows than these: the weights are dequantised for one linear layer at a time, and torch multiplies. It is as fast from 2,048 rows on;
 #: 1,024 is the last number of tokens that a runner warms up with.
 MAX_W4A16_ROWS = 1023
@@ -538,10 +539,8 @@ def takes_hopper_w8a8(num_rows: int, n: int, k: int, *, is_hopper: bool) -> bool
     return is_hopper and MIN_HOPPER_W8A8_ROWS <= num_rows <= MAX_HOPPER_W8A8_ROWS and n % 128 == 0 and k % 128 == 0
 
 
-def hopper_w8a8_config(num_rows: int, n: int, num_sms: int) -> HopperTiles:
-    """n must be a multiple of 128. Tiles of 128 outputs and up to 256 rows, or 256 outputs and up to 128, which read x half as often."""
-    block_m = _rows_of_hopper_tile(num_rows)
-    return hopper_w8a8_tiles(block_m, 2 if n % 256 == 0 and block_m <= 128 else 1, num_sms)
+def hopper_w8a8_config(num_rows: int, num_sms: int) -> HopperTiles:
+    return hopper_w8a8_tiles(_rows_of_hopper_tile(num_rows), 1, num_sms)
 
 
 def hopper_w8a8_tiles(block_m: int, strips: int, num_sms: int) -> HopperTiles:

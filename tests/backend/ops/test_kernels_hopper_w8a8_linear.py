@@ -116,9 +116,9 @@ def test_the_emulation_finds_what_a_kernel_may_not_do(mistake, monkeypatch):
 @pytest.mark.parametrize(
     ("num_rows", "k", "n", "is_hopper", "expected"),
     [
-        (65, 4096, 6144, True, KERNEL),
+        (129, 4096, 6144, True, KERNEL),
         (256, 14336, 4096, True, KERNEL),
-        (64, 4096, 6144, True, "_w8a8_linear_kernel"),
+        (128, 4096, 6144, True, "_w8a8_linear_kernel"),
         (2048, 4096, 6144, True, "_w8a8_linear_kernel"),
         (256, 4096, 6144, False, "_w8a8_linear_kernel"),
         (256, 4032, 6144, True, "_w8a8_linear_kernel"),
@@ -142,11 +142,9 @@ def empty_operands(num_rows, k, n, dtype, *, bias=False):
 
 
 @pytest.mark.parametrize("num_sms", [78, 114, 132])
-@pytest.mark.parametrize("n", [128, 256, 384, 28672])
-@pytest.mark.parametrize("num_rows", [65, 128, 129, 161, 193, 256, 257, 512])
-def test_tiles_fit_what_there_is(num_rows, n, num_sms):
-    config = hopper_w8a8_config(num_rows, n, num_sms)
-    assert n % config.block_n == 0
+@pytest.mark.parametrize("num_rows", [1, 65, 128, 129, 161, 193, 256, 257, 512])
+def test_tiles_fit_what_there_is(num_rows, num_sms):
+    config = hopper_w8a8_config(num_rows, num_sms)
     assert config.block_m * config.strips <= 256, "more than 128 registers of sums"
     assert config.num_stages >= 4
     assert config.num_stages * 128 * (config.block_m + config.block_n) <= SHARED_LIMIT_BYTES[90] - (18 << 10)
@@ -206,7 +204,7 @@ def skip_unless_hopper():
 def test_every_row_and_output_on_a_gpu(shape, dtype, assert_close):
     skip_unless_hopper()
     rows, weight = operands_on_gpu(shape, dtype)
-    y = module.linear(rows, weight, hopper_w8a8_config(shape.num_rows, shape.n, 132))
+    y = module.linear(rows, weight, hopper_w8a8_config(shape.num_rows, 132))
     assert_close(y, product64(rows, weight), **tolerance(dtype))
 
 

@@ -67,6 +67,20 @@ def test_small_chunks_are_shared_by_the_prompts_of_a_step() -> None:
     assert [chunks(bench.step()) for _ in range(3)] == [[(0, 3)], [(1, 3)], []]  # and single tokens: seven a step
 
 
+def test_of_a_long_queue_a_step_takes_a_quarter() -> None:
+    bench = Bench(num_blocks=60, budget=40, beside_decodes=4, max_batch_size=6)
+    for request_id in (1, 2, 3):
+        bench.add(request_id, range(10 * request_id, 10 * request_id + 3), 20)
+    bench.step()
+    bench.add(4, range(100, 140), 2)
+    bench.add(5, range(200, 224), 2)
+    taken = [[row.num_tokens for row in bench.step().rows if row.num_tokens > 1] for _ in range(6)]
+    # With the three decodes a quarter of the 64, 51, 42, 35, 30 and 26 that wait; of the last, one is the next prompt's first.
+    assert taken == [[13], [9], [7], [5], [4], [2]]
+    bench.run()
+    assert bench.tokens(4) == oracle(range(100, 140), 2)
+
+
 def test_prompts_get_the_whole_budget_while_more_wait_for_their_first_token_than_decode() -> None:
     bench = Bench(num_blocks=24, budget=12, beside_decodes=4)
     bench.add(1, range(5), 8)
