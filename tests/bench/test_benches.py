@@ -131,6 +131,28 @@ def test_the_way_through_tritonserver_is_measured_beside_the_engine_in_process(t
             assert any(label.startswith("door") for label in found[way]["cpu_s"]), run.stdout
 
 
+def test_a_trace_is_read_back_into_rows_and_keys_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(HERE)
+    from bench_engine import lengths_of
+    from plot_trace import decode_steps
+
+    lengths = [(10, 4), (20, 6), (5, 3)]
+    trace = [(9.0, 0), (9.0, 2), (9.0, 3), (1.0, 3), (2.0, 3), (3.0, 1), (4.0, 1)]
+    assert decode_steps(trace, lengths) == [(1.0, 3, 12 + 22 + 6), (2.0, 3, 13 + 23 + 7), (3.0, 1, 24), (4.0, 1, 25)]
+    with pytest.raises(ValueError, match="3 requests with 13 tokens"):
+        decode_steps(trace[:-1], lengths)
+
+    whole = lengths_of("thr")
+    ends = [index // 20 + new for index, (_, new) in enumerate(whole)]  # twenty begin in a step
+    tokens = [sum(index // 20 <= step < end for index, end in enumerate(ends)) for step in range(max(ends))]
+    (tmp_path / "thr.csv").write_text("ms,tokens\n" + "".join(f"{2 + count / 100},{count}\n" for count in tokens))
+    run = program("plot_trace", str(tmp_path / "thr.csv"), "--shape", "1.8b", "--plots", str(tmp_path))
+    assert run.returncode == 0, run.stderr
+    assert "241- 256" in run.stdout
+    for name in ("1.8b-thr-rows.svg", "1.8b-thr-roofline.svg"):
+        assert (tmp_path / name).read_text().count("<polyline") == 2
+
+
 @pytest.mark.parametrize("more", [["--stream-interval", "4"], ["--fake", "--workers", "2", "--beside", str(ROOT / "src")]])
 def test_the_openai_server_is_measured_beside_grpc(more: list[str]) -> None:
     work = ["--num-prompts", "4", "--output-len", "12", "--repeats", "1", "--concurrency", "1", "2"]
@@ -151,6 +173,7 @@ def test_the_openai_server_is_measured_beside_grpc(more: list[str]) -> None:
         "bench_startup",
         "make_checkpoint",
         "make_workspace",
+        "plot_trace",
         "profile_step",
         "sweep_steps",
         "sweep_tiles",

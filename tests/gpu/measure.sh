@@ -80,7 +80,7 @@ way() {
     [ -d "$shm/1.8b-workspace" ] || run "$python" $bench/make_workspace.py --shape 1.8b --out "$shm/1.8b-workspace"
     run "${with[@]}" "$python" $bench/bench_serving.py --workspace "$shm/1.8b-workspace" --repeats 1
     run "${with[@]}" "$python" $bench/bench_openai.py --shape 1.8b --concurrency 1 8 64 --num-prompts 64 --output-len 256 --repeats 3 \
-        --option max_batch_size=64 --option session_len=1024
+        --workers 8 --option max_batch_size=64 --option session_len=1024
 }
 sound() {
     run "$python" -m pytest -q -m "gpu and not multigpu" -p no:cacheprovider -n 12 tests/backend
