@@ -83,9 +83,11 @@ class SamplerState:
     _has_bias: npt.NDArray[np.bool_] = field(init=False)
     _output_counts: torch.Tensor | None = None  # [max_batch_size, vocab_size], int32
     _seen: torch.Tensor | None = None  # [max_batch_size, vocab_size], bool
+    _sent: tuple[npt.NDArray[np.int64], torch.Tensor] = field(init=False)  # a batch's numbers, here and on the device
 
     def __post_init__(self) -> None:
         size = self.max_batch_size
+        self._sent = np.zeros(0, np.int64), torch.zeros(0, dtype=torch.int64, device=self.device)
         self._floats = np.ones((size, 6), np.float32)
         self._seeds, self._sample_indices = np.zeros(size, np.uint64), np.zeros(size, np.uint64)
         self._top_k = np.zeros(size, np.int64)
@@ -173,7 +175,12 @@ class SamplerState:
         if not parts:
             return {}
         words = [np.ascontiguousarray(part).view(np.int64) for part in parts.values()]
-        split = torch.split(to_device(np.concatenate(words), self.device), [part.size for part in words])
+        joined = np.concatenate(words)
+        sent, on_device = self._sent
+        if not np.array_equal(joined, sent):  # bans of a batch stay the same for many steps
+            on_device = to_device(joined, self.device)
+            self._sent = joined, on_device
+        split = torch.split(on_device, [part.size for part in words])
         is_float = [part.dtype == np.float64 for part in parts.values()]
         return {name: word.view(torch.float64) if f else word for name, word, f in zip(parts, split, is_float, strict=True)}
 

@@ -9,16 +9,25 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-__all__ = ["to_device", "to_host"]
+__all__ = ["copy_into", "to_device", "to_host"]
 
 
 def to_device(array: npt.NDArray[np.generic], device: torch.device) -> torch.Tensor:
     """A copy of `array` on `device`; on CUDA the copy is queued behind what the stream has to do."""
     if device.type != "cuda":
         return torch.from_numpy(np.array(array))
+    return _pinned(array).to(device, non_blocking=True)
+
+
+def copy_into(target: torch.Tensor, array: npt.NDArray[np.generic]) -> None:
+    """`to_device` to where `target` lies, which has the array's shape and dtype."""
+    target.copy_(_pinned(array) if target.device.type == "cuda" else torch.from_numpy(array), non_blocking=True)
+
+
+def _pinned(array: npt.NDArray[np.generic]) -> torch.Tensor:
     staged = torch.empty(array.shape, dtype=torch.from_numpy(np.empty(0, array.dtype)).dtype, pin_memory=True)
     staged.numpy()[...] = array
-    return staged.to(device, non_blocking=True)
+    return staged
 
 
 def to_host(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:

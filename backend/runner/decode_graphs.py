@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from turbotriton.backend.model.decoder import Decoder
-from turbotriton.backend.model.transfer import to_device
+from turbotriton.backend.model.transfer import copy_into
 
 from .batch import SlotState
 from .kv_cache import KvCache
@@ -53,7 +53,7 @@ class DecodeGraphs:
 
     def __init__(self, decoder: Decoder, slots: SlotState, kv: KvCache, max_batch_size: int, device: torch.device) -> None:
         begun, free = time.monotonic(), torch.cuda.mem_get_info(device)[0]
-        self._decoder, self._slots, self._kv, self._device = decoder, slots, kv, device
+        self._decoder, self._slots, self._kv = decoder, slots, kv
         self._buckets = batch_buckets(max_batch_size)
         self._logits: dict[int, torch.Tensor] = {}
         self._inputs = {size: torch.tensor([[0], [-1]], device=device).repeat(1, size) for size in self._buckets}
@@ -82,7 +82,7 @@ class DecodeGraphs:
         padded = np.zeros((2, bucket), np.int64)
         padded[1] = -1
         padded[:, :num_rows] = slots, positions
-        self._inputs[bucket].copy_(to_device(padded, self._device))
+        copy_into(self._inputs[bucket], padded)
         self._graphs[bucket].replay()
         return self._logits[bucket][:num_rows]
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from turbotriton.backend.model.decoder import Decoder
-from turbotriton.backend.model.transfer import to_device
+from turbotriton.backend.model.transfer import copy_into
 
 from .batch import SlotState
 from .kv_cache import KvCache
@@ -30,7 +30,7 @@ class PromptGraphs:
 
     def __init__(self, decoder: Decoder, slots: SlotState, kv: KvCache, session_len: int, device: torch.device) -> None:
         begun = time.monotonic()
-        self._decoder, self._slots, self._kv, self._device = decoder, slots, kv, device
+        self._decoder, self._slots, self._kv = decoder, slots, kv
         self._inputs = torch.zeros(3, dtype=torch.int64, device=device)
         self._logits: dict[int, torch.Tensor] = {}
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
@@ -58,7 +58,7 @@ class PromptGraphs:
     def logits(self, slot: int, start: int, num_tokens: int) -> torch.Tensor:
         """Of the chunk's last token, at most `max_tokens` after its first: [1, vocab_size], valid until the next call."""
         bucket = min(size for size in self._graphs if size >= num_tokens)
-        self._inputs.copy_(to_device(np.array((slot, start, num_tokens), np.int64), self._device))
+        copy_into(self._inputs, np.array((slot, start, num_tokens), np.int64))
         self._graphs[bucket].replay()
         return self._logits[bucket]
 

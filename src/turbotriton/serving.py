@@ -77,7 +77,7 @@ def serve(
     *,
     revision: str | None = None,
     download_dir: str | os.PathLike[str] | None = None,
-    workers: int = 1,
+    workers: int = 0,
 ) -> ApiServer:
     """Starts an OpenAI server for a workspace, a checkpoint's folder or a hub id, and waits until it answers.
 
@@ -85,7 +85,7 @@ def serve(
     model_name: what a checkpoint is served as; by default the last part of model_path. A workspace brings its own.
     backend 'pytorch', or a PytorchEngineConfig: the reference ops on any device.
     server_port: 0 takes a free one.   ssl: with the files that SSL_KEYFILE and SSL_CERTFILE name.
-    workers: processes that answer behind the one port.
+    workers: processes that answer behind the one port; 0: by the cores, as the command does.
     The first of api_keys is the one that the returned client sends.
 
     Raises InvalidInputError for a wrong value, ServerError when the server does not come up.

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from turbotriton.cli.api_server import MAX_WORKERS
+from turbotriton.cli import process_setup
+from turbotriton.cli.api_server import MAX_WORKERS, workers_for
 from turbotriton.cli.main import main
 from turbotriton.cli.running_server import held_ports
 
@@ -162,8 +163,31 @@ def test_a_taken_port_and_a_bad_qos_file_are_one_line(nobody: str, tmp_path: Pat
     assert "--qos-config-path /no/such.json" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("number", [0, -1, MAX_WORKERS + 1])
+@pytest.mark.parametrize("number", [-1, MAX_WORKERS + 1])
 def test_a_number_of_workers_that_cannot_be_is_one_line(nobody: str, number: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "api_server", nobody, f"--workers={number}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == f"turbotriton: error: --workers is {number}; it must be from 1 to {MAX_WORKERS}"
+    assert line == f"turbotriton: error: --workers is {number}; it must be from 0 to {MAX_WORKERS}"
+
+
+@pytest.mark.parametrize(
+    ("cores", "quota", "expected"),
+    [
+        (2, "max 100000", 1),
+        (7, "max 100000", 1),
+        (16, "max 100000", 8),
+        (12, None, 6),
+        (128, "max 100000", 8),
+        (128, "450000 100000", 1),
+        (128, "1600000 100000", 8),
+        (4, "50000 100000", 1),
+    ],
+)
+def test_without_a_number_the_cores_decide(
+    cores: int, quota: str | None, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process_setup.os, "sched_getaffinity", lambda pid: set(range(cores)))
+    monkeypatch.setattr(process_setup, "CPU_QUOTA", tmp_path / "cpu.max")
+    if quota is not None:
+        process_setup.CPU_QUOTA.write_text(f"{quota}\n")
+    assert workers_for(process_setup.usable_cores()) == expected

@@ -140,7 +140,7 @@ def test_an_idle_client_does_not_hold_up_the_stop_of_an_https_server(certificate
         (None, {"server_port": 70000}, "server_port is 70000"),
         (None, {"log_level": "LOUD"}, "log_level is 'LOUD'"),
         (None, {"ssl": True}, "SSL_KEYFILE"),
-        (None, {"workers": 0}, "workers is 0"),
+        (None, {"workers": -1}, "workers is -1"),
     ],
 )
 def test_what_cannot_be_served_is_one_line(model_path: str | None, options: dict[str, Any], message: str) -> None:

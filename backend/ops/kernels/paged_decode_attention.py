@@ -3,8 +3,9 @@ Gimelshein 2018, arXiv:1805.02867, for the online softmax; Kwon et al. 2023, arX
 
     out = softmax(q K^T scale, over positions max(0, L - window) <= p < L) V,      L = context_len
 
-Tiling: the grid is (batch, num_kv_heads, num_splits). The query heads that share a kv head are the rows of one tile, so that
-K and V are read once; they are padded to the 16 rows that tl.dot needs. A row's keys are cut into splits of equal whole tiles:
+Tiling: the grid is (num_kv_heads, num_splits, batch). Programs begin in the order of the rows, which the scheduler has longest first,
+so that short ones fill the gaps at the end. The query heads that share a kv head are the rows of one tile, so that K and V are read
+once; they are padded to the 16 rows that tl.dot needs. A row's keys are cut into splits of equal whole tiles:
 
     positions   0        first              (multiples of BLOCK_N)                 L
                 |..hidden..|=== split 0 ===|=== split 1 ===|== split 2 ==|         splits past the end write nothing

@@ -412,7 +412,7 @@ def decode_attention_config(
         if not is_fp32 and block_d <= 128:
             block_n, num_warps = min(2 * block_n, 128), 4
     elif num_programs > num_sms:
-        wanted, min_split_tokens = 3, 512
+        wanted, min_split_tokens = 8, 512
         if not is_fp32:
             num_stages = 2
     elif 3 * num_programs > num_sms:

@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Any
 from turbotriton.contract import env
 from turbotriton.contract.errors import InvalidInputError
 
-from .process_setup import collect_seldom
+from .process_setup import collect_seldom, usable_cores
 from .served_model import add_served_model_options, served_model
 
 if TYPE_CHECKING:
     from turbotriton.client.openai.app import ServerOptions
 
-__all__ = ["add_parser", "check_workers"]
+__all__ = ["add_parser", "check_workers", "workers_for"]
 
 logger = logging.getLogger(__name__)
 
 MAX_WORKERS = 32
+MIN_CORES_FOR_SEVERAL, MAX_WORKERS_BY_THEMSELVES = 8, 8
 GRACE_S = 10  # for answers under way at a stop, as tritonserver's; an idle client over TLS would hold it up for 30
 
 
@@ -54,8 +55,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="tokens in an event of a stream after its first; 0: 1, and one more for each 8 answers under way, up to 4",
     )  # fmt: skip
     parser.add_argument(
-        "--workers", type=int, default=1,
-        help=f"processes that answer behind the one port, 1 to {MAX_WORKERS}; more than 1 for bursts that one core is too slow for",
+        "--workers", type=int, default=0,
+        help=f"processes that answer behind the one port, up to {MAX_WORKERS}; 0: 1, from {MIN_CORES_FOR_SEVERAL} cores on one for two of "
+        f"them, up to {MAX_WORKERS_BY_THEMSELVES}",
     )  # fmt: skip
     parser.add_argument(
         "--log-level",
@@ -104,19 +106,25 @@ def run(args: argparse.Namespace) -> int:
             "host": args.server_name, "port": args.server_port, "log_level": args.log_level, "access_log": args.log_level == "debug",
             "ssl_keyfile": keyfile, "ssl_certfile": certfile, "timeout_graceful_shutdown": GRACE_S,
         }  # fmt: skip
-        if args.workers == 1:
+        num_workers = args.workers or workers_for(usable_cores())
+        if num_workers == 1:
             _run_alone(options, config)
         else:
             from .workers import run_workers
 
-            run_workers(options, args.workers, **config)
+            run_workers(options, num_workers, **config)
     return 0
 
 
 def check_workers(workers: int, name: str) -> None:
     """Raises InvalidInputError."""
-    if not 1 <= workers <= MAX_WORKERS:
-        raise InvalidInputError(f"{name} is {workers}; it must be from 1 to {MAX_WORKERS}")
+    if not 0 <= workers <= MAX_WORKERS:
+        raise InvalidInputError(f"{name} is {workers}; it must be from 0 to {MAX_WORKERS}")
+
+
+def workers_for(num_cores: int) -> int:
+    """Enough for bursts to a fast model where cores are left for them; a burst of 64 requests keeps one core for 90 ms."""
+    return 1 if num_cores < MIN_CORES_FOR_SEVERAL else min(num_cores // 2, MAX_WORKERS_BY_THEMSELVES)
 
 
 def _run_alone(options: "ServerOptions", config: dict[str, Any]) -> None:

@@ -1,10 +1,24 @@
-"""What a process of ours sets for itself before its work: what it logs, how often it collects garbage."""
+"""What a process of ours finds or sets for itself before its work: its cores, what it logs, how often it collects garbage."""
 
 import gc
 import logging
+import os
 import sys
+from pathlib import Path
 
-__all__ = ["collect_seldom", "set_up_logging"]
+__all__ = ["collect_seldom", "set_up_logging", "usable_cores"]
+
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds in a period, or "max"
+
+
+def usable_cores() -> int:
+    """Those that this process may run on, or as many as its container's quota pays for; 1 where the system does not tell."""
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    try:
+        quota, period = map(int, CPU_QUOTA.read_text().split())
+    except (OSError, ValueError):
+        return num_cores
+    return max(1, min(num_cores, quota // period))
 
 
 def set_up_logging() -> None:

@@ -25,7 +25,7 @@ class EagerGraphs(DecodeGraphs):
     """The decode steps of the graphs, launched one after the other: what is captured is what is launched."""
 
     def __init__(self, decoder, slots, kv, max_batch_size, device) -> None:  # type: ignore[no-untyped-def]
-        self._decoder, self._slots, self._device, self._kv = decoder, slots, device, kv
+        self._decoder, self._slots, self._kv = decoder, slots, kv
         self._buckets = decode_graphs.batch_buckets(max_batch_size)
         self._inputs = {size: torch.tensor([[0], [-1]], device=device).repeat(1, size) for size in self._buckets}
         for size in self._buckets:
@@ -42,7 +42,7 @@ class EagerPromptGraphs(PromptGraphs):
     """The same of short prompts."""
 
     def __init__(self, decoder, slots, kv, session_len, device) -> None:  # type: ignore[no-untyped-def]
-        self._decoder, self._slots, self._device, self._kv = decoder, slots, device, kv
+        self._decoder, self._slots, self._kv = decoder, slots, kv
         self._inputs = torch.zeros(3, dtype=torch.int64, device=device)
         self._graphs = dict.fromkeys(size for size in prompt_graphs.BUCKETS if size <= session_len)  # type: ignore[assignment]
         for size in self._graphs:
