@@ -97,7 +97,7 @@ class Metrics:
 
 
 class Meter:
-    """Counts into `metrics`."""
+    """Counts into `metrics`, before the end of an answer is sent: who has read it finds it counted."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app, self._metrics = app, metrics
@@ -106,20 +106,29 @@ class Meter:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began, status = time.monotonic(), 500
+        began, status, is_counted = time.monotonic(), 500, False
+
+        def count() -> None:
+            nonlocal is_counted
+            if is_counted:
+                return
+            is_counted = True
+            route = scope.get("route")
+            path = route.path if route is not None else "other"  # a bounded number of labels
+            self._metrics.total.labels(path, status).inc()
+            self._metrics.of_worker.inc()
+            self._metrics.seconds.labels(path).observe(time.monotonic() - began)
 
         async def counted(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+            elif message["type"] == "http.response.body" and not message.get("more_body", False):
+                count()
             await send(message)
 
         try:
             with self._metrics.running.track_inprogress():
                 await self._app(scope, receive, counted)
         finally:
-            route = scope.get("route")
-            path = route.path if route is not None else "other"  # a bounded number of labels
-            self._metrics.total.labels(path, status).inc()
-            self._metrics.of_worker.inc()
-            self._metrics.seconds.labels(path).observe(time.monotonic() - began)
+            count()

@@ -99,6 +99,7 @@ def test_a_choice_holds_inside_its_block_for_every_kernel(monkeypatch: pytest.Mo
         narrow_linear.narrow_linear_config(*shape)
 
 
+@pytest.mark.slow
 def test_a_start_is_timed_to_its_first_token(tmp_path: Path) -> None:
     made = program("make_workspace", "--shape", "tiny", "--dtype", "fp32", "--session-len", "1024", "--out", str(tmp_path / "it"))
     assert made.returncode == 0, made.stderr
@@ -112,6 +113,7 @@ def test_a_start_is_timed_to_its_first_token(tmp_path: Path) -> None:
     assert "ready on cpu" in run.stdout  # the engine's own phases
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 def test_the_way_through_tritonserver_is_measured_beside_the_engine_in_process(tmp_path: Path) -> None:
     workspace = tmp_path / "workspace"
@@ -153,7 +155,13 @@ def test_a_trace_is_read_back_into_rows_and_keys_and_drawn(tmp_path: Path, monke
         assert (tmp_path / name).read_text().count("<polyline") == 2
 
 
-@pytest.mark.parametrize("more", [["--stream-interval", "4"], ["--fake", "--workers", "2", "--beside", str(ROOT / "src")]])
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param(["--stream-interval", "4"], marks=pytest.mark.slow),
+        ["--fake", "--workers", "2", "--beside", str(ROOT / "src")],
+    ],
+)
 def test_the_openai_server_is_measured_beside_grpc(more: list[str]) -> None:
     work = ["--num-prompts", "4", "--output-len", "12", "--repeats", "1", "--concurrency", "1", "2"]
     options = ["--option", "device=cpu", "--option", "session_len=128", "--option", "cache_max_entry_count=16"]
