@@ -155,13 +155,8 @@ def test_a_trace_is_read_back_into_rows_and_keys_and_drawn(tmp_path: Path, monke
         assert (tmp_path / name).read_text().count("<polyline") == 2
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        pytest.param(["--stream-interval", "4"], marks=pytest.mark.slow),
-        ["--fake", "--workers", "2", "--beside", str(ROOT / "src")],
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [["--stream-interval", "4"], ["--fake", "--workers", "2", "--beside", str(ROOT / "src")]])
 def test_the_openai_server_is_measured_beside_grpc(more: list[str]) -> None:
     work = ["--num-prompts", "4", "--output-len", "12", "--repeats", "1", "--concurrency", "1", "2"]
     options = ["--option", "device=cpu", "--option", "session_len=128", "--option", "cache_max_entry_count=16"]
