@@ -12,6 +12,7 @@ and the data sheet's times the H200's share of its own data sheet elsewhere. The
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol, Self
 
 from turbotriton.contract.errors import InvalidInputError
 
@@ -81,6 +82,27 @@ GPUS: Mapping[str, Gpu] = {
 }
 
 
+class Sized(Protocol):
+    """A model's configuration: ours, or a checkpoint's."""
+
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def inter_size(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def tie_word_embeddings(self) -> bool: ...
+
+
 @dataclass(frozen=True, slots=True)
 class ModelShape:
     """The sizes that decide memory and work; session_len: longest sequence in tokens."""
@@ -94,6 +116,13 @@ class ModelShape:
     vocab_size: int
     tie_word_embeddings: bool
     session_len: int
+
+    @classmethod
+    def of(cls, config: Sized, session_len: int) -> Self:
+        return cls(
+            config.num_layers, config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim, config.inter_size,
+            config.vocab_size, config.tie_word_embeddings, session_len,
+        )  # fmt: skip
 
     @property
     def linears(self) -> tuple[tuple[int, int], ...]:

@@ -71,7 +71,7 @@ def _too_large() -> ApiError:
 
 
 class Metrics:
-    """Requests by path and status, their seconds to the last byte, how many are under way, how many each process answered.
+    """Requests by path and status, their seconds until the last bytes go out, how many are under way, how many each process answered.
 
     folder: where the processes of one server keep their figures, by prometheus_client's multiprocess mode (which reads the variable
     PROMETHEUS_MULTIPROC_DIR when it is imported); the page is about all of them then. None: this process is the server.

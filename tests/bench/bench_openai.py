@@ -124,7 +124,7 @@ def measure(args: argparse.Namespace, grpc_url: str, concurrency: int) -> dict[s
     cpu: dict[str, list[float]] = {name: [] for name in sources}
     spread: list[list[float]] = []
     options = ["--stream-interval", str(args.stream_interval)]
-    of_source = {"openai": options + (["--workers", str(args.workers)] if args.workers != 1 else []), "beside": options}
+    of_source = {"openai": [*options, "--workers", str(args.workers)], "beside": options}
     with contextlib.ExitStack() as stack:
         servers = {name: stack.enter_context(api_server(grpc_url, of_source[name], source)) for name, source in sources.items()}
         urls = {"grpc": grpc_url} | {name: url for name, (url, _) in servers.items()}
@@ -191,7 +191,9 @@ def main() -> None:
     parser.add_argument("--fake", action="store_true", help="of --shape, an engine that only keeps the time of an H200")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="engine option of what is served")
     parser.add_argument("--stream-interval", type=int, default=0, help="of serve api_server")
-    parser.add_argument("--workers", type=int, default=1, help="of serve api_server, but not of the one of --beside")
+    parser.add_argument(
+        "--workers", type=int, default=1, help="of serve api_server; the one of --beside takes as many as it does by itself"
+    )
     parser.add_argument("--beside", type=Path, metavar="SRC", help="src of another checkout: its OpenAI server too, in turns")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[8])
     parser.add_argument("--num-prompts", type=int, default=32, help="at least; two for each stream (default: %(default)s)")

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from bench_engine import lengths_of
 from make_checkpoint import SHAPES, workspace_config
-from sweep_steps import PEAK, shape_of, work_of
+from sweep_steps import PEAK, work_of
 
 from turbotriton.backend.capacity import ModelShape
 from turbotriton.client.bench.plot import Curve, curves_svg
@@ -88,7 +88,7 @@ def main() -> int:
         steps = decode_steps(trace, lengths_of("thr"))
     except ValueError as error:
         parser.error(str(error))
-    works = limits_of(steps, shape_of(workspace_config(args.shape, "bf16", 8192).model_config(), 8192))
+    works = limits_of(steps, ModelShape.of(workspace_config(args.shape, "bf16", 8192).model_config(), 8192))
     print(f"{len(steps)} of {len(trace)} steps; {sum(step.ms for step in steps):.0f} of {sum(ms for ms, _ in trace):.0f} ms")
     print(f"{'rows':>9} {'steps':>6} {'keys':>6} {'ms':>8} {'limit':>8} {'share':>6}")
     for first in range((max(step.rows for step in steps) - 1) // ROWS_TOGETHER * ROWS_TOGETHER + 1, 0, -ROWS_TOGETHER):

@@ -34,7 +34,7 @@ from turbotriton.backend.runner.decode_graphs import decode_forward
 from turbotriton.backend.runner.model_runner import ModelRunner
 from turbotriton.backend.scheduling.plan import JoinedRequest, StepPlan
 from turbotriton.client.bench.plot import Curve, curves_svg
-from turbotriton.contract.ini import ModelConfig, read_workspace_config
+from turbotriton.contract.ini import read_workspace_config
 from turbotriton.contract.wire import SamplingParams
 
 PEAK = GPUS["h200"]
@@ -154,13 +154,6 @@ def randomise(pages: KvPages) -> None:
             pages.params.fill_(0.02)
 
 
-def shape_of(model: ModelConfig, session_len: int) -> ModelShape:
-    return ModelShape(
-        model.num_layers, model.hidden_size, model.num_heads, model.num_kv_heads, model.head_dim, model.inter_size,
-        model.vocab_size, model.tie_word_embeddings, session_len,
-    )  # fmt: skip
-
-
 def work_of(shape: ModelShape, quant: str, quant_policy: int, batch: int, context: int) -> dict[str, float]:
     """Least milliseconds of a step on an H200, bytes that it must read, and its operations."""
     limit = decode_step_s(shape, PEAK, batch, context, tp=1, quant=quant, quant_policy=quant_policy)
@@ -220,7 +213,7 @@ def main() -> int:
     steps = Steps(args.model, options, max(batches), max(contexts))
     model, policy = steps.model, steps.engine.quant_policy
     quant = {"int4": "awq", "int8": "w8a8"}.get(model.weight_type, "fp8" if model.weight_type in LARGEST else "none")
-    shape = shape_of(model, steps.engine.session_len)
+    shape = ModelShape.of(model, steps.engine.session_len)
     choices = ["", *args.choice]
     found: list[dict[str, Any]] = []
     print(f"{'batch':>5} {'context':>7} {'ms':>8} {'min':>8} {'max':>8} {'of limit':>8}  choice")

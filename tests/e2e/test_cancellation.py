@@ -25,7 +25,7 @@ from .stopwatch import Stopwatch, wait_quiet
 
 pytestmark = pytest.mark.e2e
 
-TRIES = 8
+TRIES = 4
 SLOWNESS = 1 if len(os.sched_getaffinity(0)) > 1 else 4
 OPTIONS = {"max_batch_size": "256", "cache_max_entry_count": "2400", "num_tokens_per_iter": "512"}
 DEADLINE_MS = 4000

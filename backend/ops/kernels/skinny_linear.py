@@ -11,8 +11,7 @@ The weight is read as [out_features, in_features], so a program's loads are whol
                 +---------------------+---------+--- ...
 
 After a norm, BLOCK_K covers the whole row: each program computes the norm for itself, which costs less than another launch, and
-program 0 stores r. Programs then take tile after tile with the normalised row in registers, the next tile's weights in flight. Layers
-without a norm may go the same way (WHOLE_ROWS_OF_ALL).
+program 0 stores r. Programs then take tile after tile with the normalised row in registers, the next tile's weights in flight.
 
 On sm_90 a program reads its first weights before it waits for the kernel before it: they depend on nothing.
 """
@@ -23,7 +22,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .launch import has_pdl, launch_options, num_sms
-from .tuning import MAX_SKINNY_NORM_ELEMENTS, WHOLE_ROWS_OF_ALL, ceil_div, next_power_of_2, skinny_linear_config
+from .tuning import ceil_div, skinny_linear_config
 
 __all__ = ["MAX_SKINNY_ROWS", "linear", "norm_gate_up", "norm_linear"]
 
@@ -140,7 +139,6 @@ def _norm_linear_kernel(
     M: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
-    HAS_NORM: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     GATED: tl.constexpr,
@@ -155,17 +153,12 @@ def _norm_linear_kernel(
     offs_m = tl.arange(0, BLOCK_M)
     start = tl.program_id(0) * BLOCK_N
     weight, up = _load_tile(weight_ptr, start, offs_k, stride_weight_row, N, K, GATED, BLOCK_N)
-    if HAS_NORM:
-        gain = tl.load(gain_ptr + offs_k, mask=offs_k < K, other=0.0).to(tl.float32)
+    gain = tl.load(gain_ptr + offs_k, mask=offs_k < K, other=0.0).to(tl.float32)
     if PDL:
         gdc_wait()
-    if HAS_NORM:
-        x = _normalised(
-            x_ptr, residual_ptr, gain, r_ptr, eps, stride_x_row, stride_residual_row, M, K, HAS_RESIDUAL, BLOCK_M, BLOCK_K
-        )
-    else:
-        mask_x = (offs_m < M)[:, None] & (offs_k < K)[None, :]
-        x = tl.load(x_ptr + offs_m[:, None] * stride_x_row + offs_k[None, :], mask=mask_x, other=0.0).to(tl.float32)
+    x = _normalised(
+        x_ptr, residual_ptr, gain, r_ptr, eps, stride_x_row, stride_residual_row, M, K, HAS_RESIDUAL, BLOCK_M, BLOCK_K
+    )
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     for first in range(start, N, num_programs * BLOCK_N):
         ahead, ahead_up = _load_tile(weight_ptr, first + num_programs * BLOCK_N, offs_k, stride_weight_row, N, K, GATED, BLOCK_N)
@@ -201,8 +194,6 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     """
     _check(x, weight)
     (num_rows, k), n = x.shape, weight.shape[1]
-    if WHOLE_ROWS_OF_ALL and num_rows * next_power_of_2(k) <= MAX_SKINNY_NORM_ELEMENTS:
-        return _norm_linear(x, None, None, 0.0, weight, bias, gated=False)[0]
     y = torch.empty((num_rows, n), dtype=x.dtype, device=x.device)
     if num_rows == 0:
         return y
@@ -257,14 +248,13 @@ def norm_gate_up(
 def _norm_linear(
     x: torch.Tensor,
     residual: torch.Tensor | None,
-    gain: torch.Tensor | None,
+    gain: torch.Tensor,
     eps: float,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     *,
     gated: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """gain None: without the norm, and y alone counts."""
     _check(x, weight)
     assert residual is None or residual.stride(1) == 1 or residual.shape[1] == 1, "residual must be contiguous inside a row"
     num_rows, k = x.shape
@@ -291,7 +281,6 @@ def _norm_linear(
         M=num_rows,
         N=n,
         K=k,
-        HAS_NORM=gain is not None,
         HAS_RESIDUAL=residual is not None,
         HAS_BIAS=bias is not None,
         GATED=gated,

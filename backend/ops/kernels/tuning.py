@@ -55,9 +55,6 @@ MAX_HIDDEN = 32768  # one row in the registers of 16 warps: 64 fp32 values a thr
 MAX_HEAD_DIM = 256
 # A linear layer after a norm holds all of x in fp32 registers: 64 a thread in 16 warps.
 MAX_SKINNY_NORM_ELEMENTS = 16384
-#: One row through a layer without a norm: by programs that hold all of it and take one row of the weight after the other, too. Not timed
-#: yet (`sweep_steps.py --batch 1 --choice WHOLE_ROWS_OF_ALL=true`).
-WHOLE_ROWS_OF_ALL = False
 
 # tl.dot needs 16 rows; a GQA group is padded up to it.
 MIN_DOT_ROWS = 16

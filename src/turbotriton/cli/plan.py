@@ -113,10 +113,7 @@ def read_model(path: Path, session_len: int | None) -> "ModelShape":
     else:
         workspace = read_workspace_config(weights / "config.ini")
         config, longest = workspace.model_config(), workspace.engine_config().session_len
-    return ModelShape(
-        config.num_layers, config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim, config.inter_size,
-        config.vocab_size, config.tie_word_embeddings, session_len or longest,
-    )  # fmt: skip
+    return ModelShape.of(config, session_len or longest)
 
 
 def _gpu_here() -> str:

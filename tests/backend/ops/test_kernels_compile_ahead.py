@@ -173,7 +173,7 @@ def test_every_kernel_compiles_without_spills(capability, dtype, head_dim, launc
 
 
 def test_programs_of_the_main_attention_tile_that_are_one_wave_share_a_multiprocessor(launches, monkeypatch, tmp_path):
-    """They hide each other's waits: four at least by shared memory and by registers."""
+    """They hide each other's waits: five at least by shared memory and by registers."""
     attention = importlib.import_module(f"{PACKAGE}.paged_decode_attention")
     monkeypatch.setattr(attention, "has_pdl", lambda device: True)
     monkeypatch.setattr(attention, "num_sms", lambda device: 32)  # 128 programs: four a multiprocessor
@@ -184,5 +184,5 @@ def test_programs_of_the_main_attention_tile_that_are_one_wave_share_a_multiproc
     compiled = triton.compile(
         source_of(kernel, arguments), target=GPUTarget("cuda", 90, 32), options={"num_warps": arguments["num_warps"]}
     )
-    assert 4 * compiled.metadata.shared <= SHARED_LIMIT_BYTES[90]
-    assert 4 * resource_usage(compiled.asm["cubin"], tmp_path)["REG"] * 32 * arguments["num_warps"] <= 65536
+    assert 5 * compiled.metadata.shared <= SHARED_LIMIT_BYTES[90]
+    assert 5 * resource_usage(compiled.asm["cubin"], tmp_path)["REG"] * 32 * arguments["num_warps"] <= 65536

@@ -8,7 +8,6 @@ where the terms cancel, are judged by the RMS of the output. fp32: 2e-5 at most,
 import pytest
 import torch
 
-from turbotriton.backend.ops.kernels import skinny_linear as module
 from turbotriton.backend.ops.kernels.skinny_linear import linear, norm_gate_up, norm_linear
 
 SHAPES = [(1, 16, 16), (1, 70, 33), (2, 300, 7), (3, 1024, 20), (4, 1500, 9), (1, 2048, 12)]  # rows, inputs, outputs
@@ -32,10 +31,8 @@ def normed(x, residual, gain, dtype):
     return y.to(dtype).double(), r
 
 
-@pytest.mark.parametrize("by_whole_rows", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_linear(target, shape, by_whole_rows, assert_close, guarded_outputs, monkeypatch):
-    monkeypatch.setattr(module, "WHOLE_ROWS_OF_ALL", by_whole_rows)
+def test_linear(target, shape, assert_close, guarded_outputs):
     num_rows, inputs, outputs = shape
     x, weight, bias = target.randn(num_rows, inputs), stored_by_outputs(target, inputs, outputs), target.randn(outputs)
     assert_close(linear(x, weight), x.double() @ weight.double(), **tolerance(target.dtype))
@@ -89,11 +86,9 @@ def test_more_rows_and_other_layouts_are_refused():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("by_whole_rows", [False, True])
 @pytest.mark.parametrize("num_rows", [1, 2, 4])
 @pytest.mark.parametrize(("inputs", "outputs"), [(4096, 28672), (14336, 4096), (2048, 92544)])
-def test_real_sizes(inputs, outputs, num_rows, by_whole_rows, assert_close, monkeypatch):
-    monkeypatch.setattr(module, "WHOLE_ROWS_OF_ALL", by_whole_rows)
+def test_real_sizes(inputs, outputs, num_rows, assert_close):
     make = torch.Generator("cuda").manual_seed(1)
     x = torch.empty(num_rows, inputs, dtype=torch.bfloat16, device="cuda").normal_(generator=make)
     weight = (torch.empty(outputs, inputs, dtype=torch.bfloat16, device="cuda").normal_(generator=make) * inputs**-0.5).t()
