@@ -16,7 +16,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
-__all__ = ["PATIENCE", "chunk_of", "chunks_to_add", "leave_part", "load_tile", "my_share", "sum_of_parts"]
+__all__ = ["PATIENCE", "chunk_of", "find_parts", "leave_part", "load_tile", "my_share", "sum_of_parts"]
 
 # renamed after triton 3.6
 load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -109,7 +109,7 @@ def sum_of_parts(
 
 
 @gluon.jit
-def chunks_to_add(counter_ptr, seen, part, num_parts, NUM_CHUNKS: gl.constexpr, PATIENCE: gl.constexpr):
+def _chunks_to_add(counter_ptr, seen, part, num_parts, NUM_CHUNKS: gl.constexpr, PATIENCE: gl.constexpr):
     """The chunks, as bits, that a program adds up of a tile to which it has given its part.
 
     counter: bits 0..15 parts that are there, 16..23 chunks that were left to whom comes last, 24..31 programs that look here no more; the
@@ -129,3 +129,16 @@ def chunks_to_add(counter_ptr, seen, part, num_parts, NUM_CHUNKS: gl.constexpr, 
         gl.store(counter_ptr, 0)
     is_whole = is_whole | ((found & 0xFFFF) == num_parts)  # now, before anyone was told of what is left
     return gl.where(is_whole, own, 0) | gl.where(is_last, seen >> 16 & 0xFF, 0)
+
+
+@gluon.jit
+def find_parts(counters_ptr, seen, tile, work, NUM_CHUNKS: gl.constexpr, PATIENCE: gl.constexpr):
+    """Of a tile to which this program has given its part: (chunks to add up as bits, slot of the first part, its program, number of parts).
+
+    work: (row blocks, turns of a tile, turns of a program, this program's first turn, the one after its last)
+    """
+    _num_row_blocks, num_turns, share, _begin, _end = work
+    sharer = tile * num_turns // share  # the first program of this tile, which may have begun with another
+    num_parts = ((tile + 1) * num_turns - 1) // share + 1 - sharer
+    chunks = _chunks_to_add(counters_ptr + tile, seen, gl.program_id(0) - sharer, num_parts, NUM_CHUNKS, PATIENCE)
+    return chunks, 2 * sharer + (sharer * share <= tile * num_turns).to(gl.int32), sharer, num_parts

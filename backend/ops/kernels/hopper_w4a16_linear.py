@@ -28,7 +28,7 @@ from turbotriton.backend.ops.operands import W4A16Tiles
 from .hopper_shares import (
     PATIENCE,
     chunk_of,
-    chunks_to_add,
+    find_parts,
     leave_part,
     load_tile,
     my_share,
@@ -204,7 +204,7 @@ def _compute(
     CHUNK_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, CHUNK, 16])
     PART: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 32, 1], [1, 8, 1], [2, 1, 0])
     NUM_CHUNKS: gl.constexpr = BLOCK_M // CHUNK
-    num_row_blocks, num_turns, share, begin, end = work
+    num_row_blocks, num_turns, _share, begin, end = work
     _x_tiles, _high_tiles, _words_tiles, _params_tiles, _full, free = rings
     program = gl.program_id(0)
     first_tile = begin // num_turns
@@ -242,13 +242,10 @@ def _compute(
             seen_first = gl.where(tile == first_tile, seen, seen_first)
     for tile in range(first_tile, end_tile, gl.maximum(end_tile - 1 - first_tile, 1)):
         if (begin > tile * num_turns) | (end < (tile + 1) * num_turns):
-            sharer = tile * num_turns // share  # the first program of this tile, which may have begun with another
-            num_parts = ((tile + 1) * num_turns - 1) // share + 1 - sharer
             seen_here = gl.where(tile == first_tile, seen_first, seen)
-            chunks = chunks_to_add(counters_ptr + tile, seen_here, program - sharer, num_parts, NUM_CHUNKS, PATIENCE)
+            chunks, first_slot, sharer, num_parts = find_parts(counters_ptr, seen_here, tile, work, NUM_CHUNKS, PATIENCE)
             begin_n = tile // num_row_blocks * (128 * S)
             begin_m = tile % num_row_blocks * BLOCK_M
-            first_slot = 2 * sharer + (sharer * share <= tile * num_turns).to(gl.int32)
             for index in range(NUM_CHUNKS):
                 if chunks >> index & 1 != 0:
                     sums = sum_of_parts(

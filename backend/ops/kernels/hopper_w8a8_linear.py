@@ -2,9 +2,10 @@
 groups of four warps that only multiply.
 
     fetching     | x, W of step 0 | of step 1 | ...   TMA into a ring of NUM_STAGES steps of 128 inputs, on into the next tile
-    both groups  y^T[128 S, BLOCK_M] += W[128 S, 128] x^T[128, BLOCK_M]       int32; a product begins while the one before it ends
+    both groups  y^T[128, BLOCK_M] += W[128, 128] x^T[128, BLOCK_M]       int32; a step's products begin while those before them end
 
-A tile's rows are all of a batch up to 256, so that W is read once. How programs share the tiles, hopper_shares.py says. A stage has two
+A tile's rows are all of a batch up to 256, so that W is read once: LOW and HIGH more, two products, since triton knows none of int8 with
+256 rows. How programs share the tiles, hopper_shares.py says. A stage has two
 barriers: `full`, which its bytes complete, and `free`, at which the groups arrive when their products have read it. Step number n of a
 program, over all its tiles, lies in stage n % NUM_STAGES.
 """
@@ -18,7 +19,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from turbotriton.backend.ops.operands import QuantizedRows, W8A8Weight
 
-from .hopper_shares import PATIENCE, chunk_of, chunks_to_add, leave_part, load_tile, my_share, sum_of_parts
+from .hopper_shares import PATIENCE, chunk_of, find_parts, leave_part, load_tile, my_share, sum_of_parts
 from .launch import has_pdl, launch_options
 from .split_sum import NUM_COUNTERS, workspace
 from .tuning import MAX_PARTS, HopperTiles, ceil_div
@@ -26,22 +27,23 @@ from .tuning import MAX_PARTS, HopperTiles, ceil_div
 __all__ = ["linear"]
 
 FETCH_REGISTERS = gl.constexpr(40)  # a thread; what is left of 3 x 128 threads of 168 goes to the groups that compute
-MAX_LOW = 128  # triton knows no product of int8 with 256 rows: two of 128
+LOW = gl.constexpr(128)
+CHUNK = gl.constexpr(32)  # rows that are added up or stored at once
 BYTES = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
 
 
 @gluon.jit
 def _fetch(
     x_desc, high_desc, weight_desc, work, rings,
-    BLOCK_M: gl.constexpr, HIGH: gl.constexpr, S: gl.constexpr, NUM_STAGES: gl.constexpr, PDL: gl.constexpr,
+    BLOCK_M: gl.constexpr, NUM_STAGES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """The one warp that brings x and W. W of the first steps is asked for before the wait for the kernel before."""
-    STAGE_BYTES: gl.constexpr = (BLOCK_M + 128 * S) * 128
+    STAGE_BYTES: gl.constexpr = (BLOCK_M + 128) * 128
     x_tiles, high_tiles, weight_tiles, full, free = rings
     num_row_blocks, num_turns, _share, begin, end = work
     num_steps = end - begin
     for number in range(gl.minimum(num_steps, NUM_STAGES)):
-        column = (begin + number) // num_turns // num_row_blocks * (128 * S)
+        column = (begin + number) // num_turns // num_row_blocks * 128
         mbarrier.expect(full.index(number), STAGE_BYTES)
         load_tile(weight_desc, [column, (begin + number) % num_turns * 128], full.index(number), weight_tiles.index(number))
     if PDL:
@@ -53,48 +55,41 @@ def _fetch(
         if number >= NUM_STAGES:
             mbarrier.wait(free.index(stage), (number // NUM_STAGES & 1) ^ 1)
             mbarrier.expect(full.index(stage), STAGE_BYTES)
-            column = tile // num_row_blocks * (128 * S)
+            column = tile // num_row_blocks * 128
             load_tile(weight_desc, [column, first_input], full.index(stage), weight_tiles.index(stage))
         row = tile % num_row_blocks * BLOCK_M
         load_tile(x_desc, [row, first_input], full.index(stage), x_tiles.index(stage))
-        if HIGH:
-            load_tile(high_desc, [row + BLOCK_M - HIGH, first_input], full.index(stage), high_tiles.index(stage))
+        load_tile(high_desc, [row + LOW, first_input], full.index(stage), high_tiles.index(stage))
 
 
 @gluon.jit
-def _step(acc, high, number, is_first, rings, HIGH: gl.constexpr, NUM_STAGES: gl.constexpr):
+def _step(acc, high, number, is_first, rings, NUM_STAGES: gl.constexpr):
     """Issues the products of step `number`; those of the step before, of the same tile unless is_first, have ended."""
     x_tiles, high_tiles, weight_tiles, full, free = rings
     stage = number % NUM_STAGES
     mbarrier.wait(full.index(stage), number // NUM_STAGES & 1)
     weight = weight_tiles.index(stage)
     acc = warpgroup_mma(weight, x_tiles.index(stage).permute((1, 0)), acc, is_async=True)
-    if HIGH:
-        high = warpgroup_mma(weight, high_tiles.index(stage).permute((1, 0)), high, is_async=True)
-        acc, high = warpgroup_mma_wait(2, [acc, high])
-    else:
-        acc = warpgroup_mma_wait(1, [acc])
+    high = warpgroup_mma(weight, high_tiles.index(stage).permute((1, 0)), high, is_async=True)
+    acc, high = warpgroup_mma_wait(2, [acc, high])
     mbarrier.arrive(free.index((number + NUM_STAGES - 1) % NUM_STAGES), count=1, pred=is_first == 0)
     return acc, high
 
 
 @gluon.jit
-def _store(
-    chunk, x_scale_ptr, scale_ptr, bias_ptr, y_ptr, begin_n, begin_m, num_rows, N, HAS_BIAS: gl.constexpr, S: gl.constexpr
-):
-    """Sums [128 S, CHUNK] of the outputs from begin_n on as rows of y from begin_m on."""
-    CHUNK: gl.constexpr = chunk.shape[1]
+def _store(chunk, x_scale_ptr, scale_ptr, bias_ptr, y_ptr, begin_n, begin_m, num_rows, N, HAS_BIAS: gl.constexpr):
+    """Sums [128, CHUNK] of the outputs from begin_n on as rows of y from begin_m on."""
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, CHUNK, 32])
-    ROWS: gl.constexpr = gl.BlockedLayout([8, 1], [16 * S, 2 // S], [1, 8], [0, 1])
+    ROWS: gl.constexpr = gl.BlockedLayout([8, 1], [16, 2], [1, 8], [0, 1])
     numbers = gl.convert_layout(chunk, LAYOUT, assert_trivial=True).to(gl.float32)
-    outputs = begin_n + gl.arange(0, 128 * S, layout=gl.SliceLayout(1, LAYOUT))
+    outputs = begin_n + gl.arange(0, 128, layout=gl.SliceLayout(1, LAYOUT))
     rows = begin_m + gl.arange(0, CHUNK, layout=gl.SliceLayout(0, LAYOUT))
     x_scale = gl.load(x_scale_ptr + rows, mask=rows < num_rows, other=0.0)
     numbers = numbers * x_scale[None, :] * gl.load(scale_ptr + outputs)[:, None]
     if HAS_BIAS:
         numbers += gl.load(bias_ptr + outputs).to(gl.float32)[:, None]
     y = gl.convert_layout(numbers.to(y_ptr.dtype.element_ty), ROWS)
-    offs_n = begin_n + gl.arange(0, 128 * S, layout=gl.SliceLayout(1, ROWS))
+    offs_n = begin_n + gl.arange(0, 128, layout=gl.SliceLayout(1, ROWS))
     offs_m = begin_m + gl.arange(0, CHUNK, layout=gl.SliceLayout(0, ROWS))
     y_rows = offs_m.to(gl.int64) * N
     gl.store(y_ptr + (y_rows[None, :] + offs_n[:, None]), y, mask=(offs_m < num_rows)[None, :])
@@ -103,16 +98,15 @@ def _store(
 @gluon.jit
 def _compute(
     x_scale_ptr, scale_ptr, bias_ptr, y_ptr, parts_ptr, counters_ptr, num_rows, N, work, rings,
-    HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr, HIGH: gl.constexpr, S: gl.constexpr, NUM_STAGES: gl.constexpr,
-    PATIENCE: gl.constexpr, PDL: gl.constexpr,
+    HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr, NUM_STAGES: gl.constexpr, PATIENCE: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """The two groups of warps: each has 64 of every 128 outputs."""
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_M - HIGH, 32])
-    CHUNK: gl.constexpr = 32 if BLOCK_M > 128 else 16
+    LOW_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, LOW, 32])
+    HIGH_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_M - LOW, 32])
     CHUNK_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, CHUNK, 32])
     PART: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 32, 1], [1, 8, 1], [2, 1, 0])
     NUM_CHUNKS: gl.constexpr = BLOCK_M // CHUNK
-    num_row_blocks, num_turns, share, begin, end = work
+    num_row_blocks, num_turns, _share, begin, end = work
     _x_tiles, _high_tiles, _weight_tiles, _full, free = rings
     program = gl.program_id(0)
     first_tile = begin // num_turns
@@ -125,45 +119,37 @@ def _compute(
     for tile in range(first_tile, end_tile):
         first = gl.maximum(begin - tile * num_turns, 0)
         last = gl.minimum(end - tile * num_turns, num_turns)
-        acc = gl.zeros([128 * S, BLOCK_M - HIGH], gl.int32, LAYOUT)
-        high = acc
-        if HIGH:
-            high = gl.zeros([128 * S, HIGH], gl.int32, gl.NVMMADistributedLayout([3, 0], [8, 1], [16, HIGH, 32]))
+        acc = gl.zeros([128, LOW], gl.int32, LOW_LAYOUT)
+        high = gl.zeros([128, BLOCK_M - LOW], gl.int32, HIGH_LAYOUT)
         for turn in range(first, last):
-            acc, high = _step(acc, high, number, (turn == first).to(gl.int32), rings, HIGH, NUM_STAGES)
+            acc, high = _step(acc, high, number, (turn == first).to(gl.int32), rings, NUM_STAGES)
             number += 1
-        if HIGH:
-            acc, high = warpgroup_mma_wait(0, [acc, high])
-        else:
-            acc = warpgroup_mma_wait(0, [acc])
+        acc, high = warpgroup_mma_wait(0, [acc, high])
         mbarrier.arrive(free.index((number + NUM_STAGES - 1) % NUM_STAGES), count=1)
-        begin_n = tile // num_row_blocks * (128 * S)
+        begin_n = tile // num_row_blocks * 128
         begin_m = tile % num_row_blocks * BLOCK_M
         if last - first == num_turns:
             for index in gl.static_range(NUM_CHUNKS):
                 chunk = chunk_of(acc, high, index, CHUNK)
                 row = begin_m + index * CHUNK
-                _store(chunk, x_scale_ptr, scale_ptr, bias_ptr, y_ptr, begin_n, row, num_rows, N, HAS_BIAS, S)
+                _store(chunk, x_scale_ptr, scale_ptr, bias_ptr, y_ptr, begin_n, row, num_rows, N, HAS_BIAS)
         else:
             slot = 2 * program + (first == 0).to(gl.int32)
-            seen = leave_part(acc, high, parts_ptr, counters_ptr + tile, slot, S, BLOCK_M, CHUNK, PART)
+            seen = leave_part(acc, high, parts_ptr, counters_ptr + tile, slot, 1, BLOCK_M, CHUNK, PART)
             seen_first = gl.where(tile == first_tile, seen, seen_first)
     for tile in range(first_tile, end_tile, gl.maximum(end_tile - 1 - first_tile, 1)):
         if (begin > tile * num_turns) | (end < (tile + 1) * num_turns):
-            sharer = tile * num_turns // share  # the first program of this tile, which may have begun with another
-            num_parts = ((tile + 1) * num_turns - 1) // share + 1 - sharer
             seen_here = gl.where(tile == first_tile, seen_first, seen)
-            chunks = chunks_to_add(counters_ptr + tile, seen_here, program - sharer, num_parts, NUM_CHUNKS, PATIENCE)
-            begin_n = tile // num_row_blocks * (128 * S)
+            chunks, first_slot, sharer, num_parts = find_parts(counters_ptr, seen_here, tile, work, NUM_CHUNKS, PATIENCE)
+            begin_n = tile // num_row_blocks * 128
             begin_m = tile % num_row_blocks * BLOCK_M
-            first_slot = 2 * sharer + (sharer * share <= tile * num_turns).to(gl.int32)
             for index in range(NUM_CHUNKS):
                 if chunks >> index & 1 != 0:
                     sums = sum_of_parts(
-                        parts_ptr, index, first_slot, sharer, num_parts, gl.int32, S, BLOCK_M, CHUNK, CHUNK_LAYOUT, PART
+                        parts_ptr, index, first_slot, sharer, num_parts, gl.int32, 1, BLOCK_M, CHUNK, CHUNK_LAYOUT, PART
                     )
                     row = begin_m + index * CHUNK
-                    _store(sums, x_scale_ptr, scale_ptr, bias_ptr, y_ptr, begin_n, row, num_rows, N, HAS_BIAS, S)
+                    _store(sums, x_scale_ptr, scale_ptr, bias_ptr, y_ptr, begin_n, row, num_rows, N, HAS_BIAS)
 
 
 @gluon.jit(do_not_specialize=["num_rows"])
@@ -182,19 +168,15 @@ def _hopper_w8a8_kernel(
     K,
     HAS_BIAS: gl.constexpr,
     BLOCK_M: gl.constexpr,
-    HIGH: gl.constexpr,
-    S: gl.constexpr,
     NUM_STAGES: gl.constexpr,
     PATIENCE: gl.constexpr,
     PDL: gl.constexpr,
 ):
     if PDL:
         gdc_launch_dependents()
-    x_tiles = gl.allocate_shared_memory(x_desc.dtype, [NUM_STAGES, BLOCK_M - HIGH, 128], x_desc.layout)
-    high_tiles = x_tiles
-    if HIGH:
-        high_tiles = gl.allocate_shared_memory(x_desc.dtype, [NUM_STAGES, HIGH, 128], high_desc.layout)
-    weight_tiles = gl.allocate_shared_memory(weight_desc.dtype, [NUM_STAGES, 128 * S, 128], weight_desc.layout)
+    x_tiles = gl.allocate_shared_memory(x_desc.dtype, [NUM_STAGES, LOW, 128], x_desc.layout)
+    high_tiles = gl.allocate_shared_memory(x_desc.dtype, [NUM_STAGES, BLOCK_M - LOW, 128], high_desc.layout)
+    weight_tiles = gl.allocate_shared_memory(weight_desc.dtype, [NUM_STAGES, 128, 128], weight_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(NUM_STAGES):
@@ -203,15 +185,15 @@ def _hopper_w8a8_kernel(
     fence_async_shared()
     num_row_blocks = (num_rows + BLOCK_M - 1) // BLOCK_M
     num_turns = K // 128
-    share, begin, end = my_share(num_row_blocks, N // (128 * S), num_turns)
+    share, begin, end = my_share(num_row_blocks, N // 128, num_turns)
     work = (num_row_blocks, num_turns, share, begin, end)
     rings = (x_tiles, high_tiles, weight_tiles, full, free)
     # fmt: off
     gl.warp_specialize(
         [
             (_compute, (x_scale_ptr, scale_ptr, bias_ptr, y_ptr, parts_ptr, counters_ptr, num_rows, N, work, rings,
-                        HAS_BIAS, BLOCK_M, HIGH, S, NUM_STAGES, PATIENCE, PDL)),
-            (_fetch, (x_desc, high_desc, weight_desc, work, rings, BLOCK_M, HIGH, S, NUM_STAGES, PDL)),
+                        HAS_BIAS, BLOCK_M, NUM_STAGES, PATIENCE, PDL)),
+            (_fetch, (x_desc, high_desc, weight_desc, work, rings, BLOCK_M, NUM_STAGES, PDL)),
         ],
         [1],
         [FETCH_REGISTERS],
@@ -222,7 +204,7 @@ def _hopper_w8a8_kernel(
 def linear(x: QuantizedRows, weight: W8A8Weight, config: HopperTiles) -> torch.Tensor:
     """Operands and result as `w8a8_linear`'s, which asserts them.
 
-    x: at least one row   weight: contiguous along in_features, a multiple of 128; out_features a multiple of config.block_n
+    x: at least one row   weight: contiguous along in_features, a multiple of 128; out_features a multiple of 128
     """
     k, n = weight.weight.shape
     device, num_rows = x.values.device, x.num_rows
@@ -231,12 +213,10 @@ def linear(x: QuantizedRows, weight: W8A8Weight, config: HopperTiles) -> torch.T
     assert num_tiles <= NUM_COUNTERS, "no counters for so many tiles"
     y = torch.empty((num_rows, n), dtype=x.dtype, device=device)
     parts, counters = workspace(device)
-    low = min(config.low, MAX_LOW)
-    high = config.block_m - low
     _hopper_w8a8_kernel[(min(config.num_programs, num_tiles * (k // 128)),)](
-        TensorDescriptor.from_tensor(x.values, [low, 128], BYTES),
-        TensorDescriptor.from_tensor(x.values, [high or low, 128], BYTES),
-        TensorDescriptor.from_tensor(weight.weight.t(), [config.block_n, 128], BYTES),
+        TensorDescriptor.from_tensor(x.values, [LOW.value, 128], BYTES),
+        TensorDescriptor.from_tensor(x.values, [config.block_m - LOW.value, 128], BYTES),
+        TensorDescriptor.from_tensor(weight.weight.t(), [128, 128], BYTES),
         x.scale,
         weight.scale,
         weight.bias,
@@ -248,8 +228,6 @@ def linear(x: QuantizedRows, weight: W8A8Weight, config: HopperTiles) -> torch.T
         k,
         HAS_BIAS=weight.bias is not None,
         BLOCK_M=config.block_m,
-        HIGH=high,
-        S=config.strips,
         NUM_STAGES=config.num_stages,
         PATIENCE=PATIENCE,
         num_warps=8,

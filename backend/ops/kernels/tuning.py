@@ -540,12 +540,13 @@ def takes_hopper_w8a8(num_rows: int, n: int, k: int, *, is_hopper: bool) -> bool
 
 
 def hopper_w8a8_config(num_rows: int, num_sms: int) -> HopperTiles:
-    return hopper_w8a8_tiles(_rows_of_hopper_tile(num_rows), 1, num_sms)
+    """Tiles of 128 outputs; num_rows: more than 128, as `takes_hopper_w8a8` has it."""
+    return hopper_w8a8_tiles(_rows_of_hopper_tile(num_rows), num_sms)
 
 
-def hopper_w8a8_tiles(block_m: int, strips: int, num_sms: int) -> HopperTiles:
+def hopper_w8a8_tiles(block_m: int, num_sms: int) -> HopperTiles:
     """The most stages and programs for such tiles: a step of 128 inputs takes 128 bytes of each row and output."""
-    return _hopper_tiles(block_m, strips, 128 * (block_m + 128 * strips), num_sms)
+    return _hopper_tiles(block_m, 1, 128 * (block_m + 128), num_sms)
 
 
 def _rows_of_hopper_tile(num_rows: int) -> int:

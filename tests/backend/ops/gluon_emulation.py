@@ -11,9 +11,11 @@ do at any time is done at a random one, so that a missing wait shows up as NaN, 
 
 Programs of a launch run at once and meet at atomic additions. With programmatic launch (PDL) each partition waits for the kernel before
 this one before it touches memory, but for the descriptors that `emulate` is told of. It knows one block of threads a partition: no warps,
-no lanes, no registers, no proxies of memory and no fences. Those are read in PTX.
+no lanes, no registers, no proxies of memory and no fences. Those are read in PTX. `plant` puts a mistake into a kernel, for a
+test that the emulation finds it.
 """
 
+import inspect
 import math
 import random
 import sys
@@ -398,10 +400,30 @@ def _language(device: Device) -> types.SimpleNamespace:
     )
 
 
-def _as_python(module_names: dict[str, Any], device: Device) -> dict[str, Any]:
-    """The names of a module, and of those that its Gluon functions come from; the functions as plain ones that see these names."""
+def _names_with_owners(module_names: dict[str, Any]) -> dict[str, Any]:
+    """And those of the modules that its Gluon functions come from."""
     owners = {value.fn.__module__ for value in module_names.values() if isinstance(value, JITFunction)}
-    names = {name: value for owner in owners for name, value in vars(sys.modules[owner]).items()} | module_names
+    return {name: value for owner in owners for name, value in vars(sys.modules[owner]).items()} | module_names
+
+
+def plant(module: types.ModuleType, function: str, changes: Sequence[tuple[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Changes the source of a Gluon function of the module, or of one that it takes from elsewhere.
+
+    changes: what stands there once, and what shall stand there
+    """
+    target = _names_with_owners(vars(module))[function]
+    source = inspect.getsource(target.fn).removeprefix("@gluon.jit\n")
+    for old, new in changes:
+        assert source.count(old) == 1
+        source = source.replace(old, new)
+    names: dict[str, Any] = {}
+    exec(source, dict(vars(sys.modules[target.fn.__module__])), names)
+    monkeypatch.setattr(target, "fn", names[function])
+
+
+def _as_python(module_names: dict[str, Any], device: Device) -> dict[str, Any]:
+    """The names of a module, its Gluon functions as plain ones that see these names."""
+    names = _names_with_owners(module_names)
     for name, value in list(names.items()):
         if isinstance(value, JITFunction):
             names[name] = types.FunctionType(value.fn.__code__, names, name, value.fn.__defaults__)

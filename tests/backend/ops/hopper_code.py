@@ -1,9 +1,10 @@
-"""Gluon kernels compiled ahead for sm_90, and what their machine code holds: for tests without a GPU."""
+"""Gluon kernels compiled ahead for sm_90, and what their machine code holds: for tests without a GPU. And which GPU takes them."""
 
 import re
 import subprocess
 from pathlib import Path
 
+import pytest
 import torch
 import triton
 from tests.backend.ops.test_kernels_compile_ahead import POINTERS
@@ -12,7 +13,13 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-__all__ = ["compiled_for_hopper", "loops_of", "ptxas_report"]
+__all__ = ["compiled_for_hopper", "loops_of", "ptxas_report", "skip_unless_hopper"]
+
+
+def skip_unless_hopper():
+    """Of tests marked gpu."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("for sm_90")
 
 
 def compiled_for_hopper(kernel, arguments):

@@ -4,13 +4,12 @@ On the CPU in an emulation of its barriers and rings (gluon_emulation.py), compi
 gate and up are rounded once each and so is their product, and a sum beside the middle of two numbers may fall to either.
 """
 
-import inspect
 from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
 import torch
-from tests.backend.ops.gluon_emulation import emulate
+from tests.backend.ops.gluon_emulation import emulate, plant
 from tests.backend.ops.hopper_code import compiled_for_hopper, loops_of, ptxas_report
 from tests.backend.ops.test_kernels_compile_ahead import SHARED_LIMIT_BYTES, Recorder
 from tests.backend.runner.launch_keys import _argument_key
@@ -133,12 +132,8 @@ MISTAKES = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_the_emulation_finds_what_a_kernel_may_not_do(mistake, monkeypatch, assert_close):
-    function, old, new = MISTAKES[mistake]
-    source = inspect.getsource(getattr(module, function).fn).removeprefix("@gluon.jit\n")
-    assert source.count(old) == 1
-    names: dict[str, object] = {}
-    exec(source.replace(old, new), dict(vars(module)), names)
-    monkeypatch.setattr(getattr(module, function), "fn", names[function])
+    function, *change = MISTAKES[mistake]
+    plant(module, function, [change], monkeypatch)
 
     def is_found(seed):
         try:

@@ -4,12 +4,10 @@ On the CPU in an emulation of its barriers and rings (gluon_emulation.py), compi
 may see hold NaN. Tolerances as in test_kernels_paged_prefill_attention.py.
 """
 
-import inspect
-
 import pytest
 import torch
 from tests.backend.ops.conftest import Target
-from tests.backend.ops.gluon_emulation import emulate
+from tests.backend.ops.gluon_emulation import emulate, plant
 from tests.backend.ops.hopper_code import compiled_for_hopper, loops_of, ptxas_report
 from tests.backend.ops.test_kernels_compile_ahead import SHARED_LIMIT_BYTES, Recorder
 from tests.backend.ops.test_kernels_paged_prefill_attention import Case, inputs, large_inputs, oracle, tolerance
@@ -86,13 +84,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_the_emulation_finds_what_a_kernel_may_not_do(mistake, monkeypatch):
-    source = inspect.getsource(module._step.fn).removeprefix("@gluon.jit\n")
-    for old, new in MISTAKES[mistake]:
-        assert source.count(old) == 1
-        source = source.replace(old, new)
-    names: dict[str, object] = {}
-    exec(source, dict(vars(module)), names)
-    monkeypatch.setattr(module._step, "fn", names["_step"])
+    plant(module, "_step", MISTAKES[mistake], monkeypatch)
 
     def is_found(seed):
         try:

@@ -4,14 +4,13 @@ On the CPU in an emulation of its barriers, rings and counters (gluon_emulation.
 in test_kernels_w4a16_linear.py.
 """
 
-import inspect
 import re
 
 import pytest
 import torch
 from tests.backend.ops.conftest import Target
-from tests.backend.ops.gluon_emulation import emulate
-from tests.backend.ops.hopper_code import compiled_for_hopper, loops_of, ptxas_report
+from tests.backend.ops.gluon_emulation import emulate, plant
+from tests.backend.ops.hopper_code import compiled_for_hopper, loops_of, ptxas_report, skip_unless_hopper
 from tests.backend.ops.test_kernels_compile_ahead import SHARED_LIMIT_BYTES, Recorder, resource_usage
 from tests.backend.ops.test_kernels_w4a16_linear import Shape, weight_of
 
@@ -121,19 +120,15 @@ MISTAKES = {
     "never freed": ("_step", ARRIVE, ""),
     "freed before a tile's first product": ("_step", "pred=is_first == 0", "pred=True"),
     "sums used too early": ("_compute", "acc = warpgroup_mma_wait(0, [acc])", "acc = warpgroup_mma_wait(1, [acc])"),
-    "no wait for the other parts": ("chunks_to_add", "    is_whole = is_last\n", "    is_whole = is_last | True\n"),
-    "nobody adds what was left": ("chunks_to_add", "seen >> 16 & 0xFF", "0"),
+    "no wait for the other parts": ("_chunks_to_add", "    is_whole = is_last\n", "    is_whole = is_last | True\n"),
+    "nobody adds what was left": ("_chunks_to_add", "seen >> 16 & 0xFF", "0"),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_the_emulation_finds_what_a_kernel_may_not_do(mistake, monkeypatch):
-    function, old, new = MISTAKES[mistake]
-    source = inspect.getsource(getattr(module, function).fn).removeprefix("@gluon.jit\n")
-    assert source.count(old) == 1
-    names: dict[str, object] = {}
-    exec(source.replace(old, new), dict(vars(module)), names)
-    monkeypatch.setattr(getattr(module, function), "fn", names[function])
+    function, *change = MISTAKES[mistake]
+    plant(module, function, [change], monkeypatch)
     workspace(torch.device("cpu"))[0].fill_(float("nan"))  # nothing of an earlier run
 
     def is_found(seed):
@@ -359,8 +354,3 @@ def test_a_graph_replays_it(assert_close):
         graph.replay()
     assert_close(first, wanted(x, weight, values), **tolerance(BF16))
     assert_close(again, wanted(x * 0.5, weight, values), **tolerance(BF16))
-
-
-def skip_unless_hopper():
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("for sm_90")

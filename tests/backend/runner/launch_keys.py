@@ -12,9 +12,12 @@ from typing import Any
 
 import torch
 
+from turbotriton.backend.model.decoder import Decoder
 from turbotriton.backend.ops import kernels
 from turbotriton.backend.runner import decode_graphs, model_runner, prompt_graphs, weights
+from turbotriton.backend.runner.batch import SlotState
 from turbotriton.backend.runner.decode_graphs import DecodeGraphs
+from turbotriton.backend.runner.kv_cache import KvCache
 from turbotriton.backend.runner.prompt_graphs import PromptGraphs
 
 NUM_SMS = 132
@@ -41,14 +44,15 @@ class EagerGraphs(DecodeGraphs):
 class EagerPromptGraphs(PromptGraphs):
     """The same of short prompts."""
 
-    def __init__(self, decoder, slots, kv, session_len, device) -> None:  # type: ignore[no-untyped-def]
+    def __init__(self, decoder: Decoder, slots: SlotState, kv: KvCache, session_len: int, device: torch.device) -> None:
         self._decoder, self._slots, self._kv = decoder, slots, kv
         self._inputs = torch.zeros(3, dtype=torch.int64, device=device)
-        self._graphs = dict.fromkeys(size for size in prompt_graphs.BUCKETS if size <= session_len)  # type: ignore[assignment]
+        no_graphs: Any = dict.fromkeys(size for size in prompt_graphs.BUCKETS if size <= session_len)
+        self._graphs = no_graphs
         for size in self._graphs:
             self._forward(size)
 
-    def logits(self, slot, start, num_tokens):  # type: ignore[no-untyped-def]
+    def logits(self, slot: int, start: int, num_tokens: int) -> torch.Tensor:
         return self._forward(min(size for size in self._graphs if size >= num_tokens))
 
     def close(self) -> None:
