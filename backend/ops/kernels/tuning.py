@@ -1,7 +1,7 @@
 """Tile choice for every kernel: pure functions of shapes and the device's size and kind. No measurement at run time, no state.
 
 A tile never depends on the tokens of a prefill or on context lengths, so a kernel compiles once a model and dtype, attention of decodes for
-four sizes of batches (many programs in waves or in one, some, few): all when a model is loaded, none on the request path.
+seven sizes of batches, by programs a multiprocessor: all when a model is loaded, none on the request path.
 """
 
 from dataclasses import dataclass
