@@ -20,7 +20,6 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from turbotriton.backend.capacity import ModelShape
 from turbotriton.backend.scheduling.block_manager import BlockManager
 from turbotriton.backend.scheduling.plan import StepPlan, StepResult
 from turbotriton.backend.scheduling.request import Request, RequestState
@@ -61,7 +60,8 @@ class Runner(Protocol):
 def prefill_beside_decodes(model: ModelConfig) -> int:
     """Tokens of a step that keep decodes waiting as long as PREFILL_BESIDE_DECODES do in a model of 7 G elements, or that many: below them
     matrix products, and a host that launches every kernel by itself, would get slow."""
-    elements = ModelShape.of(model, session_len=1).linear_elements
+    heads = model.num_heads + model.num_kv_heads
+    elements = model.num_layers * model.hidden_size * (2 * heads * model.head_dim + 3 * model.inter_size)
     return PREFILL_BESIDE_DECODES * max(1, 7_000_000_000 // elements)
 
 
