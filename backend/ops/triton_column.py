@@ -10,7 +10,7 @@ from typing import TypeGuard
 
 import torch
 
-from .kernels import hopper_gate_up, narrow_linear, skinny_linear, skinny_qkv
+from .kernels import hopper_gate_up, hopper_row_linear, hopper_row_qkv, narrow_linear, skinny_linear, skinny_qkv
 from .kernels.launch import shared_memory_bytes
 from .kernels.paged_decode_attention import paged_decode_attention
 from .kernels.paged_prefill_attention import paged_prefill_attention
@@ -100,7 +100,8 @@ def linear(x: torch.Tensor | QuantizedRows, weight: LinearWeight) -> torch.Tenso
         return w8a8_linear(x if isinstance(x, QuantizedRows) else quantize_rows(x, weight.weight.dtype), weight)
     assert isinstance(x, torch.Tensor), "8 bit rows meet 8 bit weights only"
     if _is_skinny(weight, x):
-        return skinny_linear.linear(x, weight.weight, weight.bias)
+        of_few = hopper_row_linear.linear if hopper_row_linear.takes(x, weight.weight) else skinny_linear.linear
+        return of_few(x, weight.weight, weight.bias)
     if _is_narrow(weight, x):
         return narrow_linear.linear(x, weight.weight, weight.bias)
     if isinstance(weight, W4A16Tiles):
@@ -117,7 +118,8 @@ def norm_linear(
         rows, residual = rms_norm_rows(x, norm.weight, norm.eps, residual, weight.weight.dtype)
         return w8a8_linear(rows, weight), residual
     if _is_skinny(weight, x) and _norm_fits(x):
-        return skinny_linear.norm_linear(x, residual, norm.weight, norm.eps, weight.weight, weight.bias)
+        of_few = hopper_row_linear.norm_linear if hopper_row_linear.takes(x, weight.weight) else skinny_linear.norm_linear
+        return of_few(x, residual, norm.weight, norm.eps, weight.weight, weight.bias)
     y, residual = rms_norm(x, norm.weight, norm.eps, residual)
     return linear(y, weight), residual
 
@@ -134,7 +136,9 @@ def norm_qkv_rotary_store(
     is_few = weights.q_norm is None and _norm_fits(x) and _is_skinny(qkv, x)
     if isinstance(k_cache, torch.Tensor) and isinstance(v_cache, torch.Tensor) and is_few and _turns_whole(batch, k_cache):
         assert isinstance(qkv, DenseWeight)
-        return skinny_qkv.norm_qkv_rotary_store(
+        is_row = hopper_row_qkv.takes(x, qkv.weight, k_cache.shape[3])
+        of_few = hopper_row_qkv.norm_qkv_rotary_store if is_row else skinny_qkv.norm_qkv_rotary_store
+        return of_few(
             x,
             residual,
             weights.norm.weight,
@@ -166,7 +170,8 @@ def norm_gate_up_silu(
     x: torch.Tensor, residual: torch.Tensor, norm: NormWeight, weight: LinearWeight
 ) -> tuple[torch.Tensor | QuantizedRows, torch.Tensor]:
     if _is_skinny(weight, x) and _norm_fits(x):
-        return skinny_linear.norm_gate_up(x, residual, norm.weight, norm.eps, weight.weight, weight.bias)
+        of_few = hopper_row_linear.norm_gate_up if hopper_row_linear.takes(x, weight.weight) else skinny_linear.norm_gate_up
+        return of_few(x, residual, norm.weight, norm.eps, weight.weight, weight.bias)
     if isinstance(weight, W4A16Tiles) and x.shape[0] <= MAX_W4A16_ROWS:
         y, residual = rms_norm(x, norm.weight, norm.eps, residual)
         return w4a16_gate_up(y, weight), residual

@@ -13,6 +13,7 @@ __all__ = [
     "FixedOrderLinearConfig",
     "GreedySampleConfig",
     "HopperGateUpConfig",
+    "HopperRowConfig",
     "HopperTiles",
     "PrefillAttentionConfig",
     "QuantizeRowsConfig",
@@ -28,6 +29,7 @@ __all__ = [
     "fixed_order_linear_config",
     "greedy_sample_config",
     "hopper_gate_up_config",
+    "hopper_row_config",
     "hopper_w4a16_config",
     "hopper_w4a16_tiles",
     "hopper_w8a8_config",
@@ -44,6 +46,7 @@ __all__ = [
     "skinny_linear_config",
     "takes_hopper_gate_up",
     "takes_hopper_prefill",
+    "takes_hopper_row",
     "takes_hopper_w4a16",
     "takes_hopper_w8a8",
     "w4a16_linear_config",
@@ -228,6 +231,12 @@ class HopperGateUpConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class HopperRowConfig:
+    num_stages: int  # steps of 16 outputs by 1024 inputs that a program has room for, 32 KiB each
+    num_warps: int
+
+
+@dataclass(frozen=True, slots=True)
 class FixedOrderLinearConfig:
     block_m: int  # rows of x a program
     block_n: int  # outputs a program
@@ -351,6 +360,17 @@ def hopper_gate_up_config(num_rows: int, k: int) -> HopperGateUpConfig:
     """Four stages and the tile of y fill the shared memory. A group's rows of x are 4 MiB where all would be more than 16."""
     row_blocks = ceil_div(num_rows, 128)
     return HopperGateUpConfig(num_stages=4, group_m=row_blocks if row_blocks * k <= 65536 else _clamp(16384 // k, 1, 16))
+
+
+def hopper_row_config(k: int) -> HopperRowConfig:
+    """A multiprocessor has one such program, and the next starts when it ends: with three stages, where two fit, all of a step takes
+    15 to 20 % longer (H200: docs/perf-log.md)."""
+    return HopperRowConfig(num_stages=5, num_warps=8 if k <= 2048 else 16)
+
+
+def takes_hopper_row(num_rows: int, k: int, n: int, element_bytes: int, *, is_hopper: bool) -> bool:
+    """What `hopper_row_linear` is written for: one row of 16 bits, whose x leaves the ring its room."""
+    return is_hopper and num_rows == 1 and element_bytes == 2 and k % 16 == 0 and k <= 16384 and n % 2 == 0
 
 
 def takes_hopper_gate_up(k: int, inter: int, element_bytes: int, *, is_hopper: bool) -> bool:

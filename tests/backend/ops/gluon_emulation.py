@@ -8,11 +8,12 @@ do at any time is done at a random one, so that a missing wait shows up as NaN, 
     a matrix product    reads its operands when it is issued or when it is waited for; its result is no tensor before that, but another
                         product may add to it
     a tile's store      reads its source when it is issued or when it is waited for
+    a copy by threads   as a tile's, but it lands when its group is waited for or at a wait before
 
 Programs of a launch run at once and meet at atomic additions. With programmatic launch (PDL) each partition waits for the kernel before
-this one before it touches memory, but for the descriptors that `emulate` is told of. It knows one block of threads a partition: no warps,
-no lanes, no registers, no proxies of memory and no fences. Those are read in PTX. `plant` puts a mistake into a kernel, for a
-test that the emulation finds it.
+this one before it touches memory, but for what `emulate` is told of. It knows one block of threads a partition: no warps, no lanes, no
+registers, no proxies of memory and no fences. Those are read in PTX. `plant` puts a mistake into a kernel, for a test that the emulation
+finds it.
 """
 
 import inspect
@@ -44,13 +45,13 @@ def fill_as_not_there(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Pointer:
-    """flat: the memory from element 0 on; offsets: an int or a tensor of ints."""
+    """flat: the memory from element 0 on; offsets: an int or a tensor of ints; is_early: no other kernel writes there."""
 
-    def __init__(self, flat: torch.Tensor, offsets: Any = 0) -> None:
-        self.flat, self.offsets = flat, offsets
+    def __init__(self, flat: torch.Tensor, offsets: Any = 0, *, is_early: bool = False) -> None:
+        self.flat, self.offsets, self.is_early = flat, offsets, is_early
 
     def __add__(self, more: Any) -> "Pointer":
-        return Pointer(self.flat, self.offsets + more)
+        return Pointer(self.flat, self.offsets + more, is_early=self.is_early)
 
     @property
     def dtype(self) -> Any:
@@ -120,10 +121,12 @@ class Launch:
 class Device:
     """What the partitions of one program share."""
 
-    def __init__(self, seed: int, program: int, num_programs: int, of_launch: Launch, *, pdl: bool = False) -> None:
+    def __init__(
+        self, seed: int, program: int, num_programs: int, of_launch: Launch, *, num_warps: int, pdl: bool = False
+    ) -> None:
         self.random = random.Random(seed)
         self.of_launch = of_launch
-        self.program, self.num_programs = program, num_programs
+        self.program, self.num_programs, self.num_warps = program, num_programs, num_warps
         self.pdl = pdl
         self.changed = threading.Condition(threading.RLock())
         self.local = threading.local()
@@ -142,6 +145,34 @@ class Device:
 
     def touch(self) -> None:
         assert not self.pdl or getattr(self.local, "has_waited", False), "memory is touched before the wait for the kernel before"
+
+    def groups(self) -> list[list[Callable[[], None]]]:
+        """Of copies by the threads: those under way, group by group; the last one is not committed yet."""
+        if not hasattr(self.local, "groups"):
+            self.local.groups = [[]]
+        return self.local.groups
+
+    def copy_async(self, target: Shared, source: Pointer, mask: Any = True) -> None:
+        """Zeros where the mask is false."""
+        if not source.is_early:
+            self.touch()
+        fill_as_not_there(target.data)
+
+        def copy() -> None:
+            target.data.copy_(_load(source, _tensor(mask).expand(target.data.shape), 0).to(target.dtype))
+
+        self.groups()[-1].append(copy)
+
+    def commit_copies(self) -> None:
+        self.groups().append([])
+
+    def wait_copies(self, num_outstanding: int) -> None:
+        """Others may have come as well."""
+        *committed, _open = self.groups()
+        due = len(committed) - num_outstanding
+        for index, group in enumerate(committed):
+            while group and (index < due or self.random.random() < LANDS_BY_ITSELF):
+                group.pop()()
 
     def stores(self) -> list[Callable[[], None]]:
         if not hasattr(self.local, "stores"):
@@ -351,9 +382,10 @@ def _language(device: Device) -> types.SimpleNamespace:
         return None
 
     def touching(function: Callable[..., Any]) -> Callable[..., Any]:
-        def touch(*args: Any, **kwargs: Any) -> Any:
-            device.touch()
-            return function(*args, **kwargs)
+        def touch(pointer: Pointer, *args: Any, **kwargs: Any) -> Any:
+            if not pointer.is_early:
+                device.touch()
+            return function(pointer, *args, **kwargs)
 
         return touch
 
@@ -366,11 +398,13 @@ def _language(device: Device) -> types.SimpleNamespace:
         float16=torch.float16,
         NVMMADistributedLayout=nothing,
         BlockedLayout=nothing,
+        SwizzledSharedLayout=nothing,
         SliceLayout=nothing,
         DotOperandLayout=nothing,
         DistributedLinearLayout=nothing,
         program_id=lambda axis: device.program,
         num_programs=lambda axis: device.num_programs,
+        num_warps=lambda: device.num_warps,
         static_range=range,
         allocate_shared_memory=allocate,
         warp_specialize=device.specialize,
@@ -397,6 +431,7 @@ def _language(device: Device) -> types.SimpleNamespace:
         sum=lambda value, axis: value.sum(axis),
         exp=torch.exp,
         exp2=torch.exp2,
+        rsqrt=torch.rsqrt,
     )
 
 
@@ -438,6 +473,9 @@ def _as_python(module_names: dict[str, Any], device: Device) -> dict[str, Any]:
         mbarrier=types.SimpleNamespace(
             MBarrierLayout=lambda: None, init=device.init, arrive=device.arrive, expect=device.expect, wait=device.wait
         ),
+        copy_async=device.copy_async,
+        commit_copies=device.commit_copies,
+        wait_copies=device.wait_copies,
         load_tile=device.load_tile,
         store_tile=device.store_tile,
         tma=types.SimpleNamespace(store_wait=device.wait_stores),
@@ -455,7 +493,7 @@ def emulate(
 ) -> None:
     """The module's `kernel` runs on the CPU when it is launched, all its programs at once.
 
-    early: arguments, descriptors of what no other kernel writes
+    early: arguments, descriptors of or pointers to what no other kernel writes
     """
 
     def argument(value: Any) -> Any:
@@ -475,13 +513,15 @@ def emulate(
             def launch(*args: Any, num_warps: int, maxnreg: int = 0, launch_pdl: bool = False, **constants: Any) -> None:
                 values = dict(zip(original.arg_names, map(argument, args), strict=False)) | constants
                 for name in early:
-                    values[name].is_early = True
+                    if values[name] is not None:
+                        values[name].is_early = True
                 of_launch, failures = Launch(), []
 
                 def run(program: int) -> None:
                     try:
-                        device = Device(seed + program, program, grid[0], of_launch, pdl=launch_pdl)
+                        device = Device(seed + program, program, grid[0], of_launch, num_warps=num_warps, pdl=launch_pdl)
                         _as_python(vars(module) | {kernel: original}, device)[kernel](**values)
+                        assert not any(device.groups()), "a copy is never waited for"
                     except BaseException as error:  # noqa: BLE001 (raised again by the thread that launched)
                         of_launch.has_failed = True
                         failures.append(error)

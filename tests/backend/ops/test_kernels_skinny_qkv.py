@@ -32,8 +32,8 @@ BLOCK_SIZE, NUM_BLOCKS = 4, 3
 SLOTS = [5, -1, 0, 11]  # the second row stores nothing
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "-".join(map(str, shape)))
-def test_one_launch_does_what_its_parts_do(target, shape, assert_close, guarded_outputs):
+def check(function, shape, target, assert_close):
+    """That `function`, a kernel's launcher, does it for rows of the target's device and dtype."""
     rows, hidden, heads, kv_heads, dim, *_ = shape
     x = target.randn(rows, hidden + 3)[:, :-3]
     residual = target.randn(rows, hidden) if shape.residual else None
@@ -48,7 +48,7 @@ def test_one_launch_does_what_its_parts_do(target, shape, assert_close, guarded_
     k_wanted, v_wanted = k_cache.double(), v_cache.double()
     slots = torch.tensor(SLOTS[:rows], device=target.device)
 
-    q, r = norm_qkv_rotary_store(x, residual, gain, 1e-5, weight, bias, cos, sin, q_scale, k_cache, v_cache, slots)
+    q, r = function(x, residual, gain, 1e-5, weight, bias, cos, sin, q_scale, k_cache, v_cache, slots)
 
     def rounded(value):
         return value.to(target.dtype).double()
@@ -67,3 +67,8 @@ def test_one_launch_does_what_its_parts_do(target, shape, assert_close, guarded_
             v_wanted[slot // BLOCK_SIZE, :, slot % BLOCK_SIZE] = qkv[row, heads + kv_heads :]
     for found, wanted in ((q, q_wanted), (k_cache, k_wanted), (v_cache, v_wanted)):
         assert_close(found, wanted, max_error=8 * target.eps + 8e-6, rms_error=1.5 * target.eps + 2e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "-".join(map(str, shape)))
+def test_one_launch_does_what_its_parts_do(target, shape, assert_close, guarded_outputs):
+    check(norm_qkv_rotary_store, shape, target, assert_close)
