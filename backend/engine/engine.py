@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from turbotriton.backend.scheduling.block_manager import BlockManager
-from turbotriton.backend.scheduling.plan import StepPlan, StepResult
+from turbotriton.backend.scheduling.plan import DEFAULT_TOKEN_BUDGET, StepPlan, StepResult
 from turbotriton.backend.scheduling.request import Request, RequestState
 from turbotriton.backend.scheduling.scheduler import PREFILL_BESIDE_DECODES, OwnedDelta, Scheduler
 from turbotriton.contract.errors import InvalidInputError, TurbotritonError
@@ -36,7 +36,6 @@ __all__ = ["DeltasByOwner", "Engine", "Runner", "load_engine"]
 logger = logging.getLogger(__name__)
 
 MAX_OBSERVATIONS = 4096  # between two snapshots; the oldest are dropped
-DEFAULT_TOKEN_BUDGET = {"cpu": 512, "cuda": 8192}
 
 MAX_COMPILE_S = 10.0  # a grammar; the compiler's limits end it long before
 

@@ -29,7 +29,7 @@ from turbotriton.backend.model.sampler import SamplerState
 from turbotriton.backend.model.token_masks import masked_logits
 from turbotriton.backend.model.transfer import to_device, to_host
 from turbotriton.backend.ops.table import DETERMINISTIC_REFERENCE, REFERENCE, ops_for
-from turbotriton.backend.scheduling.plan import ScheduledRow, StepPlan, StepResult
+from turbotriton.backend.scheduling.plan import DEFAULT_TOKEN_BUDGET, ScheduledRow, StepPlan, StepResult
 from turbotriton.contract.errors import ConfigError
 from turbotriton.contract.ini import EngineConfig, ModelConfig
 from turbotriton.contract.wire import TokenLogprobs
@@ -38,6 +38,7 @@ from .batch import SlotState
 from .decode_graphs import DecodeGraphs, batch_buckets, decode_forward
 from .key_offsets import key_offsets
 from .kv_cache import allocate_kv_cache, read_kv_scales
+from .library_kernels import load_library_kernels
 from .prompt_graphs import PromptGraphs
 from .warm_up import warm_up_plans
 from .weights import DTYPES, load_weights
@@ -123,6 +124,10 @@ class ModelRunner:
         self.num_blocks = self._kv.num_blocks
         if device.type == "cuda" and prepare:
             self.warm_up(engine)
+            if not engine.deterministic:  # its products are all by a kernel of ours
+                with torch.inference_mode():
+                    max_tokens = engine.num_tokens_per_iter or DEFAULT_TOKEN_BUDGET["cuda"]
+                    load_library_kernels(self._decoder, device, dtype, max_tokens, engine.max_batch_size)
         if device.type == "cpu" and weights.num_elements < ONE_THREAD_ELEMENTS:
             torch.set_num_threads(1)  # of the whole process
         logger.info("%s: ready on %s in %s", model.model_name, self.device, self.compute_dtype)

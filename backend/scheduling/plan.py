@@ -17,7 +17,10 @@ import numpy.typing as npt
 
 from turbotriton.contract.wire import SamplingParams, TokenLogprobs
 
-__all__ = ["JoinedRequest", "NewBlocks", "ScheduledRow", "StepPlan", "StepResult", "TokenMasks"]
+__all__ = ["DEFAULT_TOKEN_BUDGET", "JoinedRequest", "NewBlocks", "ScheduledRow", "StepPlan", "StepResult", "TokenMasks"]
+
+#: Most tokens of a step by kind of device, where num_tokens_per_iter is 0.
+DEFAULT_TOKEN_BUDGET = {"cpu": 512, "cuda": 8192}
 
 
 class TokenMasks(Protocol):

@@ -1,0 +1,52 @@
+"""Matrix products of every number of rows that a step may have, once, before a runner serves.
+
+cuBLAS has dozens of kernels and picks one by the rows of a product. CUDA loads a kernel when it is first launched, which waits for all
+that the device still has to do: in the middle of serving a launch then takes as long as the step itself, and the step before it
+(330 ms beside 8192 tokens of an 8B model on an H200: docs/perf-log.md). Which rows get which kernel is cuBLAS's secret, so there are
+enough of them here to meet all but a few.
+"""
+
+import logging
+import time
+
+import torch
+
+from turbotriton.backend.model.decoder import Decoder
+
+__all__ = ["load_library_kernels", "product_rows"]
+
+logger = logging.getLogger(__name__)
+
+#: Numbers of rows are this far apart, up to and beyond so many.
+FEW_ROWS, STEP_OF_FEW, STEP_OF_MANY = 1024, 8, 128
+#: And each once more with so many fewer: kernels differ by whether eight divides the rows.
+SHORT_OF = 3
+
+
+def product_rows(most: int) -> list[int]:
+    """Rising; the last is `most`."""
+    stops = {*range(STEP_OF_FEW, FEW_ROWS, STEP_OF_FEW), *range(FEW_ROWS, most, STEP_OF_MANY), most}
+    return sorted(row for stop in stops for row in (stop - SHORT_OF, stop) if 0 < row <= most)
+
+
+def load_library_kernels(decoder: Decoder, device: torch.device, dtype: torch.dtype, max_tokens: int, max_sampled: int) -> None:
+    """Runs a layer's and the head's linear layers over zeros. max_tokens: of a step; max_sampled: rows whose logits a step needs."""
+    begun = time.monotonic()
+    ops, weights, config = decoder.ops, decoder.weights, decoder.config
+    layer, hidden, heads = weights.layers[0], config.hidden_size, config.num_heads * config.head_dim
+    widest = torch.zeros(max_tokens * max(hidden, heads, config.inter_size), dtype=dtype, device=device)
+
+    def zeros(num_rows: int, columns: int) -> torch.Tensor:
+        return widest[: num_rows * columns].view(num_rows, columns)
+
+    for num_rows in product_rows(max_tokens):
+        for columns, linear in ((hidden, layer.qkv.qkv), (heads, layer.output), (config.inter_size, layer.down)):
+            ops.down_projection(zeros(num_rows, columns), linear)
+        x = zeros(num_rows, hidden)
+        ops.norm_gate_up_silu(x, x, layer.ffn_norm, layer.gate_up)
+    for num_rows in range(1, max_sampled + 1):
+        x = zeros(num_rows, hidden)
+        ops.lm_head(x, x, weights.final_norm, weights.head)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    logger.info("products that make CUDA load what cuBLAS has for them: %.1f s", time.monotonic() - begun)

@@ -1,0 +1,85 @@
+"""Before a runner serves, products of enough numbers of rows have run that hardly any makes CUDA load a kernel later."""
+
+import dataclasses
+import itertools
+import time
+
+import pytest
+import torch
+from tests.backend.runner.test_decode_graphs import CONFIG, MODEL, OPTIONS
+from tests.backend.runner.test_weights import HF
+from tests.backend.workspace import write_workspace
+from tests.checkpoints import make_tensors
+
+from turbotriton.backend.ops.operands import DenseWeight
+from turbotriton.backend.runner.library_kernels import load_library_kernels, product_rows
+from turbotriton.backend.runner.model_runner import ModelRunner
+from turbotriton.backend.runner.weights import DTYPES
+
+
+@pytest.mark.parametrize("most", [1, 3, 8, 100, 1024, 1025, 8192])
+def test_rows_rise_to_the_most_and_leave_no_wide_gap(most):
+    rows = product_rows(most)
+    assert rows == sorted(set(rows))
+    assert rows[-1] == most
+    assert all(later - row <= (8 if later <= 1024 else 128) for row, later in itertools.pairwise(rows))
+
+
+def test_every_linear_layer_meets_every_number_of_rows(folder, monkeypatch):
+    runner = ModelRunner(MODEL, CONFIG.engine_config({**OPTIONS, "device": "cpu"}.get), folder)
+    decoder, layer = runner._decoder, runner._decoder.weights.layers[0]
+    met: dict[str, list[int]] = {"qkv": [], "output": [], "down": [], "gate_up": [], "head": []}
+    names = {id(layer.qkv.qkv): "qkv", id(layer.output): "output", id(layer.down): "down"}
+
+    def down_projection(x, weight):
+        met[names[id(weight)]].append(x.shape[0])
+        assert x.shape[1] == weight.weight.shape[0]
+
+    def norm_gate_up_silu(x, residual, norm, weight):
+        assert weight is layer.gate_up
+        assert norm is layer.ffn_norm
+        met["gate_up"].append(x.shape[0])
+
+    def lm_head(x, residual, norm, weight):
+        assert weight is decoder.weights.head
+        met["head"].append(x.shape[0])
+
+    replaced = dataclasses.replace(
+        decoder.ops, down_projection=down_projection, norm_gate_up_silu=norm_gate_up_silu, lm_head=lm_head
+    )
+    monkeypatch.setattr(decoder, "ops", replaced)
+    load_library_kernels(decoder, torch.device("cpu"), torch.float32, max_tokens=100, max_sampled=7)
+    assert met.pop("head") == [1, 2, 3, 4, 5, 6, 7]
+    assert all(rows == product_rows(100) for rows in met.values())
+
+
+def test_it_runs_with_the_reference_ops(folder):
+    runner = ModelRunner(MODEL, CONFIG.engine_config({**OPTIONS, "device": "cpu"}.get), folder)
+    load_library_kernels(runner._decoder, torch.device("cpu"), DTYPES["fp32"], max_tokens=20, max_sampled=3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_workspace(tmp_path_factory.mktemp("weights"), CONFIG, make_tensors(HF.to_dict(), seed=5))
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_hardly_any_product_waits_for_the_device_afterwards():
+    """While the device is busy for some milliseconds, launching a product takes the host less than one."""
+    k, n = 2048, 6144
+    weight = DenseWeight(torch.randn(n, k, device="cuda", dtype=torch.bfloat16).t())
+    x = torch.randn(8192, k, device="cuda", dtype=torch.bfloat16)
+    for num_rows in product_rows(8192):
+        x[:num_rows] @ weight.weight
+
+    def is_late(num_rows):
+        torch.cuda.synchronize()
+        torch.cuda._sleep(20_000_000)
+        begun = time.perf_counter()
+        x[:num_rows] @ weight.weight
+        return time.perf_counter() - begun > 0.003
+
+    rows = list(range(129, 8192, 37))
+    late = [num_rows for num_rows in rows if is_late(num_rows)]
+    assert len(late) <= len(rows) // 50, f"{len(late)} of {len(rows)} numbers of rows: {late}"
