@@ -10,7 +10,15 @@ from typing import TypeGuard
 
 import torch
 
-from .kernels import hopper_gate_up, hopper_row_linear, hopper_row_qkv, narrow_linear, skinny_linear, skinny_qkv
+from .kernels import (
+    hopper_gate_up,
+    hopper_row_linear,
+    hopper_row_qkv,
+    hopper_row_w4a16,
+    narrow_linear,
+    skinny_linear,
+    skinny_qkv,
+)
 from .kernels.launch import shared_memory_bytes
 from .kernels.paged_decode_attention import paged_decode_attention
 from .kernels.paged_prefill_attention import paged_prefill_attention
@@ -105,6 +113,8 @@ def linear(x: torch.Tensor | QuantizedRows, weight: LinearWeight) -> torch.Tenso
     if _is_narrow(weight, x):
         return narrow_linear.linear(x, weight.weight, weight.bias)
     if isinstance(weight, W4A16Tiles):
+        if hopper_row_w4a16.takes(x, weight) and not weight.gated:
+            return hopper_row_w4a16.linear(x, weight)
         if x.shape[0] <= MAX_W4A16_ROWS and not weight.gated:
             return w4a16_linear(x, weight)
         return units.linear(x, DenseWeight(dequantize_w4a16(weight), weight.bias))
@@ -120,6 +130,8 @@ def norm_linear(
     if _is_skinny(weight, x) and _norm_fits(x):
         of_few = hopper_row_linear.norm_linear if hopper_row_linear.takes(x, weight.weight) else skinny_linear.norm_linear
         return of_few(x, residual, norm.weight, norm.eps, weight.weight, weight.bias)
+    if isinstance(weight, W4A16Tiles) and hopper_row_w4a16.takes(x, weight):
+        return hopper_row_w4a16.norm_linear(x, residual, norm.weight, norm.eps, weight)
     y, residual = rms_norm(x, norm.weight, norm.eps, residual)
     return linear(y, weight), residual
 
@@ -172,6 +184,8 @@ def norm_gate_up_silu(
     if _is_skinny(weight, x) and _norm_fits(x):
         of_few = hopper_row_linear.norm_gate_up if hopper_row_linear.takes(x, weight.weight) else skinny_linear.norm_gate_up
         return of_few(x, residual, norm.weight, norm.eps, weight.weight, weight.bias)
+    if isinstance(weight, W4A16Tiles) and hopper_row_w4a16.takes(x, weight):
+        return hopper_row_w4a16.norm_gate_up(x, residual, norm.weight, norm.eps, weight)
     if isinstance(weight, W4A16Tiles) and x.shape[0] <= MAX_W4A16_ROWS:
         y, residual = rms_norm(x, norm.weight, norm.eps, residual)
         return w4a16_gate_up(y, weight), residual

@@ -110,7 +110,8 @@ def _pack(gate, up, dtype: gl.constexpr):
 
 
 @gluon.jit
-def _gate(words, dtype: gl.constexpr):
+def low_half(words, dtype: gl.constexpr):
+    """The number in the low half of each word, in fp32."""
     if dtype == gl.bfloat16:
         ASM: gl.constexpr = "shl.b32 $0, $1, 16;"
     else:
@@ -119,7 +120,7 @@ def _gate(words, dtype: gl.constexpr):
 
 
 @gluon.jit
-def _up(words, dtype: gl.constexpr):
+def high_half(words, dtype: gl.constexpr):
     if dtype == gl.bfloat16:
         ASM: gl.constexpr = "and.b32 $0, $1, 0xffff0000;"
     else:
@@ -160,12 +161,12 @@ def _silu_and_mul(words, dtype: gl.constexpr):
     """[64, 64] words of gate and up: y of the dtype."""
     PART: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF_N, 16])
     first, second = gl.split(words.reshape([HALF_M, 2, HALF_N // 2]).permute((0, 2, 1)))
-    first_gate, second_gate = _gate(first, dtype), _gate(second, dtype)
+    first_gate, second_gate = low_half(first, dtype), low_half(second, dtype)
     a = 1.0 + _exp2(gl.minimum(first_gate * MINUS_LOG2_E, 62.0))
     b = 1.0 + _exp2(gl.minimum(second_gate * MINUS_LOG2_E, 62.0))
     inverse = _inverse(a * b)
-    first_y = first_gate * (b * inverse) * _up(first, dtype)
-    second_y = second_gate * (a * inverse) * _up(second, dtype)
+    first_y = first_gate * (b * inverse) * high_half(first, dtype)
+    second_y = second_gate * (a * inverse) * high_half(second, dtype)
     y = gl.join(first_y.to(dtype), second_y.to(dtype)).permute((0, 2, 1)).reshape([HALF_M, HALF_N])
     return gl.convert_layout(y, PART, assert_trivial=True)
 

@@ -133,7 +133,7 @@ def sums_of_tile(
 
 
 @gluon.jit
-def _silu_times(gate, up, dtype: gl.constexpr):
+def silu_times(gate, up, dtype: gl.constexpr):
     gate = gate.to(dtype).to(gl.float32)
     return gate / (1.0 + gl.exp(-gate)) * up.to(dtype).to(gl.float32)
 
@@ -189,7 +189,7 @@ def _row_linear_kernel(
             first += gl.load(bias_ptr + rows, mask=rows < N, other=0.0).to(gl.float32)
             second += gl.load(bias_ptr + rows + GROUP, mask=rows + GROUP < N, other=0.0).to(gl.float32)
         if GATED:
-            gl.store(y_ptr + pairs, _silu_times(first, second, dtype).to(dtype), mask=pairs < GROUP)
+            gl.store(y_ptr + pairs, silu_times(first, second, dtype).to(dtype), mask=pairs < GROUP)
         else:
             gl.store(y_ptr + rows, first.to(dtype), mask=rows < N)
             gl.store(y_ptr + rows + GROUP, second.to(dtype), mask=rows + GROUP < N)

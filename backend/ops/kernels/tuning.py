@@ -30,6 +30,7 @@ __all__ = [
     "greedy_sample_config",
     "hopper_gate_up_config",
     "hopper_row_config",
+    "hopper_row_w4a16_blocks",
     "hopper_w4a16_config",
     "hopper_w4a16_tiles",
     "hopper_w8a8_config",
@@ -47,6 +48,7 @@ __all__ = [
     "takes_hopper_gate_up",
     "takes_hopper_prefill",
     "takes_hopper_row",
+    "takes_hopper_row_w4a16",
     "takes_hopper_w4a16",
     "takes_hopper_w8a8",
     "w4a16_linear_config",
@@ -371,6 +373,16 @@ def hopper_row_config(k: int) -> HopperRowConfig:
 def takes_hopper_row(num_rows: int, k: int, n: int, element_bytes: int, *, is_hopper: bool) -> bool:
     """What `hopper_row_linear` is written for: one row of 16 bits, whose x leaves the ring its room."""
     return is_hopper and num_rows == 1 and element_bytes == 2 and k % 16 == 0 and k <= 16384 and n % 2 == 0
+
+
+def hopper_row_w4a16_blocks(k: int) -> int:
+    """Blocks of 64 inputs that a warp takes in a step, of the eighth of all inputs that it has."""
+    return 8 if k % 4096 == 0 else 4
+
+
+def takes_hopper_row_w4a16(num_rows: int, k: int, n: int, group_size: int, *, is_hopper: bool) -> bool:
+    """What `hopper_row_w4a16` is written for: one row, groups of 128, eighths of the inputs that are whole steps."""
+    return is_hopper and num_rows == 1 and group_size == 128 and k % 2048 == 0 and k <= 16384 and n % 32 == 0
 
 
 def takes_hopper_gate_up(k: int, inter: int, element_bytes: int, *, is_hopper: bool) -> bool:

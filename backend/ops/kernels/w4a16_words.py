@@ -14,8 +14,12 @@ import triton.language as tl
 __all__ = [
     "PAIRED_BF16",
     "PAIRED_FP16",
+    "PAIRED_STEPS_BF16",
+    "PAIRED_STEPS_FP16",
     "TAKES_PAIRED_BF16",
     "TAKES_PAIRED_FP16",
+    "TAKES_PAIRED_STEPS_BF16",
+    "TAKES_PAIRED_STEPS_FP16",
     "load_weights",
     "numbers_of",
     "widen",
@@ -53,8 +57,12 @@ _STEPS_BF16, _STEPS_FP16 = tl.constexpr(_asm("bf16x2", "steps")), tl.constexpr(_
 _WEIGHTS_BF16, _WEIGHTS_FP16 = tl.constexpr(_asm("bf16x2", "weights")), tl.constexpr(_asm("f16x2", "weights"))
 #: by the number of operands after the words
 _TAKES_2, _TAKES_4, _TAKES_6 = (tl.constexpr(",".join(["=r"] * 8 + ["r"] * (2 + 2 * count))) for count in (2, 4, 6))
-#: for the kernel in Gluon
+#: for the kernels in Gluon
 PAIRED_BF16, PAIRED_FP16 = (tl.constexpr(_asm(kind, "weights", paired=True)) for kind in ("bf16x2", "f16x2"))
+PAIRED_STEPS_BF16, PAIRED_STEPS_FP16 = (tl.constexpr(_asm(kind, "steps", paired=True)) for kind in ("bf16x2", "f16x2"))
+TAKES_PAIRED_STEPS_BF16, TAKES_PAIRED_STEPS_FP16 = (
+    tl.constexpr(",".join(["=r"] * 8 + ["r"] * (2 + 2 * count))) for count in (1, 2)
+)
 TAKES_PAIRED_BF16, TAKES_PAIRED_FP16 = (tl.constexpr(",".join(["=r"] * 8 + ["r"] * (2 + 2 * count))) for count in (2, 3))
 
 

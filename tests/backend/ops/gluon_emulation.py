@@ -465,6 +465,10 @@ def _as_python(module_names: dict[str, Any], device: Device) -> dict[str, Any]:
         elif type(value).__name__ == "constexpr":
             names[name] = value.value
     language = _language(device)
+
+    def multiply_at_once(a: torch.Tensor, b: torch.Tensor, acc: torch.Tensor) -> torch.Tensor:
+        return acc + a.float() @ b.float()
+
     names.update(
         gl=language,
         tl=language,  # of functions that triton's own kernels have too
@@ -479,6 +483,7 @@ def _as_python(module_names: dict[str, Any], device: Device) -> dict[str, Any]:
         load_tile=device.load_tile,
         store_tile=device.store_tile,
         tma=types.SimpleNamespace(store_wait=device.wait_stores),
+        mma_v2=multiply_at_once,
         warpgroup_mma=device.multiply,
         warpgroup_mma_wait=device.wait_products,
         fence_async_shared=lambda: None,
