@@ -20,6 +20,7 @@ from turbotriton.contract.errors import TurbotritonError
 
 from .access import BodyLimit, KeyCheck, Meter, Metrics
 from .answers import DONE, Answer, ChatAnswer, CompletionAnswer
+from .body import BodyRoute
 from .encode import encode
 from .errors import ApiError, api_error, error_response, on_failure, on_http_error, on_invalid_request
 from .event_stream import DISCONNECTED, EventStream, until_gone
@@ -113,6 +114,7 @@ def make_app(options: ServerOptions) -> FastAPI:
         await app.state.service.fleet.close()
 
     app = FastAPI(title="turbotriton", version=__version__, lifespan=lifespan, docs_url="/", redoc_url=None)
+    app.router.route_class = BodyRoute
     metrics = Metrics(options.shared)
     app.add_middleware(BodyLimit)
     app.add_middleware(Meter, metrics=metrics)
