@@ -26,6 +26,7 @@ from .kserve import (
     drain,
     drain_async,
     error_from_rpc,
+    make_stream_infer,
     make_stub,
     read_outputs,
 )
@@ -276,6 +277,7 @@ class AsyncClient:
         self._model = model
         self._channel = grpc.aio.insecure_channel(self.url, options=channel_options(self.url))
         self._stub = make_stub(self._channel)
+        self._stream_infer = make_stream_infer(self._channel)
 
     async def model(self) -> str:
         """The text door's name; asked from the server on first use."""
@@ -338,7 +340,7 @@ class AsyncClient:
         return self._open(request, timeout)
 
     def _open(self, request: service_pb2.ModelInferRequest, timeout: float | None) -> AsyncStream:
-        return AsyncStream(self._stub.ModelStreamInfer(iter([request]), timeout=timeout), self.url)
+        return AsyncStream(self._stream_infer(request, timeout=timeout), self.url)
 
     async def close(self) -> None:
         await self._channel.close()

@@ -21,9 +21,10 @@ from .fleet import Fleet
 from .schema import ChatRequest, CompletionRequest, SamplingFields
 from .tools import ToolCallParser, ToolFormat
 
-__all__ = ["Answer", "ChatAnswer", "CompletionAnswer", "plain_message", "sampling_options"]
+__all__ = ["DONE", "Answer", "ChatAnswer", "CompletionAnswer", "plain_message", "sampling_options"]
 
 MAX_SEED = 2**64
+DONE = "[DONE]"  # ends a stream
 #: Fields of OpenAI's messages that would be lost on the way to the model.
 UNSHOWN = ("audio", "function_call", "refusal")
 MAX_UNNAMED_CHARS = 4  # of a prompt, between two of its tokens: a space that a decoder drops, a character in several tokens
@@ -190,7 +191,7 @@ class Answer:
                         made += [f"{head}{_dump(chunk)}{tail}" for chunk in self._choice_chunks(choice, delta)]
                 if all(choice.finish_reason is not None for choice in self._choices):
                     made += [_dump(envelope | {"choices": [], "usage": self.usage()})] if self._wants_usage else []
-                    made.append("[DONE]")
+                    made.append(DONE)
                 if made:
                     yield made
 

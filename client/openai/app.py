@@ -19,10 +19,11 @@ from turbotriton import __version__
 from turbotriton.contract.errors import TurbotritonError
 
 from .access import BodyLimit, KeyCheck, Meter, Metrics
-from .answers import Answer, ChatAnswer, CompletionAnswer
+from .answers import DONE, Answer, ChatAnswer, CompletionAnswer
+from .body import BodyRoute
 from .encode import encode
 from .errors import ApiError, api_error, error_response, on_failure, on_http_error, on_invalid_request
-from .event_stream import EventStream, until_gone
+from .event_stream import DISCONNECTED, EventStream, until_gone
 from .fleet import Fleet
 from .hub import SharedGate, SharedSessions
 from .interactive import Interactive
@@ -34,7 +35,6 @@ from .tools import TOOL_FORMATS, ToolFormat, find_tool_format
 __all__ = ["ServerOptions", "make_app", "make_gate"]
 
 T = TypeVar("T")
-DISCONNECTED = 499
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +114,7 @@ def make_app(options: ServerOptions) -> FastAPI:
         await app.state.service.fleet.close()
 
     app = FastAPI(title="turbotriton", version=__version__, lifespan=lifespan, docs_url="/", redoc_url=None)
+    app.router.route_class = BodyRoute
     metrics = Metrics(options.shared)
     app.add_middleware(BodyLimit)
     app.add_middleware(Meter, metrics=metrics)
@@ -161,7 +162,7 @@ def _add_answers(app: FastAPI) -> None:
         service: _Service = app.state.service
         replies = _in_turn(service, body.user_id, is_qos, service.interactive.replies(body))
         if body.stream:
-            return await _streamed(request, _lines(replies), {})
+            return EventStream(_lines(replies), {})
         return await _unless_disconnected(request, _joined(replies))
 
     @app.post("/v1/chat/completions")
@@ -239,7 +240,7 @@ async def _respond(
 ) -> Response:
     if stream:
         chunks = _in_turn(service, user_id, is_qos, answer.chunks())
-        return await _streamed(request, _events(chunks), {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        return EventStream(_events(chunks), {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 
     async def whole() -> dict[str, Any]:
         async with service.turn(user_id, is_qos):
@@ -260,41 +261,33 @@ def _in_turn(service: _Service, user_id: str | None, is_qos: bool, items: AsyncG
     return waited()
 
 
-async def _events(chunks: AsyncGenerator[list[str]]) -> AsyncGenerator[str]:
-    """One write for what came together; a failure after the first of them is an event."""
+async def _events(chunks: AsyncGenerator[list[str]]) -> AsyncGenerator[tuple[str, bool]]:
+    """For an `EventStream`: one write for what came together; a failure after the first of them is an event."""
     has_begun = False
     try:
         async with contextlib.aclosing(chunks) as opened:
             async for texts in opened:
-                yield f"data: {texts[0]}\n\n" if len(texts) == 1 else "".join([f"data: {text}\n\n" for text in texts])
+                events = f"data: {texts[0]}\n\n" if len(texts) == 1 else "".join([f"data: {text}\n\n" for text in texts])
+                yield events, texts[-1] == DONE
                 has_begun = True
     except ApiError as error:
         if not has_begun:
             raise
-        yield f"data: {json.dumps(error.body(), ensure_ascii=False)}\n\n"
+        yield f"data: {json.dumps(error.body(), ensure_ascii=False)}\n\n", True
 
 
-async def _lines(replies: AsyncGenerator[dict[str, Any]]) -> AsyncGenerator[str]:
-    """A line each; a failure after the first is one, too."""
+async def _lines(replies: AsyncGenerator[dict[str, Any]]) -> AsyncGenerator[tuple[str, bool]]:
+    """A line each; a failure after the first is one, too. None says that it is the last: the conversation is to be free by then."""
     has_begun = False
     try:
         async with contextlib.aclosing(replies) as opened:
             async for reply in opened:
-                yield f"{json.dumps(reply, ensure_ascii=False)}\n"
+                yield f"{json.dumps(reply, ensure_ascii=False)}\n", False
                 has_begun = True
     except ApiError as error:
         if not has_begun:
             raise
-        yield f"{json.dumps(error.body(), ensure_ascii=False)}\n"
-
-
-async def _streamed(request: Request, lines: AsyncGenerator[str], headers: dict[str, str]) -> Response:
-    """A stream whose first line is waited for now: what fails before it still gets a status of its own."""
-    first = await until_gone(request.receive, anext(lines))
-    if first is None:
-        await lines.aclose()
-        return Response(status_code=DISCONNECTED)
-    return EventStream(first, lines, headers)
+        yield f"{json.dumps(error.body(), ensure_ascii=False)}\n", False
 
 
 async def _joined(replies: AsyncIterator[dict[str, Any]]) -> dict[str, Any]:

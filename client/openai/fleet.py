@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from turbotriton.client.grpc_stream import AsyncClient
-from turbotriton.client.text_door import Delta
+from turbotriton.client.text_door import DEFAULTS, Delta
 from turbotriton.contract.errors import TurbotritonError, UnavailableError
 
 from .errors import ApiError
@@ -102,6 +102,7 @@ class Fleet:
         The first delta is there when the block begins, so that a refusal can still become a status; without `stream` it is the only
         one. Raises TurbotritonError.
         """
+        options = {name: value for name, value in options.items() if value is not None and value != DEFAULTS.get(name)}
         tried: list[_Server] = []
         num_running = sum(server.num_running for server in self._servers)
         interval = self._stream_interval or min(1 + num_running // ANSWERS_A_TOKEN, MOST_TOKENS)

@@ -6,15 +6,18 @@ A field that is not listed is refused by name. Fields that are accepted and chan
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator, model_validator
 
 from .errors import ApiError
 from .tools import forced_call_schema
 
-__all__ = ["IGNORED", "ChatRequest", "CompletionRequest", "EncodeRequest", "InteractiveRequest", "SamplingFields"]
+__all__ = ["IGNORED", "IS_TEXT", "ChatRequest", "CompletionRequest", "EncodeRequest", "InteractiveRequest", "SamplingFields"]
 
 #: Fields that OpenAI's clients may send and that cannot change an answer here.
 IGNORED = ("session_id", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
+
+#: Validation context of a body in which no escape can name half a character.
+IS_TEXT = {"is_text": True}
 
 MAX_CHOICES = 128
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -40,8 +43,10 @@ class _Body(_Request):
 
     @model_validator(mode="before")
     @classmethod
-    def _is_text(cls, values: Any) -> Any:
+    def _is_text(cls, values: Any, info: ValidationInfo) -> Any:
         r"""JSON may name half a character (\ud800), which is no text and which no server behind this one takes."""
+        if info.context is IS_TEXT:
+            return values
         try:
             json.dumps(values, ensure_ascii=False, default=str).encode()
         except UnicodeEncodeError as error:

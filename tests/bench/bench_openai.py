@@ -128,7 +128,7 @@ def measure(args: argparse.Namespace, grpc_url: str, concurrency: int) -> dict[s
     with contextlib.ExitStack() as stack:
         servers = {name: stack.enter_context(api_server(grpc_url, of_source[name], source)) for name, source in sources.items()}
         urls = {"grpc": grpc_url} | {name: url for name, (url, _) in servers.items()}
-        while len(requests_by_worker(urls["openai"])) < args.workers:
+        while sum(count > 0 for count in requests_by_worker(urls["openai"]).values()) < args.workers:
             time.sleep(0.1)
         for number in range(-1, args.repeats):  # the first is the warm-up
             for name in list(urls) if number % 2 else list(urls)[::-1]:

@@ -1,5 +1,6 @@
 """`serve api_server --workers N` as processes, with no tritonserver behind it: what starts, is started again, and ends."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -117,6 +118,27 @@ def test_a_killed_worker_is_replaced_and_its_requests_still_count(nobody: str, t
         wait_until(lambda: all(is_gone(pid) for pid in children), server)
         assert len(children) >= 2
         assert not list(server.folder.iterdir())
+
+
+def test_a_burst_of_connections_is_spread_evenly(nobody: str, tmp_path: Path) -> None:
+    async def ask(port: str) -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(port))
+        writer.write(b"GET /v1/none HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        reply = await reader.read()
+        writer.close()
+        return reply
+
+    async def burst(port: str) -> list[bytes]:
+        return await asyncio.gather(*(ask(port) for _ in range(64)))
+
+    with workers(nobody, tmp_path / "log") as server:
+        wait_until(lambda: all(server.answered().values()), server)
+        before = server.answered()
+        assert all(reply.startswith(b"HTTP/1.1 404 ") for reply in asyncio.run(burst(server.url.rpartition(":")[2])))
+        after = server.answered()
+        grown = [after[pid] - before[pid] for pid in after]
+        assert sum(grown) in (65, 66)  # the metrics page is one more
+        assert max(grown) - min(grown) <= 1
 
 
 def test_ctrl_c_ends_all_of_them_also_while_they_start(nobody: str, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return key, certificate
 
 
-@pytest.mark.parametrize("by", ["options", "variables"])
+@pytest.mark.parametrize("by", ["options", "variables", "workers"])
 def test_clients_that_trust_the_certificate_are_served_and_others_are_not(
     demo_server: TritonServer, files: tuple[Path, Path], by: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -45,6 +45,8 @@ def test_clients_that_trust_the_certificate_are_served_and_others_are_not(
         monkeypatch.setenv("SSL_KEYFILE", str(key))
         monkeypatch.setenv("SSL_CERTFILE", str(certificate))
         options = ["--ssl"]
+    if by == "workers":
+        options += ["--workers", "2"]
     with api_server(demo_server.grpc_url, *options, scheme="https") as url:
         context = ssl.create_default_context(cafile=str(certificate))
         with openai.OpenAI(

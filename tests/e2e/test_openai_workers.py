@@ -33,7 +33,7 @@ def url(demo_server: TritonServer, tmp_path_factory: pytest.TempPathFactory) -> 
     path.write_text(json.dumps(QOS))
     options = ["--workers", str(NUM_WORKERS), "--api-keys", "secret", "--qos-config-path", str(path), "--qos-max-running", "1"]
     with api_server(demo_server.grpc_url, *options) as url:
-        wait_until(lambda: len(by_worker(url)) == NUM_WORKERS, "each worker to listen")
+        wait_until(lambda: sum(count > 0 for count in by_worker(url).values()) == NUM_WORKERS, "each worker to answer")
         yield url
 
 
@@ -61,7 +61,7 @@ def test_every_worker_answers_and_the_metrics_page_counts_all(url: str) -> None:
     after = by_worker(url)
     grown = [after[pid] - before[pid] for pid in after]
     assert len(grown) == NUM_WORKERS
-    assert min(grown) > 2  # of 32, by a hash of the connection's port: at most two once in several million runs
+    assert max(grown) - min(grown) <= 2  # in turn; this page's own requests are among them
     text = page(url)
     assert re.search(r'^turbotriton_openai_requests_total\{path="/v1/completions",status="200"\} 32.0$', text, re.MULTILINE)
     assert re.search(r'^turbotriton_openai_request_seconds_count\{path="/v1/completions"\} 32.0$', text, re.MULTILINE)
@@ -91,7 +91,7 @@ def test_an_answer_is_cancelled_by_a_request_to_any_worker(url: str, demo_server
             lines.extend(map(json.loads, reply.iter_lines()))
 
     with throttled(engine_pid(demo_server), share=0.1):
-        for number in range(2):  # the answer and its end meet in one worker both times once in four runs
+        for number in range(2):  # the end comes to the other worker than the answer
             lines.clear()
             with cancelling(demo_server):
                 asking = threading.Thread(target=ask)

@@ -1,10 +1,8 @@
 """`serve api_server --workers N`: N processes behind one port, by uvicorn's supervisor, and what they share.
 
-    this process: supervisor, Hub (conversations, _qos), owner of tritonserver
-      ├── worker: the app, a listening socket of its own (SO_REUSEPORT: the kernel spreads connections by a hash)
-      └── worker: ...
-
-One listening socket for all would leave a burst to whoever wakes first: of 64 connections one of two workers took 63.
+this process: supervisor, Hub (conversations, _qos), HandingServer (accepts connections), owner of tritonserver
+  ├── worker: the app; gets its connections from the parent, who hands them out in turn
+  └── worker: ...
 """
 
 import asyncio
@@ -18,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -35,6 +33,7 @@ from turbotriton.client.openai.hub import Hub, hub_path
 from turbotriton.contract import env
 from turbotriton.contract.errors import ConfigError, InvalidInputError, ServerError
 
+from .handing import Entrance, HandingServer, entrance_path
 from .leftovers import end_with_parent
 from .process_setup import collect_seldom, set_up_logging
 
@@ -45,6 +44,8 @@ logger = logging.getLogger(__name__)
 UNHEARD_S = 30  # a worker that does not answer its supervisor so long is killed; to import the app it gets as much
 KILL_AFTER_S = 10  # a stop, beyond what answers under way get
 MAX_DEATHS_A_MINUTE = 10
+BACKLOG = 2048  # uvicorn's
+LOOP = "turbotriton.cli.handing:HandedLoop"
 
 
 def run_workers(options: ServerOptions, num_workers: int, **config: Any) -> None:
@@ -55,15 +56,15 @@ def run_workers(options: ServerOptions, num_workers: int, **config: Any) -> None
     """
     with (
         tempfile.TemporaryDirectory(prefix="turbotriton-workers-") as name,
-        _held_address(config["host"], config["port"]) as sockets,
-        _hub(options, Path(name)),
+        _listening(config["host"], config["port"]) as listeners,
+        _hub(options, Path(name), listeners) as stop_accepting,
         env.metrics_folder(Path(name)),
         _ctrl_c_is_ours(),
     ):
         app = functools.partial(_worker_app, replace(options, shared=Path(name)), os.getpid())
         supervisor = _Supervisor(
-            uvicorn.Config(app, factory=True, workers=num_workers, timeout_worker_healthcheck=UNHEARD_S, **config),
-            sockets,
+            uvicorn.Config(app, factory=True, workers=num_workers, timeout_worker_healthcheck=UNHEARD_S, loop=LOOP, **config),
+            stop_accepting,
             Path(name),
         )
         supervisor.run()  # its handlers stay: a tritonserver of ours has yet to be stopped in peace
@@ -99,12 +100,13 @@ def _worker_app(options: ServerOptions, parent: int) -> object:
 class _Supervisor(Multiprocess):
     """A worker that dies is started again, and its share of the gauges forgotten; `failure` says why that was given up."""
 
-    def __init__(self, config: uvicorn.Config, sockets: list[socket.socket], folder: Path) -> None:
+    def __init__(self, config: uvicorn.Config, stop_accepting: Callable[[], None], folder: Path) -> None:
         before = {number: signal.getsignal(number) for number in SIGNALS}
-        super().__init__(config, sockets)
+        super().__init__(config, [Entrance(entrance_path(folder))])
         for number in before.keys() - {signal.SIGINT, signal.SIGTERM}:
             signal.signal(number, before[number])  # SIGHUP, of a terminal that closes, ends this server as one of one process
         self.failure: str | None = None
+        self._stop_accepting = stop_accepting
         self._folder = folder
         self._pids: set[int | None] = set()
         self._deaths: deque[float] = deque(maxlen=MAX_DEATHS_A_MINUTE)
@@ -126,8 +128,7 @@ class _Supervisor(Multiprocess):
             self.should_exit.set()
 
     def terminate_all(self) -> None:
-        for sock in self.sockets:
-            sock.close()
+        self._stop_accepting()
         super().terminate_all()
 
     def join_all(self) -> None:
@@ -140,33 +141,16 @@ class _Supervisor(Multiprocess):
                     process.process.kill()
 
 
-class _SharedAddress(socket.socket):
-    """Bound to an address that others like it share. On its way to a worker it becomes another one, which that worker listens on."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _bound, (int(self.family), self.getsockname())
-
-
-def _bound(family: int, address: Any) -> _SharedAddress:
-    sock = _SharedAddress(family)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    if family == socket.AF_INET6:
-        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-    sock.bind(address)
-    return sock
-
-
 @contextlib.contextmanager
-def _held_address(host: str, port: int) -> Iterator[list[socket.socket]]:
-    """Sockets that keep others off every address of `host` and do not listen themselves. Raises InvalidInputError."""
+def _listening(host: str, port: int) -> Iterator[list[socket.socket]]:
+    """Sockets that listen on every address of `host`. Raises InvalidInputError."""
     with contextlib.ExitStack() as stack:
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-            places = list(dict.fromkeys((int(family), address) for family, _, _, _, address in found))
-            for family, address in places:  # beside a server whose port is shared, too, ours would go unnoticed
-                socket.create_server(address, family=socket.AddressFamily(family)).close()
-            sockets: list[socket.socket] = [stack.enter_context(_bound(family, address)) for family, address in places]
+            places = list(dict.fromkeys((family, address) for family, _, _, _, address in found))
+            sockets = [
+                stack.enter_context(socket.create_server(address, family=family, backlog=BACKLOG)) for family, address in places
+            ]
         except OSError as error:
             reason = str(error.strerror).partition(" (")[0]  # create_server repeats the address there
             raise InvalidInputError(
@@ -176,24 +160,43 @@ def _held_address(host: str, port: int) -> Iterator[list[socket.socket]]:
 
 
 @contextlib.contextmanager
-def _hub(options: ServerOptions, folder: Path) -> Iterator[None]:
-    """A `Hub` in a thread, for as long as the block runs. Raises ConfigError."""
+def _hub(options: ServerOptions, folder: Path, listeners: Sequence[socket.socket]) -> Iterator[Callable[[], None]]:
+    """A `Hub` and a `HandingServer` in a thread, for as long as the block runs; yields what ends the latter. Raises ConfigError."""
     hub = Hub(make_gate(options))
-    with socket.socket(socket.AF_UNIX) as sock:
-        try:
-            sock.bind(str(hub_path(folder)))
-        except OSError as error:  # a path of more than 107 bytes
-            raise ConfigError(
-                f"{hub_path(folder)} cannot be a socket ({error}); set TMPDIR to a folder with a short name"
-            ) from None
-        sock.listen(1024)
+    with contextlib.ExitStack() as stack:
+        sock = stack.enter_context(_unix_socket(hub_path(folder), socket.SOCK_STREAM))
+        entrance = stack.enter_context(_unix_socket(entrance_path(folder), socket.SOCK_SEQPACKET))
         loop = asyncio.new_event_loop()
         until = asyncio.Event()
-        thread = threading.Thread(target=loop.run_until_complete, args=(hub.serve(sock, until),), name="hub", daemon=True)
+        handing = loop.create_task(HandingServer(listeners).serve(entrance))
+
+        async def serve() -> None:
+            await hub.serve(sock, until)
+            with contextlib.suppress(asyncio.CancelledError):
+                await handing
+
+        thread = threading.Thread(target=loop.run_until_complete, args=(serve(),), name="hub", daemon=True)
         thread.start()
+
+        def stop_accepting() -> None:
+            loop.call_soon_threadsafe(handing.cancel)
+
         try:
-            yield
+            yield stop_accepting
         finally:
+            stop_accepting()
             loop.call_soon_threadsafe(until.set)
             thread.join()
             loop.close()
+
+
+def _unix_socket(path: Path, kind: int) -> socket.socket:
+    """It listens. Raises ConfigError."""
+    sock = socket.socket(socket.AF_UNIX, kind)
+    try:
+        sock.bind(str(path))
+    except OSError as error:  # a path of more than 107 bytes
+        sock.close()
+        raise ConfigError(f"{path} cannot be a socket ({error}); set TMPDIR to a folder with a short name") from None
+    sock.listen(1024)
+    return sock

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from tests.backend.tritonserver.fake_pb_utils import Request, strings
 
+from turbotriton.client.text_door import DEFAULTS
 from turbotriton.contract.errors import InvalidInputError
 from turbotriton.demo import checkpoint_path
 from turbotriton.text.chat_template import ChatTemplate
@@ -130,6 +131,11 @@ def test_defaults_are_plain_sampling() -> None:
     assert (sampling.seed, sampling.num_logprobs, sampling.ignore_eos) == (None, None, False)
     assert (request.num_samples, request.stream, request.exclude_input) == (1, False, True)
     assert (request.skip_special_tokens, request.returns, request.deadline_ms) == (True, frozenset(), None)
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_an_option_that_clients_leave_out_has_the_value_that_they_left_out(name: str) -> None:
+    assert read(**{name: DEFAULTS[name]}) == read()
 
 
 @pytest.mark.parametrize("values", [["a"] * 64, ["é", "\n"]])

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from tests.client.openai.scripted import ScriptedFleet, post, with_app
 
@@ -300,6 +301,31 @@ def test_param_is_the_place_in_the_body(path: str, body: Any, param: str | None)
     error = post(path, body).json()["error"]
     assert error["param"] == param
     assert "Value error" not in error["message"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_half_a_character_that_is_not_escaped_is_refused(encoding: str) -> None:
+    body = json.dumps(TEXT | {"prompt": "\ud800"}, ensure_ascii=False).encode(encoding, "surrogatepass")
+    assert_error(post("completions", body), 400, r"lone surrogate \ud800")
+
+
+@pytest.mark.parametrize("kind", ["application/json", "application/json; charset=utf-8", "application/json ;charset=utf-8"])
+@pytest.mark.parametrize(("path", "body"), [("chat/completions", CHAT), ("completions_qos", TEXT), ("chat/interactive", TALK)])
+def test_body_that_is_right_is_read_once(path: str, body: dict[str, Any], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fastapis(request: Any) -> Any:
+        raise AssertionError("FastAPI reads it")
+
+    monkeypatch.setattr(APIRoute, "get_route_handler", lambda self: fastapis)
+    reply = post(path, body, headers={"content-type": kind})
+    assert reply.status_code == (404 if "qos" in path else 200), reply.text  # this server has no QoS file
+    assert post(path, body | {"n": -1}, headers={"content-type": kind}).status_code == 500
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_body_in_another_encoding_is_read(encoding: str) -> None:
+    fleet = ScriptedFleet()
+    assert post("completions", json.dumps(TEXT | {"prompt": "é"}, ensure_ascii=False).encode(encoding), fleet).status_code == 200
+    assert fleet.asked[0][1] == {"prompt": "é"}
 
 
 @pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded", "text/plain"])

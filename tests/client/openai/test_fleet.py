@@ -1,4 +1,4 @@
-"""How many tokens a stream's deltas are asked to have: by the option, else by how many answers are under way."""
+"""What a door is asked for: how many tokens a delta, by the option or by how many answers are under way; and no option in vain."""
 
 import asyncio
 import contextlib
@@ -8,6 +8,7 @@ import pytest
 
 from turbotriton.client.openai import fleet as fleet_module
 from turbotriton.client.openai.fleet import Fleet
+from turbotriton.client.text_door import DEFAULTS
 
 
 class FakeStream:
@@ -64,3 +65,14 @@ def test_the_option_counts_whatever_runs() -> None:
 
 def test_whole_answers_have_none() -> None:
     assert intervals(70, 5, stream=False) == [1] * 70
+
+
+def test_what_the_door_does_anyway_is_not_asked_for() -> None:
+    async def run() -> None:
+        options = {**DEFAULTS, "temperature": 0.0, "stop_words": None, "exclude_input_in_output": False, "ignore_eos": True}
+        async with Fleet(["a:1"]).stream("m", {"prompt": "x"}, options):
+            pass
+
+    asyncio.run(run())
+    (asked,) = FakeClient.asked
+    assert asked == {"prompt": "x", "in_deltas": True, "temperature": 0.0, "exclude_input_in_output": False, "ignore_eos": True}
