@@ -10,7 +10,7 @@ A preempted request leaves its slot and joins again later with `token_ids` = pro
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -50,8 +50,7 @@ class NewBlocks:
     block_ids: tuple[int, ...]  # appended to the slot's block table
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledRow:
+class ScheduledRow(NamedTuple):
     """Compute tokens [start, start + num_tokens) of the slot's sequence; KV of [0, start) is in its blocks already.
 
     Prefill chunk: the ids come from `JoinedRequest.token_ids`. Decode: num_tokens == 1 and the id is the one sampled last.

@@ -62,14 +62,12 @@ class Request:
     last_token_time: float | None = None
     inter_token_s: float | None = None  # between the two newest tokens
     matcher: TokenMatcher | None = None  # of a guided request, once its grammar is compiled
+    sampling: SamplingParams = field(init=False)
+    num_prompt_tokens: int = field(init=False)
 
-    @property
-    def sampling(self) -> SamplingParams:
-        return self.source.sampling
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        return len(self.source.prompt_ids)
+    def __post_init__(self) -> None:
+        self.sampling = self.source.sampling
+        self.num_prompt_tokens = len(self.source.prompt_ids)
 
     @property
     def num_new_tokens(self) -> int:
@@ -83,17 +81,20 @@ class Request:
     @property
     def num_missing(self) -> int:
         """Tokens that steps can compute now: 1 for a decode, more for a prefill, 0 when its last token is in flight."""
-        is_last_drawn = self.num_in_flight and self.num_new_tokens + self.num_in_flight >= self.max_new_tokens
-        return 0 if is_last_drawn else self.length - self.num_scheduled_tokens
+        length = len(self.token_ids) + self.num_in_flight
+        is_last_drawn = self.num_in_flight and length - self.num_prompt_tokens >= self.max_new_tokens
+        return 0 if is_last_drawn else length - self.num_scheduled_tokens
 
     @property
     def needs_every_token(self) -> bool:
         """What it may draw depends on its last token, so that token must be known before the next is drawn."""
+        if self.matcher is not None:
+            return True
         sampling = self.sampling
-        return (
-            self.matcher is not None
-            or any(len(ids) > 1 for ids in sampling.bad_sequences)
-            or (sampling.min_new_tokens > 0 and any(len(ids) > 1 for ids in sampling.stop_sequences))
+        if not sampling.bad_sequences and not (sampling.min_new_tokens and sampling.stop_sequences):
+            return False
+        return any(len(ids) > 1 for ids in sampling.bad_sequences) or (
+            sampling.min_new_tokens > 0 and any(len(ids) > 1 for ids in sampling.stop_sequences)
         )
 
     @property

@@ -25,7 +25,6 @@ Invariants
 - Every added request ends in exactly one TokenDelta with a finish reason.
 """
 
-import dataclasses
 import heapq
 from collections import deque
 from collections.abc import Callable
@@ -142,7 +141,7 @@ class Scheduler:
     def refuse(self, request: Request, error: TurbotritonError) -> OwnedDelta:
         """Ends a held or running request with an error."""
         request, delta = self._finish(request, FinishReason.ERROR)
-        return OwnedDelta(request, dataclasses.replace(delta, error=str(error), error_status=error.triton_status))
+        return OwnedDelta(request, delta._replace(error=str(error), error_status=error.triton_status))
 
     def refuse_all(self, error: TurbotritonError) -> list[OwnedDelta]:
         return [self.refuse(request, error) for request in list(self._requests.values())]
@@ -280,8 +279,9 @@ class Scheduler:
         rows: list[ScheduledRow] = []
         joined: list[JoinedRequest] = []
         new_blocks: list[NewBlocks] = []
-        decodes = [r for r in self._running if r.num_missing == 1]
-        chunks = [r for r in self._running if r.num_missing > 1]
+        missing = [(request, request.num_missing) for request in self._running]
+        decodes = [request for request, num_tokens in missing if num_tokens == 1]
+        chunks = [request for request, num_tokens in missing if num_tokens > 1]
         picked: list[Request] = []
         for request in decodes:
             if budget and request.state is RequestState.RUNNING and self._ensure_blocks(request, new_blocks):
@@ -312,9 +312,9 @@ class Scheduler:
         return StepPlan(self._num_steps, left, tuple(joined), tuple(new_blocks), tuple(rows))
 
     def _row(self, request: Request, budget: int) -> ScheduledRow:
-        start = request.num_scheduled_tokens
-        num_tokens = min(request.length - start, budget)
-        samples = start + num_tokens == request.length and request.max_new_tokens > 0
+        start, length = request.num_scheduled_tokens, request.length
+        num_tokens = min(length - start, budget)
+        samples = start + num_tokens == length and request.max_new_tokens > 0
         request.num_scheduled_tokens += num_tokens
         request.num_in_flight += samples
         return ScheduledRow(request.slot, start, num_tokens, samples)
@@ -386,7 +386,7 @@ class Scheduler:
     def update(self, plan: StepPlan, result: StepResult) -> list[OwnedDelta]:
         """Takes in what the runner drew for `plan`, the oldest that was not taken in."""
         deltas: list[OwnedDelta] = []
-        drawn = iter(range(len(result.token_ids)))
+        drawn, now = iter(range(len(result.token_ids))), self._clock()
         for index, (row, (request, num_joins)) in enumerate(zip(plan.rows, self._in_flight.popleft(), strict=True)):
             at = next(drawn) if row.samples else -1
             if request.state is not RequestState.RUNNING or request.num_joins != num_joins:
@@ -395,22 +395,24 @@ class Scheduler:
             self.num_computed_tokens += row.num_tokens
             if index in result.prompt_logprobs:  # after a preemption some of them are known
                 request.prompt_logprobs += result.prompt_logprobs[index][len(request.prompt_logprobs) - row.start :]
-            self._publish_full_blocks(request)
+            if self.blocks.enable_prefix_caching:
+                self._publish_full_blocks(request)
             if row.samples:
                 request.num_in_flight -= 1
-                deltas.append(self._append(request, result, at))
+                deltas.append(self._append(request, result, at, now))
             elif request.num_computed_tokens == len(request.token_ids):
                 owned = self._finish(request, FinishReason.LENGTH)  # asked for no new token
                 deltas.append(_with(owned, prompt_logprobs=tuple(request.prompt_logprobs)))
         return deltas
 
-    def _append(self, request: Request, result: StepResult, at: int) -> OwnedDelta:
+    def _append(self, request: Request, result: StepResult, at: int, now: float) -> OwnedDelta:
+        """Number `at` of the drawn tokens, seen at `now`."""
         token_id = result.token_ids[at]
         request.token_ids.append(token_id)
-        request.last_token_time, previous = self._clock(), request.last_token_time
+        previous, request.last_token_time = request.last_token_time, now
         if request.first_token_time is None:
-            request.first_token_time = request.last_token_time
-        request.inter_token_s = None if previous is None else request.last_token_time - previous
+            request.first_token_time = now
+        request.inter_token_s = None if previous is None else now - previous
         outside = None if request.matcher is None else request.matcher.accept(token_id)
         if outside is not None:
             return self.refuse(request, InvalidInputError(outside))
@@ -422,14 +424,12 @@ class Scheduler:
         logprobs = result.logprobs[at] if result.logprobs else None
         if logprobs is not None:
             owned = _with(owned, logprobs=(logprobs,))
-        if request.num_new_tokens == 1 and request.prompt_logprobs:
+        if request.prompt_logprobs and request.num_new_tokens == 1:
             owned = _with(owned, prompt_logprobs=tuple(request.prompt_logprobs))
         return owned
 
     def _publish_full_blocks(self, request: Request) -> None:
         size = self.blocks.block_size
-        if not self.blocks.enable_prefix_caching:
-            return
         while (len(request.digests) + 1) * size <= request.num_computed_tokens:
             index = len(request.digests)
             parent = request.digests[-1] if request.digests else request.chain_root
@@ -442,7 +442,7 @@ def _num_scheduled(request: Request) -> int:
 
 
 def _with(owned: OwnedDelta, **fields: Any) -> OwnedDelta:
-    return OwnedDelta(owned.request, dataclasses.replace(owned.delta, **fields))
+    return OwnedDelta(owned.request, owned.delta._replace(**fields))
 
 
 def _deadline(request: Request) -> float:

@@ -12,6 +12,7 @@ Invariants
 import enum
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from .errors import InvalidInputError
 
@@ -169,8 +170,7 @@ class RequestTimings:
     e2e_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class TokenDelta:
+class TokenDelta(NamedTuple):  # made for every token: a frozen dataclass takes five times as long
     request_id: int
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()  # one a token id when asked for, else empty
