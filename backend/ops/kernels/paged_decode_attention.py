@@ -24,6 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .fast_launch import launch
 from .launch import has_pdl, launch_options, num_sms, wait_for_previous
 from .split_sum import is_last_of, workspace
 from .tuning import decode_attention_config, next_power_of_2
@@ -246,7 +247,9 @@ def paged_decode_attention(
         assert batch * num_kv_heads <= counters.numel(), f"{batch} x {num_kv_heads} heads are too many to split"
         partial = torch.empty((batch, num_heads, num_splits, head_dim), dtype=torch.float32, device=q.device)
         log_weight = torch.empty((batch, num_heads, num_splits), dtype=torch.float32, device=q.device)
-    _split_kernel[(num_kv_heads, num_splits, batch)](
+    launch(
+        _split_kernel,
+        (num_kv_heads, num_splits, batch),
         q,
         k_cache,
         v_cache,

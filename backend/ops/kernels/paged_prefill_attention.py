@@ -28,6 +28,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .fast_launch import launch
 from .hopper_prefill_attention import hopper_prefill_attention
 from .tuning import HOPPER_PREFILL_STAGES, prefill_attention_config, takes_hopper_prefill
 
@@ -291,7 +292,9 @@ def paged_prefill_attention(
         hopper_prefill_attention(q, k_cache, v_cache, *tables, scale, HOPPER_PREFILL_STAGES, out)
         return out
     num_tiles = num_tokens // (config.block_m // group_size) + num_rows
-    _prefill_kernel[(num_tiles, num_kv_heads)](
+    launch(
+        _prefill_kernel,
+        (num_tiles, num_kv_heads),
         q,
         k_cache,
         v_cache,

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .fast_launch import launch
 from .launch import has_pdl, launch_options, wait_for_previous
 from .tuning import ceil_div, rms_norm_config
 
@@ -77,7 +78,9 @@ def rms_norm(
     r = x if residual is None else torch.empty_like(y)
     if num_tokens == 0:
         return y, r
-    _rms_norm_kernel[(ceil_div(num_tokens, config.block_m),)](
+    launch(
+        _rms_norm_kernel,
+        (ceil_div(num_tokens, config.block_m),),
         x,
         residual,
         weight,

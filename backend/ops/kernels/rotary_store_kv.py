@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .fast_launch import launch
 from .launch import has_pdl, launch_options, wait_for_previous
 from .tuning import ceil_div, rotary_config
 
@@ -140,7 +141,9 @@ def rotary_store_kv(
     if num_tokens == 0:
         return q
     num_head_blocks = ceil_div(num_heads, config.block_h) + 2 * ceil_div(num_kv_heads, config.block_h)
-    _rotary_store_kv_kernel[(num_tokens, num_head_blocks)](
+    launch(
+        _rotary_store_kv_kernel,
+        (num_tokens, num_head_blocks),
         qkv,
         cos,
         sin,
