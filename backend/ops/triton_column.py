@@ -67,6 +67,8 @@ def _may_be_narrow(x: torch.Tensor) -> bool:
 
 
 def _is_skinny(weight: LinearWeight, x: torch.Tensor) -> TypeGuard[DenseWeight]:
+    if x.shape[0] > skinny_linear.MAX_SKINNY_ROWS and x.shape[0] > MAX_ROWS_BEFORE_NARROW:
+        return False  # known without asking the device
     return _has_rows_stored(weight, x, MAX_ROWS_BEFORE_NARROW if _may_be_narrow(x) else skinny_linear.MAX_SKINNY_ROWS)
 
 
@@ -131,7 +133,7 @@ def norm_qkv_rotary_store(
     v_cache: KvPages,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     qkv = weights.qkv
-    is_few = weights.q_norm is None and _norm_fits(x) and _is_skinny(qkv, x)
+    is_few = weights.q_norm is None and _is_skinny(qkv, x) and _norm_fits(x)
     if isinstance(k_cache, torch.Tensor) and isinstance(v_cache, torch.Tensor) and is_few and _turns_whole(batch, k_cache):
         assert isinstance(qkv, DenseWeight)
         return skinny_qkv.norm_qkv_rotary_store(

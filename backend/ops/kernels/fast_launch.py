@@ -33,6 +33,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .launch import chosen
+
 __all__ = ["Tiles", "forget_launches", "launch"]
 
 #: Releases whose launcher takes its arguments one by one, and those whose launcher takes them as one tuple.
@@ -68,9 +70,10 @@ _descriptors: dict[str, dict[Any, list[Any]]] = {}
 
 
 def forget_launches() -> None:
-    """After a change of what triton does not expect to change: a global that a kernel reads, the driver."""
+    """After a change of what nobody expects to change: a global that a kernel or a choice of tiles reads, triton's driver."""
     _known.clear()
     _descriptors.clear()
+    chosen.cache_clear()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
@@ -79,7 +82,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     args: for the kernel's parameters that are no constexprs, in order: tensors, Tiles, numbers, None
     options: its constexprs, num_warps and the like
     """
-    if type(kernel) not in _KINDS or kernel.pre_run_hooks or _is_watched():
+    if type(kernel) not in TAKEN or kernel.pre_run_hooks or _is_watched():
         kernel[grid](*map(_plain, args), **options)
         return
     active = driver.active
@@ -198,4 +201,4 @@ def _maker(kind: str, meta: Any) -> Callable[[Any], list[Any]]:
 
 _ENTER, _EXIT = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook  # chains, empty unless someone watches
 _IS_ONE_BY_ONE = triton.__version__.startswith(ONE_BY_ONE)
-_KINDS = (JITFunction, GluonJITFunction) if _IS_ONE_BY_ONE or triton.__version__.startswith(AS_TUPLE) else ()
+TAKEN = (JITFunction, GluonJITFunction) if _IS_ONE_BY_ONE or triton.__version__.startswith(AS_TUPLE) else ()

@@ -317,7 +317,7 @@ def linear(x: torch.Tensor, weight: W4A16Tiles, config: HopperTiles) -> torch.Te
     if x.stride(0) % 8 or x.data_ptr() % 16:
         x = x.clone(memory_format=torch.contiguous_format)
     num_rows, k = x.shape
-    n, strips = weight.out_features, config.strips
+    n, strips, low, high = weight.out_features, config.strips, config.low, config.high
     num_tiles = ceil_div(num_rows, config.block_m) * (n // config.block_n)
     assert 2 * config.num_programs * config.block_n * config.block_m <= MAX_PARTS, "no room for the parts of so many programs"
     assert num_tiles <= NUM_COUNTERS, "no counters for so many tiles"
@@ -327,8 +327,8 @@ def linear(x: torch.Tensor, weight: W4A16Tiles, config: HopperTiles) -> torch.Te
     launch(
         _hopper_w4a16_kernel,
         (min(config.num_programs, num_tiles * (k // 128)),),
-        Tiles(x, (config.low, 64), ROWS),
-        Tiles(x, (config.high or config.low, 64), ROWS),
+        Tiles(x, (low, 64), ROWS),
+        Tiles(x, (high or low, 64), ROWS),
         Tiles(words, (8 * strips, 128), WORDS),
         Tiles(weight.params, (1, 128 * strips), WORDS),
         weight.bias,
@@ -342,7 +342,7 @@ def linear(x: torch.Tensor, weight: W4A16Tiles, config: HopperTiles) -> torch.Te
         HAS_BIAS=weight.bias is not None,
         GATED=weight.gated,
         BLOCK_M=config.block_m,
-        HIGH=config.high,
+        HIGH=high,
         S=strips,
         NUM_STAGES=config.num_stages,
         PATIENCE=PATIENCE,

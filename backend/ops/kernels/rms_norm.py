@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .fast_launch import launch
-from .launch import has_pdl, launch_options, wait_for_previous
+from .launch import chosen, has_pdl, launch_options, wait_for_previous
 from .tuning import ceil_div, rms_norm_config
 
 __all__ = ["rms_norm"]
@@ -71,7 +71,7 @@ def rms_norm(
     Raises ConfigError when hidden > 32768.
     """
     num_tokens, hidden = x.shape
-    config = rms_norm_config(hidden)
+    config = chosen(rms_norm_config, hidden)
     assert x.stride(1) == 1 or hidden == 1, "x must be contiguous inside a row"
     assert residual is None or residual.stride(1) == 1 or hidden == 1, "residual must be contiguous inside a row"
     y = torch.empty((num_tokens, hidden), dtype=x.dtype, device=x.device)

@@ -103,7 +103,7 @@ def launched(monkeypatch):
 
 def plain(monkeypatch, run):
     with monkeypatch.context() as patch:
-        patch.setattr(fast_launch, "_KINDS", ())
+        patch.setattr(fast_launch, "TAKEN", ())
         run()
 
 
