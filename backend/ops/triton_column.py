@@ -56,6 +56,8 @@ from .table import REFERENCE
 
 __all__ = ["TRITON"]
 
+EIGHT_BIT = (W8A8Weight, Fp8Weight)  # a union would be made anew at each question
+
 
 def _has_rows_stored(weight: LinearWeight, x: torch.Tensor, max_rows: int) -> TypeGuard[DenseWeight]:
     """A dense weight stored by outputs, and not too many rows."""
@@ -98,7 +100,7 @@ def _norm_fits(x: torch.Tensor) -> bool:
 
 
 def linear(x: torch.Tensor | QuantizedRows, weight: LinearWeight) -> torch.Tensor:
-    if isinstance(weight, W8A8Weight | Fp8Weight):
+    if isinstance(weight, EIGHT_BIT):
         return w8a8_linear(x if isinstance(x, QuantizedRows) else quantize_rows(x, weight.weight.dtype), weight)
     assert isinstance(x, torch.Tensor), "8 bit rows meet 8 bit weights only"
     if _is_skinny(weight, x):
@@ -115,7 +117,7 @@ def linear(x: torch.Tensor | QuantizedRows, weight: LinearWeight) -> torch.Tenso
 def norm_linear(
     x: torch.Tensor, residual: torch.Tensor | None, norm: NormWeight, weight: LinearWeight
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if isinstance(weight, W8A8Weight | Fp8Weight):
+    if isinstance(weight, EIGHT_BIT):
         rows, residual = rms_norm_rows(x, norm.weight, norm.eps, residual, weight.weight.dtype)
         return w8a8_linear(rows, weight), residual
     if _is_skinny(weight, x) and _norm_fits(x):
@@ -179,7 +181,7 @@ def norm_gate_up_silu(
         y, residual = rms_norm(x, norm.weight, norm.eps, residual)
         return hopper_gate_up.gate_up(y, weight.weight, weight.bias), residual
     gate_up, residual = norm_linear(x, residual, norm, weight)
-    if isinstance(weight, W8A8Weight | Fp8Weight):  # all of a model's layers are stored alike: down_projection is 8 bit too
+    if isinstance(weight, EIGHT_BIT):  # all of a model's layers are stored alike: down_projection is 8 bit too
         return silu_and_mul_rows(gate_up, weight.weight.dtype), residual
     return silu_and_mul(gate_up), residual
 

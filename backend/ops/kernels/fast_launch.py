@@ -102,7 +102,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         elif kind is Tiles:
             base, block_shape, layout = arg
             chosen_by += Tiles, base.dtype, block_shape, id(layout)
-            tiles.append((len(values), arg))
+            tiles.append((len(values), (base.data_ptr(), base.shape, base.stride()), arg))
             values.append(None)
         elif kind is float or kind is bool:
             chosen_by += kind, arg
@@ -123,10 +123,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         return
     call, head, constants, descriptors, _kept = known
     for index in range(len(tiles) - 1, -1, -1):  # from the last, since each takes several places
-        place, tile = tiles[index]
+        place, geometry, tile = tiles[index]
         made, make = descriptors[index]
-        base = tile.base
-        geometry = (base.data_ptr(), base.shape, base.stride())
         parts = made.get(geometry)
         if parts is None:
             if len(made) >= MAX_DESCRIPTORS:

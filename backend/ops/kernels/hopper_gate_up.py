@@ -301,7 +301,7 @@ def gate_up(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
         return y
     config = hopper_gate_up_config(num_rows, k)
     num_blocks_m, num_blocks_n = ceil_div(num_rows, BLOCK_M.value), ceil_div(inter, BLOCK_N.value)
-    pairs = weight.t().unflatten(0, (2, inter))  # [gate or up, inter, in_features]
+    pairs = weight.as_strided((2, inter, k), (inter * weight.stride(1), weight.stride(1), 1))  # [gate or up, inter, in_features]
     launch(
         _hopper_gate_up_kernel,
         (min(num_blocks_m * num_blocks_n, num_sms(x.device)),),

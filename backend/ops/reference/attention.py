@@ -72,13 +72,13 @@ def attention(
     quantized_prefill_attention: PagedAttention = quantized_prefill_attention,
 ) -> torch.Tensor:
     n = batch.num_decodes
-    tables, lens = batch.block_tables, batch.context_lens
     decodes, chunks = None, None
     if n:
+        tables, lens = batch.decode_rows
         num_blocks = -(-batch.max_decode_context // page_shape(k_cache)[2])
-        decodes = q[:n], k_cache, v_cache, tables[:n, :num_blocks], lens[:n], scale, sliding_window
+        decodes = q[:n], k_cache, v_cache, tables[:, :num_blocks], lens, scale, sliding_window
     if batch.prefills:
-        chunks = q[n:], k_cache, v_cache, tables[n:], lens[n:], batch.cu_seqlens_q, scale, sliding_window
+        chunks = q[n:], k_cache, v_cache, *batch.prefill_rows, batch.cu_seqlens_q, scale, sliding_window
     if isinstance(k_cache, torch.Tensor):
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if decodes is not None:
