@@ -1,7 +1,7 @@
 """kernel[grid](*args, **options) for a fraction of the host's time, where the same kernel was launched in the same way before.
 
 Triton finds out at each launch which of a kernel's compiled forms its arguments want, checks the globals that the kernel reads and makes
-every tile descriptor anew: three quarters of what a launch costs the host. A step launches the same few kernels in every layer. So
+every tile descriptor anew, which is most of what a launch costs the host. A step launches the same few kernels in every layer. So
 
     first time    launch it as triton does, and keep what it launched by a key of all that chooses the compiled form
     again         the key is known: hand this launch's addresses and numbers to triton's launcher in C
