@@ -9,7 +9,7 @@ A row is one sequence. Every tensor of a batch lives on the device of the KV cac
 chooses its kernel and its launch sizes without waiting for the device.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -241,6 +241,7 @@ class AttentionBatch:
     max_decode_context: largest context_lens entry of those rows, 0 when there is none
     cu_seqlens_q: [num_rows - num_decodes + 1], int32: query tokens of the remaining rows before each of them, and of all
     prefills:     (num_query_tokens, context_len) of each remaining row; its queries are the last positions of its context
+    decode_rows, prefill_rows: (block_tables, context_lens) of the first num_decodes rows and of the remaining, which each layer asks for
     """
 
     cos: torch.Tensor
@@ -253,6 +254,13 @@ class AttentionBatch:
     max_decode_context: int
     cu_seqlens_q: torch.Tensor
     prefills: tuple[tuple[int, int], ...]
+    decode_rows: tuple[torch.Tensor, torch.Tensor] = field(init=False, repr=False, compare=False)
+    prefill_rows: tuple[torch.Tensor, torch.Tensor] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        n = self.num_decodes
+        object.__setattr__(self, "decode_rows", (self.block_tables[:n], self.context_lens[:n]))
+        object.__setattr__(self, "prefill_rows", (self.block_tables[n:], self.context_lens[n:]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,6 +64,8 @@ from .table import REFERENCE
 
 __all__ = ["TRITON"]
 
+EIGHT_BIT = (W8A8Weight, Fp8Weight)  # a union would be made anew at each question
+
 
 def _has_rows_stored(weight: LinearWeight, x: torch.Tensor, max_rows: int) -> TypeGuard[DenseWeight]:
     """A dense weight stored by outputs, and not too many rows."""
@@ -75,6 +77,8 @@ def _may_be_narrow(x: torch.Tensor) -> bool:
 
 
 def _is_skinny(weight: LinearWeight, x: torch.Tensor) -> TypeGuard[DenseWeight]:
+    if x.shape[0] > skinny_linear.MAX_SKINNY_ROWS and x.shape[0] > MAX_ROWS_BEFORE_NARROW:
+        return False  # known without asking the device
     return _has_rows_stored(weight, x, MAX_ROWS_BEFORE_NARROW if _may_be_narrow(x) else skinny_linear.MAX_SKINNY_ROWS)
 
 
@@ -104,7 +108,7 @@ def _norm_fits(x: torch.Tensor) -> bool:
 
 
 def linear(x: torch.Tensor | QuantizedRows, weight: LinearWeight) -> torch.Tensor:
-    if isinstance(weight, W8A8Weight | Fp8Weight):
+    if isinstance(weight, EIGHT_BIT):
         return w8a8_linear(x if isinstance(x, QuantizedRows) else quantize_rows(x, weight.weight.dtype), weight)
     assert isinstance(x, torch.Tensor), "8 bit rows meet 8 bit weights only"
     if _is_skinny(weight, x):
@@ -124,7 +128,7 @@ def linear(x: torch.Tensor | QuantizedRows, weight: LinearWeight) -> torch.Tenso
 def norm_linear(
     x: torch.Tensor, residual: torch.Tensor | None, norm: NormWeight, weight: LinearWeight
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if isinstance(weight, W8A8Weight | Fp8Weight):
+    if isinstance(weight, EIGHT_BIT):
         rows, residual = rms_norm_rows(x, norm.weight, norm.eps, residual, weight.weight.dtype)
         return w8a8_linear(rows, weight), residual
     if _is_skinny(weight, x) and _norm_fits(x):
@@ -145,7 +149,7 @@ def norm_qkv_rotary_store(
     v_cache: KvPages,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     qkv = weights.qkv
-    is_few = weights.q_norm is None and _norm_fits(x) and _is_skinny(qkv, x)
+    is_few = weights.q_norm is None and _is_skinny(qkv, x) and _norm_fits(x)
     if isinstance(k_cache, torch.Tensor) and isinstance(v_cache, torch.Tensor) and is_few and _turns_whole(batch, k_cache):
         assert isinstance(qkv, DenseWeight)
         is_row = hopper_row_qkv.takes(x, qkv.weight, k_cache.shape[3])
@@ -196,7 +200,7 @@ def norm_gate_up_silu(
         y, residual = rms_norm(x, norm.weight, norm.eps, residual)
         return hopper_gate_up.gate_up(y, weight.weight, weight.bias), residual
     gate_up, residual = norm_linear(x, residual, norm, weight)
-    if isinstance(weight, W8A8Weight | Fp8Weight):  # all of a model's layers are stored alike: down_projection is 8 bit too
+    if isinstance(weight, EIGHT_BIT):  # all of a model's layers are stored alike: down_projection is 8 bit too
         return silu_and_mul_rows(gate_up, weight.weight.dtype), residual
     return silu_and_mul(gate_up), residual
 

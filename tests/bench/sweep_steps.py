@@ -29,6 +29,7 @@ from triton.errors import TritonError
 
 from turbotriton.backend.capacity import GPUS, ModelShape, decode_step_s
 from turbotriton.backend.ops.kernels import tuning
+from turbotriton.backend.ops.kernels.fast_launch import forget_launches
 from turbotriton.backend.ops.operands import KvPages, QuantizedPages
 from turbotriton.backend.runner.decode_graphs import decode_forward
 from turbotriton.backend.runner.model_runner import ModelRunner
@@ -66,11 +67,13 @@ def chosen(choice: str) -> Iterator[None]:
     before = [(module, name, vars(module)[name]) for module in modules for name in replaced if name in vars(module)]
     for module, name, _ in before:
         setattr(module, name, replaced[name])
+    forget_launches()  # a kernel may read one of them
     try:
         yield
     finally:
         for module, name, value in before:
             setattr(module, name, value)
+        forget_launches()
 
 
 def _with_fields(function: Callable[..., Any], values: dict[str, Any]) -> Callable[..., Any]:

@@ -29,9 +29,9 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .fast_launch import Tiles, launch
 from .launch import has_pdl, is_hopper, launch_options, num_sms
 from .tuning import ceil_div, hopper_gate_up_config, takes_hopper_gate_up
 
@@ -302,12 +302,14 @@ def gate_up(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
         return y
     config = hopper_gate_up_config(num_rows, k)
     num_blocks_m, num_blocks_n = ceil_div(num_rows, BLOCK_M.value), ceil_div(inter, BLOCK_N.value)
-    pairs = weight.t().unflatten(0, (2, inter))  # [gate or up, inter, in_features]
-    _hopper_gate_up_kernel[(min(num_blocks_m * num_blocks_n, num_sms(x.device)),)](
-        TensorDescriptor.from_tensor(x, [BLOCK_M.value, BLOCK_K.value], PLAIN),
-        TensorDescriptor.from_tensor(pairs, [2, BLOCK_N.value, BLOCK_K.value], PAIRED),
+    pairs = weight.as_strided((2, inter, k), (inter * weight.stride(1), weight.stride(1), 1))  # [gate or up, inter, in_features]
+    launch(
+        _hopper_gate_up_kernel,
+        (min(num_blocks_m * num_blocks_n, num_sms(x.device)),),
+        Tiles(x, (BLOCK_M.value, BLOCK_K.value), PLAIN),
+        Tiles(pairs, (2, BLOCK_N.value, BLOCK_K.value), PAIRED),
         bias,
-        TensorDescriptor.from_tensor(y, [HALF_M.value, HALF_N.value], PLAIN),
+        Tiles(y, (HALF_M.value, HALF_N.value), PLAIN),
         inter,
         num_blocks_m,
         num_blocks_n,

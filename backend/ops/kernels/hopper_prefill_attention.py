@@ -28,8 +28,8 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .fast_launch import Tiles, launch
 from .launch import num_sms
 
 __all__ = ["hopper_prefill_attention"]
@@ -327,12 +327,14 @@ def hopper_prefill_attention(
     assert block_size == BLOCK_N.value
     num_rows = block_tables.shape[0]
     group_size = num_heads // num_kv_heads
-    block_shape = [1, 1, block_size, head_dim]
+    block_shape = (1, 1, block_size, head_dim)
     num_items = (num_tokens // (2 * HALF_M.value // group_size) + num_rows) * num_kv_heads
-    _hopper_prefill_kernel[(min(num_items, num_sms(q.device)),)](
+    launch(
+        _hopper_prefill_kernel,
+        (min(num_items, num_sms(q.device)),),
         q,
-        TensorDescriptor.from_tensor(k_cache, block_shape, PAGES),
-        TensorDescriptor.from_tensor(v_cache, block_shape, PAGES),
+        Tiles(k_cache, block_shape, PAGES),
+        Tiles(v_cache, block_shape, PAGES),
         block_tables,
         context_lens,
         cu_seqlens_q,

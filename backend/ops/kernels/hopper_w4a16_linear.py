@@ -20,11 +20,11 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from turbotriton.backend.ops.operands import W4A16Tiles
 
+from .fast_launch import Tiles, launch
 from .hopper_shares import (
     PATIENCE,
     chunk_of,
@@ -317,18 +317,20 @@ def linear(x: torch.Tensor, weight: W4A16Tiles, config: HopperTiles) -> torch.Te
     if x.stride(0) % 8 or x.data_ptr() % 16:
         x = x.clone(memory_format=torch.contiguous_format)
     num_rows, k = x.shape
-    n, strips = weight.out_features, config.strips
+    n, strips, low, high = weight.out_features, config.strips, config.low, config.high
     num_tiles = ceil_div(num_rows, config.block_m) * (n // config.block_n)
     assert 2 * config.num_programs * config.block_n * config.block_m <= MAX_PARTS, "no room for the parts of so many programs"
     assert num_tiles <= NUM_COUNTERS, "no counters for so many tiles"
     y = torch.empty((num_rows, n // 2 if weight.gated else n), dtype=x.dtype, device=x.device)
     parts, counters = workspace(x.device)
     words = weight.words.view(n // 16, 2 * k)
-    _hopper_w4a16_kernel[(min(config.num_programs, num_tiles * (k // 128)),)](
-        TensorDescriptor.from_tensor(x, [config.low, 64], ROWS),
-        TensorDescriptor.from_tensor(x, [config.high or config.low, 64], ROWS),
-        TensorDescriptor.from_tensor(words, [8 * strips, 128], WORDS),
-        TensorDescriptor.from_tensor(weight.params, [1, 128 * strips], WORDS),
+    launch(
+        _hopper_w4a16_kernel,
+        (min(config.num_programs, num_tiles * (k // 128)),),
+        Tiles(x, (low, 64), ROWS),
+        Tiles(x, (high or low, 64), ROWS),
+        Tiles(words, (8 * strips, 128), WORDS),
+        Tiles(weight.params, (1, 128 * strips), WORDS),
         weight.bias,
         y,
         parts,
@@ -340,7 +342,7 @@ def linear(x: torch.Tensor, weight: W4A16Tiles, config: HopperTiles) -> torch.Te
         HAS_BIAS=weight.bias is not None,
         GATED=weight.gated,
         BLOCK_M=config.block_m,
-        HIGH=config.high,
+        HIGH=high,
         S=strips,
         NUM_STAGES=config.num_stages,
         PATIENCE=PATIENCE,

@@ -14,11 +14,11 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from turbotriton.backend.ops.operands import QuantizedRows, W8A8Weight
 
+from .fast_launch import Tiles, launch
 from .hopper_shares import PATIENCE, chunk_of, find_parts, leave_part, load_tile, my_share, sum_of_parts
 from .launch import has_pdl, launch_options
 from .split_sum import NUM_COUNTERS, workspace
@@ -213,10 +213,12 @@ def linear(x: QuantizedRows, weight: W8A8Weight, config: HopperTiles) -> torch.T
     assert num_tiles <= NUM_COUNTERS, "no counters for so many tiles"
     y = torch.empty((num_rows, n), dtype=x.dtype, device=device)
     parts, counters = workspace(device)
-    _hopper_w8a8_kernel[(min(config.num_programs, num_tiles * (k // 128)),)](
-        TensorDescriptor.from_tensor(x.values, [LOW.value, 128], BYTES),
-        TensorDescriptor.from_tensor(x.values, [config.block_m - LOW.value, 128], BYTES),
-        TensorDescriptor.from_tensor(weight.weight.t(), [128, 128], BYTES),
+    launch(
+        _hopper_w8a8_kernel,
+        (min(config.num_programs, num_tiles * (k // 128)),),
+        Tiles(x.values, (LOW.value, 128), BYTES),
+        Tiles(x.values, (config.block_m - LOW.value, 128), BYTES),
+        Tiles(weight.weight.t(), (128, 128), BYTES),
         x.scale,
         weight.scale,
         weight.bias,

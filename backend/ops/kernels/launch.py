@@ -9,13 +9,15 @@ In a decode step the embedding is such a kernel: layers may read lengths, block 
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-__all__ = ["has_pdl", "is_hopper", "launch_options", "num_sms", "shared_memory_bytes", "wait_for_previous"]
+__all__ = ["chosen", "has_pdl", "is_hopper", "launch_options", "num_sms", "shared_memory_bytes", "wait_for_previous"]
 
 CPU_NUM_SMS = 4  # for the interpreter: enough to give several splits
 CPU_SHARED_BYTES = 227 << 10  # the same: what the chip has that is tuned for
@@ -47,6 +49,12 @@ def num_sms(device: torch.device) -> int:
 def shared_memory_bytes(device: torch.device) -> int:
     """The most that one program can have."""
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else CPU_SHARED_BYTES
+
+
+@functools.lru_cache(maxsize=4096)
+def chosen(choice: Callable[..., Any], *numbers: Any, **more: Any) -> Any:
+    """choice(*numbers, **more), a pure function out of tuning.py, whose constants nobody changes without `chosen.cache_clear()`."""
+    return choice(*numbers, **more)
 
 
 def launch_options(pdl: bool) -> dict[str, bool]:

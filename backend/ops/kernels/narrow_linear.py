@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .fast_launch import launch
 from .launch import has_pdl, launch_options, num_sms
 from .split_sum import sum_of_splits, workspace
 from .tuning import ceil_div, narrow_linear_config
@@ -122,7 +123,9 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *,
         return y
     config = narrow_linear_config(num_rows, n, k, x.element_size(), num_sms(x.device), gated=gated)
     parts, counters = workspace(x.device) if config.num_splits > 1 else (None, None)
-    _narrow_linear_kernel[(ceil_div(n, config.block_n), ceil_div(num_rows, config.block_m), config.num_splits)](
+    launch(
+        _narrow_linear_kernel,
+        (ceil_div(n, config.block_n), ceil_div(num_rows, config.block_m), config.num_splits),
         x,
         weight,
         bias,

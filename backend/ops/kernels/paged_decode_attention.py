@@ -24,7 +24,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import has_pdl, launch_options, num_sms, wait_for_previous
+from .fast_launch import launch
+from .launch import chosen, has_pdl, launch_options, num_sms, wait_for_previous
 from .split_sum import is_last_of, workspace
 from .tuning import decode_attention_config, next_power_of_2
 
@@ -209,6 +210,7 @@ def paged_decode_attention(
     context_lens: torch.Tensor,
     scale: float,
     sliding_window: int = 0,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Launch on the current device and stream; nothing is read back, so it can be captured in a CUDA graph.
 
@@ -218,11 +220,14 @@ def paged_decode_attention(
     context_lens: [batch], int32, contiguous, the new token included, at most max_blocks * block_size; 0 gives a row of zeros
     sliding_window: keys that a query sees, itself included; 0: all
 
-    Returns [batch, num_heads, head_dim], new, contiguous, in q's dtype. batch may be 0. Raises ConfigError when head_dim > 256.
+    out: of the result's shape and dtype, contiguous: filled and returned; None: a new tensor
+
+    Returns [batch, num_heads, head_dim], contiguous, in q's dtype. batch may be 0. Raises ConfigError when head_dim > 256.
     """
     batch, num_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
-    config = decode_attention_config(
+    config = chosen(
+        decode_attention_config,
         batch=batch,
         num_kv_heads=num_kv_heads,
         group_size=num_heads // num_kv_heads,
@@ -231,7 +236,8 @@ def paged_decode_attention(
         max_context=block_tables.shape[1] * block_size,
         num_sms=num_sms(q.device),
     )
-    out = torch.empty((batch, num_heads, head_dim), dtype=q.dtype, device=q.device)
+    if out is None:
+        out = torch.empty((batch, num_heads, head_dim), dtype=q.dtype, device=q.device)
     if batch == 0:
         return out
     assert num_heads % num_kv_heads == 0, f"{num_heads} heads over {num_kv_heads} kv heads"
@@ -246,7 +252,9 @@ def paged_decode_attention(
         assert batch * num_kv_heads <= counters.numel(), f"{batch} x {num_kv_heads} heads are too many to split"
         partial = torch.empty((batch, num_heads, num_splits, head_dim), dtype=torch.float32, device=q.device)
         log_weight = torch.empty((batch, num_heads, num_splits), dtype=torch.float32, device=q.device)
-    _split_kernel[(num_kv_heads, num_splits, batch)](
+    launch(
+        _split_kernel,
+        (num_kv_heads, num_splits, batch),
         q,
         k_cache,
         v_cache,

@@ -28,7 +28,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .fast_launch import launch
 from .hopper_prefill_attention import hopper_prefill_attention
+from .launch import chosen
 from .tuning import HOPPER_PREFILL_STAGES, prefill_attention_config, takes_hopper_prefill
 
 __all__ = ["paged_prefill_attention"]
@@ -257,6 +259,7 @@ def paged_prefill_attention(
     cu_seqlens_q: torch.Tensor,
     scale: float,
     sliding_window: int = 0,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Launch on the current device and stream; nothing is read back: the grid follows from the shapes of q and block_tables.
 
@@ -268,7 +271,9 @@ def paged_prefill_attention(
     context_lens[i] of them, the last positions of its context; from 0 to num_tokens. A row may have no queries
     scale: > 0      sliding_window: keys that a query sees, itself included; 0: all
 
-    Returns [num_tokens, num_heads, head_dim], new, contiguous, in q's dtype. num_tokens may be 0.
+    out: of the result's shape and dtype, contiguous: filled and returned; None: a new tensor
+
+    Returns [num_tokens, num_heads, head_dim], contiguous, in q's dtype. num_tokens may be 0.
     Raises ConfigError when head_dim > 256.
     """
     num_tokens, num_heads, head_dim = q.shape
@@ -276,8 +281,9 @@ def paged_prefill_attention(
     num_rows = block_tables.shape[0]
     group_size = num_heads // num_kv_heads
     capability = _compute_capability(q.device)
-    config = prefill_attention_config(group_size, head_dim, q.element_size(), capability)
-    out = torch.empty((num_tokens, num_heads, head_dim), dtype=q.dtype, device=q.device)
+    config = chosen(prefill_attention_config, group_size, head_dim, q.element_size(), capability)
+    if out is None:
+        out = torch.empty((num_tokens, num_heads, head_dim), dtype=q.dtype, device=q.device)
     if num_tokens == 0:
         return out
     assert scale > 0, f"the maximum is taken before the scale {scale}"
@@ -286,12 +292,14 @@ def paged_prefill_attention(
     assert context_lens.shape[0] == cu_seqlens_q.shape[0] - 1 == num_rows, "one length and one start a row, and the end"
     assert 1 == q.stride(2) == k_cache.stride(3) == v_cache.stride(3) == block_tables.stride(1)
     assert 1 == context_lens.stride(0) == cu_seqlens_q.stride(0)
-    if takes_hopper_prefill(group_size, head_dim, block_size, q.element_size(), sliding_window, capability):
+    if chosen(takes_hopper_prefill, group_size, head_dim, block_size, q.element_size(), sliding_window, capability):
         tables = block_tables, context_lens, cu_seqlens_q
         hopper_prefill_attention(q, k_cache, v_cache, *tables, scale, HOPPER_PREFILL_STAGES, out)
         return out
     num_tiles = num_tokens // (config.block_m // group_size) + num_rows
-    _prefill_kernel[(num_tiles, num_kv_heads)](
+    launch(
+        _prefill_kernel,
+        (num_tiles, num_kv_heads),
         q,
         k_cache,
         v_cache,

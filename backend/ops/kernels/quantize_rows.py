@@ -19,6 +19,7 @@ import triton.language as tl
 
 from turbotriton.backend.ops.operands import QuantizedRows
 
+from .fast_launch import launch
 from .fast_math import fast_exp2, fast_inverse
 from .launch import has_pdl, launch_options, wait_for_previous
 from .tuning import ceil_div, quantize_rows_config
@@ -163,7 +164,7 @@ def quantize_rows(x: torch.Tensor, dtype: torch.dtype) -> QuantizedRows:
     values, scale, rows = _outputs(x, n, dtype)
     options = _options(n, dtype, x.device)
     if num_rows:
-        _quantize_rows_kernel[(num_rows,)](x, values, scale, x.stride(0), N=n, **options)
+        launch(_quantize_rows_kernel, (num_rows,), x, values, scale, x.stride(0), N=n, **options)
     return rows
 
 
@@ -178,7 +179,9 @@ def rms_norm_rows(
     r = x if residual is None else torch.empty((num_rows, hidden), dtype=x.dtype, device=x.device)
     options = _options(hidden, dtype, x.device)
     if num_rows:
-        _rms_norm_rows_kernel[(num_rows,)](
+        launch(
+            _rms_norm_rows_kernel,
+            (num_rows,),
             x,
             residual,
             weight,
@@ -205,5 +208,5 @@ def silu_and_mul_rows(x: torch.Tensor, dtype: torch.dtype) -> QuantizedRows:
     values, scale, rows = _outputs(x, n, dtype)
     options = _options(n, dtype, x.device)
     if num_rows:
-        _silu_and_mul_rows_kernel[(num_rows,)](x, values, scale, x.stride(0), N=n, ASM=x.is_cuda, **options)
+        launch(_silu_and_mul_rows_kernel, (num_rows,), x, values, scale, x.stride(0), N=n, ASM=x.is_cuda, **options)
     return rows

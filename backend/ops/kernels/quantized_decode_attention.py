@@ -37,6 +37,7 @@ import triton.language as tl
 
 from turbotriton.backend.ops.operands import QuantizedPages, StaticInt8Pages
 
+from .fast_launch import launch
 from .fast_math import fast_exp2, fast_log2
 from .launch import has_pdl, launch_options, num_sms, wait_for_previous
 from .paged_decode_attention import REDUCE_ELEMENTS, REDUCE_TILE, _add_splits, _key_range, _split_tokens
@@ -380,7 +381,9 @@ def quantized_decode_attention(
         assert batch * num_kv_heads <= counters.numel(), f"{batch} x {num_kv_heads} heads are too many to split"
         partial = torch.empty((batch, num_heads, num_splits, head_dim), dtype=torch.float32, device=q.device)
         log_weight = torch.empty((batch, num_heads, num_splits), dtype=torch.float32, device=q.device)
-    _quantized_split_kernel[(num_kv_heads, num_splits, batch)](
+    launch(
+        _quantized_split_kernel,
+        (num_kv_heads, num_splits, batch),
         q,
         k_data,
         v_data,

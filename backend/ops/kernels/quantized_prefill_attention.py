@@ -19,6 +19,7 @@ import triton.language as tl
 
 from turbotriton.backend.ops.operands import QuantizedPages, StaticInt8Pages
 
+from .fast_launch import launch
 from .launch import has_pdl, launch_options, wait_for_previous
 from .paged_prefill_attention import paged_prefill_attention
 from .tuning import ceil_div, next_power_of_2
@@ -269,7 +270,9 @@ def _widened(
         assert v_pages.num_parts == 1, "values have one scale a head"
         params = (k_pages.params, v_pages.params, None, None)
         param_strides = (*k_pages.params.stride()[:3], *v_pages.params.stride()[:3])
-    _widen_pages_kernel[(len(counts), max(counts), num_kv_heads)](
+    launch(
+        _widen_pages_kernel,
+        (len(counts), max(counts), num_kv_heads),
         k_pages.data,
         v_pages.data,
         *params,

@@ -16,7 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import has_pdl, launch_options, wait_for_previous
+from .fast_launch import launch
+from .launch import chosen, has_pdl, launch_options, wait_for_previous
 from .tuning import ceil_div, rms_norm_config
 
 __all__ = ["rms_norm"]
@@ -70,14 +71,16 @@ def rms_norm(
     Raises ConfigError when hidden > 32768.
     """
     num_tokens, hidden = x.shape
-    config = rms_norm_config(hidden)
+    config = chosen(rms_norm_config, hidden)
     assert x.stride(1) == 1 or hidden == 1, "x must be contiguous inside a row"
     assert residual is None or residual.stride(1) == 1 or hidden == 1, "residual must be contiguous inside a row"
     y = torch.empty((num_tokens, hidden), dtype=x.dtype, device=x.device)
     r = x if residual is None else torch.empty_like(y)
     if num_tokens == 0:
         return y, r
-    _rms_norm_kernel[(ceil_div(num_tokens, config.block_m),)](
+    launch(
+        _rms_norm_kernel,
+        (ceil_div(num_tokens, config.block_m),),
         x,
         residual,
         weight,

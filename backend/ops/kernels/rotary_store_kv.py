@@ -14,7 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import has_pdl, launch_options, wait_for_previous
+from .fast_launch import launch
+from .launch import chosen, has_pdl, launch_options, wait_for_previous
 from .tuning import ceil_div, rotary_config
 
 __all__ = ["rotary_store_kv"]
@@ -132,7 +133,7 @@ def rotary_store_kv(
     num_tokens = qkv.shape[0]
     block_size, head_dim = k_cache.shape[2:]
     half = cos.shape[1]
-    config = rotary_config(num_heads, num_kv_heads, head_dim, 2 * half)
+    config = chosen(rotary_config, num_heads, num_kv_heads, head_dim, 2 * half)
     assert qkv.shape[1] == (num_heads + 2 * num_kv_heads) * head_dim, f"qkv has {qkv.shape[1]} columns"
     assert k_cache.dtype == v_cache.dtype == qkv.dtype, "the cache has qkv's dtype"
     assert 1 == qkv.stride(1) == cos.stride(1) == sin.stride(1) == k_cache.stride(3) == v_cache.stride(3) or half == 1
@@ -140,7 +141,9 @@ def rotary_store_kv(
     if num_tokens == 0:
         return q
     num_head_blocks = ceil_div(num_heads, config.block_h) + 2 * ceil_div(num_kv_heads, config.block_h)
-    _rotary_store_kv_kernel[(num_tokens, num_head_blocks)](
+    launch(
+        _rotary_store_kv_kernel,
+        (num_tokens, num_head_blocks),
         qkv,
         cos,
         sin,

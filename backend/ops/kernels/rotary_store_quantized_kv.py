@@ -17,6 +17,7 @@ import triton.language as tl
 
 from turbotriton.backend.ops.operands import QuantizedPages, StaticInt8Pages
 
+from .fast_launch import launch
 from .launch import has_pdl, launch_options, wait_for_previous
 from .tuning import ceil_div, next_power_of_2, rotary_config
 
@@ -271,9 +272,9 @@ def rotary_store_quantized_kv(
         assert offset is None or offset.is_contiguous()
         parts = k_cache.params, v_cache.params, k_cache.params, v_cache.params
         param_strides = (*k_cache.params.stride()[:3], *v_cache.params.stride()[:3])
-    _rotary_store_quantized_kv_kernel[
-        (num_tokens, ceil_div(num_heads, config.block_h) + 2 * ceil_div(num_kv_heads, config.block_h))
-    ](
+    launch(
+        _rotary_store_quantized_kv_kernel,
+        (num_tokens, ceil_div(num_heads, config.block_h) + 2 * ceil_div(num_kv_heads, config.block_h)),
         qkv,
         cos,
         sin,

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .fast_launch import launch
 from .launch import has_pdl, launch_options, wait_for_previous
 from .tuning import ceil_div, silu_and_mul_config
 
@@ -54,7 +55,9 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     if num_tokens == 0:
         return y
     config = silu_and_mul_config(inter)
-    _silu_and_mul_kernel[(ceil_div(num_tokens, config.block_m), ceil_div(inter, config.block_n))](
+    launch(
+        _silu_and_mul_kernel,
+        (ceil_div(num_tokens, config.block_m), ceil_div(inter, config.block_n)),
         x,
         y,
         num_tokens,

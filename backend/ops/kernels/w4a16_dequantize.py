@@ -6,6 +6,7 @@ import triton.language as tl
 
 from turbotriton.backend.ops.operands import W4A16Tiles
 
+from .fast_launch import launch
 from .launch import has_pdl, launch_options, wait_for_previous
 from .w4a16_words import load_weights, numbers_of
 
@@ -45,7 +46,9 @@ def dequantize_w4a16(weight: W4A16Tiles) -> torch.Tensor:
     n, k = weight.out_features, weight.in_features
     out = torch.empty((n, k), dtype=weight.dtype, device=weight.words.device)
     rounds = 2 if weight.group_size % 128 == 0 else 1
-    _dequantize_w4a16_kernel[(k // (64 * rounds), n // 64)](
+    launch(
+        _dequantize_w4a16_kernel,
+        (k // (64 * rounds), n // 64),
         weight.words,
         weight.params,
         out,

@@ -20,12 +20,12 @@ import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from turbotriton.backend.ops.operands import W4A16Tiles
 
 from . import hopper_w4a16_linear
-from .launch import has_pdl, is_hopper, launch_options, num_sms
+from .fast_launch import Tiles, launch
+from .launch import chosen, has_pdl, is_hopper, launch_options, num_sms
 from .split_sum import sum_of_splits, workspace
 from .tuning import ceil_div, hopper_w4a16_config, takes_hopper_w4a16, w4a16_linear_config
 from .w4a16_words import load_weights, numbers_of
@@ -191,8 +191,9 @@ def _linear(x: torch.Tensor, weight: W4A16Tiles) -> torch.Tensor:
     assert k == weight.in_features, f"x has {k} columns"
     assert x.dtype is weight.dtype, f"the weight was packed for {weight.dtype}"
     n = weight.out_features
-    if takes_hopper_w4a16(num_rows, n, k, num_sms(x.device), is_hopper=is_hopper(x.device)):
-        return hopper_w4a16_linear.linear(x, weight, hopper_w4a16_config(num_rows, n, num_sms(x.device)))
+    device = x.device
+    if chosen(takes_hopper_w4a16, num_rows, n, k, num_sms(device), is_hopper=is_hopper(device)):
+        return hopper_w4a16_linear.linear(x, weight, chosen(hopper_w4a16_config, num_rows, n, num_sms(device)))
     y = torch.empty((num_rows, n // 2 if weight.gated else n), dtype=x.dtype, device=x.device)
     if num_rows == 0:
         return y
@@ -201,10 +202,12 @@ def _linear(x: torch.Tensor, weight: W4A16Tiles) -> torch.Tensor:
     if config.descriptors:
         if x.stride(0) % 8 or x.data_ptr() % 16:
             x = x.clone(memory_format=torch.contiguous_format)
-        rows = TensorDescriptor.from_tensor(x, [config.block_m, config.block_k])
+        rows = Tiles(x, (config.block_m, config.block_k))
     parts, counters = workspace(x.device) if config.num_splits > 1 else (None, None)
     num_tiles = ceil_div(num_rows, config.block_m) * (n // config.block_n)
-    _w4a16_linear_kernel[(num_tiles * config.num_splits,)](
+    launch(
+        _w4a16_linear_kernel,
+        (num_tiles * config.num_splits,),
         rows,
         weight.words,
         weight.params,

@@ -21,11 +21,11 @@ be: bf16 results and sizes that are multiples of 16.
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from turbotriton.backend.ops.operands import Fp8Weight, QuantizedRows, W8A8Weight
 
 from . import hopper_w8a8_linear
+from .fast_launch import Tiles, launch
 from .launch import has_pdl, is_hopper, launch_options, num_sms, wait_for_previous
 from .split_sum import sum_of_splits, workspace
 from .tuning import (
@@ -160,12 +160,14 @@ def _linear(x: QuantizedRows, weight: W8A8Weight | Fp8Weight) -> torch.Tensor:
     config = w8a8_linear_config(x.num_rows, n, k, num_sms(device), has_descriptors=has_descriptors)
     x_values, w_values = x.values, weight.weight
     if config.descriptors:
-        x_values = TensorDescriptor.from_tensor(x_values, [config.block_m, config.block_k])
-        w_values = TensorDescriptor.from_tensor(weight.weight.t(), [config.block_n, config.block_k])
+        x_values = Tiles(x_values, (config.block_m, config.block_k))
+        w_values = Tiles(weight.weight.t(), (config.block_n, config.block_k))
     parts, counters = workspace(device) if config.num_splits > 1 else (None, None)
     if parts is not None and isinstance(weight, W8A8Weight):
         parts = parts.view(torch.int32)
-    _w8a8_linear_kernel[(ceil_div(n, config.block_n) * ceil_div(x.num_rows, config.block_m), config.num_splits)](
+    launch(
+        _w8a8_linear_kernel,
+        (ceil_div(n, config.block_n) * ceil_div(x.num_rows, config.block_m), config.num_splits),
         x_values,
         x.scale,
         w_values,

@@ -72,16 +72,23 @@ def attention(
     quantized_prefill_attention: PagedAttention = quantized_prefill_attention,
 ) -> torch.Tensor:
     n = batch.num_decodes
-    tables, lens = batch.block_tables, batch.context_lens
-    parts = []
+    decodes, chunks = None, None
     if n:
-        decode = paged_decode_attention if isinstance(k_cache, torch.Tensor) else quantized_decode_attention
+        tables, lens = batch.decode_rows
         num_blocks = -(-batch.max_decode_context // page_shape(k_cache)[2])
-        parts.append(decode(q[:n], k_cache, v_cache, tables[:n, :num_blocks], lens[:n], scale, sliding_window))
+        decodes = q[:n], k_cache, v_cache, tables[:, :num_blocks], lens, scale, sliding_window
     if batch.prefills:
-        chunks = (q[n:], k_cache, v_cache, tables[n:], lens[n:], batch.cu_seqlens_q, scale, sliding_window)
-        if isinstance(k_cache, torch.Tensor):
-            parts.append(paged_prefill_attention(*chunks))
-        else:
-            parts.append(quantized_prefill_attention(*chunks, batch.prefills))
+        chunks = q[n:], k_cache, v_cache, *batch.prefill_rows, batch.cu_seqlens_q, scale, sliding_window
+    if isinstance(k_cache, torch.Tensor):
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        if decodes is not None:
+            paged_decode_attention(*decodes, out[:n])
+        if chunks is not None:
+            paged_prefill_attention(*chunks, out[n:])
+        return out
+    parts = []
+    if decodes is not None:
+        parts.append(quantized_decode_attention(*decodes))
+    if chunks is not None:
+        parts.append(quantized_prefill_attention(*chunks, batch.prefills))
     return torch.cat(parts) if len(parts) != 1 else parts[0]

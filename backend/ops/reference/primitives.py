@@ -95,6 +95,7 @@ def paged_decode_attention(
     context_lens: torch.Tensor,
     scale: float,
     sliding_window: int = 0,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of one query token a sequence over its paged keys and values; grouped heads (Ainslie et al., arXiv:2305.13245).
 
@@ -103,6 +104,7 @@ def paged_decode_attention(
     block_tables: [batch, max_blocks], int32; entries past the context are any valid block
     context_lens: [batch], int32, the new token included, in [1, max_blocks * block_size]
     sliding_window: keys that a query sees, itself included; 0: all
+    out: of the result's shape and dtype, contiguous: filled and returned; None: a new tensor
 
         out = softmax(q K^T scale, over positions max(0, L - window) <= p < L) V,  L = context_len, in fp32, rounded once
 
@@ -121,8 +123,9 @@ def paged_decode_attention(
         hidden = hidden | (position < lens - sliding_window)
     scores = (queries @ keys.transpose(-1, -2)) * scale
     weights = torch.softmax(scores.masked_fill(hidden[:, None], float("-inf")), dim=-1)
-    out = weights @ values  # [num_kv_heads, batch, group, head_dim]
-    return out.transpose(0, 1).reshape(batch, num_heads, head_dim).to(q.dtype)
+    attended = weights @ values  # [num_kv_heads, batch, group, head_dim]
+    attended = attended.transpose(0, 1).reshape(batch, num_heads, head_dim).to(q.dtype)
+    return attended if out is None else out.copy_(attended)
 
 
 def paged_prefill_attention(
@@ -134,6 +137,7 @@ def paged_prefill_attention(
     cu_seqlens_q: torch.Tensor,
     scale: float,
     sliding_window: int = 0,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of each row's last positions over all its paged keys; grouped heads (Ainslie et al., arXiv:2305.13245).
 
@@ -143,11 +147,13 @@ def paged_prefill_attention(
     context_lens: [num_rows], int32: keys of each row, its queries included
     cu_seqlens_q: [num_rows + 1], int32: row i's queries are q[cu_seqlens_q[i] : cu_seqlens_q[i + 1]]; from 0 to num_tokens
     scale: > 0      sliding_window: keys that a query sees, itself included; 0: all
+    out: of the result's shape and dtype, contiguous: filled and returned; None: a new tensor
 
     The query at position p sees keys max(0, p + 1 - window) <= key <= p. Scores, softmax and sum in fp32, rounded once.
     Returns [num_tokens, num_heads, head_dim] in q's dtype. num_tokens may be 0.
     """
-    out = torch.empty_like(q)
+    if out is None:
+        out = torch.empty_like(q)
     bounds = cu_seqlens_q.tolist()
     for row, context_len in enumerate(context_lens.tolist()):
         queries = slice(bounds[row], bounds[row + 1])

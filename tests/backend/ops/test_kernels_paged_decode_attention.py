@@ -137,6 +137,15 @@ def test_all_inputs_may_be_strided(target, assert_close, guarded_outputs):
     assert_close(paged_decode_attention(*tensors, 0.3), oracle(*tensors, 0.3, 0), **tolerance(target.dtype))
 
 
+def test_a_given_output_is_filled_and_returned(target):
+    tensors = inputs(target, Case(6, 2, 24, 8, (19, 8, 41)))
+    whole = torch.full((7, 6, 24), float("nan"), dtype=target.dtype, device=target.device)
+    assert paged_decode_attention(*tensors, 0.3, 0, out := whole[2:5]) is out
+    assert torch.equal(out, paged_decode_attention(*tensors, 0.3))
+    assert whole[:2].isnan().all()
+    assert whole[5:].isnan().all()
+
+
 def test_no_rows_give_no_output(target):
     k_cache = target.randn(1, 2, 16, 32)
     empty = torch.zeros((0, 4), dtype=torch.int32, device=target.device)

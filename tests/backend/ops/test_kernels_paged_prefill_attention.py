@@ -140,6 +140,15 @@ def test_all_inputs_may_be_strided(target, assert_close, guarded_outputs):
     assert_close(paged_prefill_attention(*tensors, 0.3), oracle(*tensors, 0.3, 0), **tolerance(target.dtype))
 
 
+def test_a_given_output_is_filled_and_returned(target):
+    tensors = inputs(target, Case(6, 2, 24, 8, ((4, 19), (8, 8), (1, 41))))
+    whole = torch.full((17, 6, 24), float("nan"), dtype=target.dtype, device=target.device)
+    assert paged_prefill_attention(*tensors, 0.3, 0, out := whole[2:15]) is out
+    assert torch.equal(out, paged_prefill_attention(*tensors, 0.3))
+    assert whole[:2].isnan().all()
+    assert whole[15:].isnan().all()
+
+
 def test_chunks_give_the_same_bits_as_the_whole_prompt_at_tile_borders(target, guarded_outputs):
     """A prompt in chunks that end where tiles end runs the same programs, so nothing may differ."""
     case = Case(4, 2, 32, 16, ((96, 96),))
