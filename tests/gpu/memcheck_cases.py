@@ -17,6 +17,9 @@ from turbotriton.backend.ops.kernels import (
     greedy_sample,
     hopper_gate_up,
     hopper_prefill_attention,
+    hopper_row_linear,
+    hopper_row_qkv,
+    hopper_row_w4a16,
     hopper_w4a16_linear,
     hopper_w8a8_linear,
     narrow_linear,
@@ -85,6 +88,28 @@ def dense_linears(m: Maker) -> None:
             hopper_gate_up.gate_up(m.zeros(num_rows, k), m.weight(k, 2 * n), m.zeros(2 * n))
     for num_rows, k, n in ((1, 1100, 33), (70, 72, 130)):
         fixed_order_linear.linear(m.zeros(num_rows, k), m.weight(k, n), m.zeros(n))
+
+
+def rows(m: Maker) -> None:
+    """Of Hopper, as all of these are: inputs that fill no step, outputs that fill no tile, slots at the ends."""
+    if m.device != "cpu" and torch.cuda.get_device_capability() != (9, 0):
+        return
+    for k, n in ((16, 34), (1040, 98)):
+        x, gain, bias = m.zeros(1, k), m.zeros(k), m.zeros(n)
+        hopper_row_linear.linear(x, m.weight(k, n), bias)
+        hopper_row_linear.norm_linear(x, x, gain, 1e-5, m.weight(k, n), bias)
+        hopper_row_linear.norm_gate_up(x, x, gain, 1e-5, m.weight(k, 2 * n), m.zeros(2 * n))
+    k_cache, v_cache, angle = m.zeros(2, 1, 5, 48), m.zeros(2, 1, 5, 48), m.zeros(1, 24, dtype=torch.float32)
+    for slot in (-1, 0, 9):
+        hopper_row_qkv.norm_qkv_rotary_store(
+            m.zeros(1, 80), m.zeros(1, 80), m.zeros(80), 1e-5, m.weight(80, 5 * 48), m.zeros(5 * 48), angle, angle, angle[:, 0],
+            k_cache, v_cache, m.ints([slot], torch.int64),
+        )  # fmt: skip
+    for k, n, gated in ((2048, 32, False), (4096, 96, True)):
+        words, params = m.zeros(n // 16, k // 64, 32, 4, dtype=torch.int32), m.zeros(k // 128, n, dtype=torch.int32)
+        weight = W4A16Tiles(words, params, m.zeros(n), m.dtype, gated)
+        call = hopper_row_w4a16.norm_gate_up if gated else hopper_row_w4a16.norm_linear
+        call(m.zeros(1, k), m.zeros(1, k), m.zeros(k), 1e-5, weight)
 
 
 def quantised_linears(m: Maker) -> None:
@@ -209,6 +234,7 @@ def sampling(m: Maker) -> None:
 CASES: tuple[Callable[[Maker], None], ...] = (
     norms,
     dense_linears,
+    rows,
     quantised_linears,
     stores,
     attentions,
