@@ -3,7 +3,7 @@
 cuBLAS has dozens of kernels and picks one by the rows of a product. CUDA loads a kernel when it is first launched, which waits for all
 that the device still has to do: in the middle of serving a launch then takes as long as the step itself, and the step before it
 (330 ms beside 8192 tokens of an 8B model on an H200: docs/perf-log.md). Which rows get which kernel is cuBLAS's secret, so there are
-enough of them here to meet all but a few.
+enough of them here to meet most.
 """
 
 import logging
@@ -17,16 +17,22 @@ __all__ = ["load_library_kernels", "product_rows"]
 
 logger = logging.getLogger(__name__)
 
-#: Numbers of rows are this far apart, up to and beyond so many.
-FEW_ROWS, STEP_OF_FEW, STEP_OF_MANY = 1024, 8, 128
-#: And each once more with so many fewer: kernels differ by whether eight divides the rows.
-SHORT_OF = 3
+#: Up to so many rows every eighth number, and the number three below it: whether eight divides the rows matters, too.
+FEW_ROWS, SHORT_OF = 1024, 3
+#: Beyond, such numbers below (up to so many rows, every so many): most counts of tokens are divided by nothing.
+SPARSE = ((4096, 32), (1 << 20, 64))
+DIVIDED = 128  # and every number that this divides
 
 
 def product_rows(most: int) -> list[int]:
-    """Rising; the last is `most`."""
-    stops = {*range(STEP_OF_FEW, FEW_ROWS, STEP_OF_FEW), *range(FEW_ROWS, most, STEP_OF_MANY), most}
-    return sorted(row for stop in stops for row in (stop - SHORT_OF, stop) if 0 < row <= most)
+    """Rising, without repetition; the last is `most`."""
+    rows = {row for stop in range(8, FEW_ROWS + 1, 8) for row in (stop - SHORT_OF, stop)}
+    begin = FEW_ROWS
+    for end, step in SPARSE:
+        rows |= {stop - SHORT_OF for stop in range(begin + step, min(end, most) + 1, step)}
+        begin = end
+    rows |= {*range(FEW_ROWS, most, DIVIDED), most}
+    return sorted(row for row in rows if row <= most)
 
 
 def load_library_kernels(decoder: Decoder, device: torch.device, dtype: torch.dtype, max_tokens: int, max_sampled: int) -> None:
