@@ -6,7 +6,7 @@
 
 The limit is the roofline: nothing can be faster. `GPUS` holds the rates that operations really reach where they were measured (H200),
 and the data sheet's times the H200's share of its own data sheet elsewhere. The shares of `expected` are those of 16 bit on an H200
-(docs/perf-log.md, 2026-11-23).
+(docs/perf-log.md, 2026-11-23, one row 2026-11-29).
 """
 
 import math
@@ -44,6 +44,8 @@ RESERVE_BYTES = 2 * GIB
 LARGE_ROWS, SMALL_SHARE = 512, 596 / 670
 #: What the engine reached in decode steps: of bandwidth and of the rate of small products, and seconds a layer took besides.
 DECODE_SHARE, DECODE_LAYER_S = 0.9, 19e-6
+#: The same of one row over 16 bit weights, whose layers begin before the layer before them ends.
+ROW_SHARE, ROW_LAYER_S = 0.98, 13e-6
 #: And in prefill: attention's share of the rate; norms, rotary and activation move bytes at DECODE_SHARE of the bandwidth.
 PREFILL_ATTENTION_SHARE = 0.6
 
@@ -207,7 +209,8 @@ def expected_decode_step_s(
 ) -> float:
     """Seconds that our engine takes for such a step."""
     limit = decode_step_s(model, gpu, batch, context_len, tp=tp, quant=quant, quant_policy=quant_policy)
-    return limit / DECODE_SHARE + model.num_layers * DECODE_LAYER_S
+    share, layer_s = (ROW_SHARE, ROW_LAYER_S) if batch == 1 and quant == "none" else (DECODE_SHARE, DECODE_LAYER_S)
+    return limit / share + model.num_layers * layer_s
 
 
 def expected_prefill_s(model: ModelShape, gpu: Gpu, prompt_len: int, *, tp: int, quant: str) -> float:
