@@ -123,7 +123,7 @@ def check_workers(workers: int, name: str) -> None:
 
 
 def workers_for(num_cores: int) -> int:
-    """Enough for bursts to a fast model where cores are left for them; a burst of 64 requests keeps one core for 90 ms."""
+    """Enough for bursts to a fast model where cores are left for them; a burst of 64 requests keeps one core for 50 ms."""
     return 1 if num_cores < MIN_CORES_FOR_SEVERAL else min(num_cores // 2, MAX_WORKERS_BY_THEMSELVES)
 
 
