@@ -1,6 +1,6 @@
 """Linear layers of one row over 4 bit weights, for Hopper: plain, after RMSNorm, and gated, as hopper_row_linear.py has them for 16 bits.
 
-    y = x W + b,   W[k, n] = (nibble[k, n] - zero[g, n]) * scale[g, n],   g = k // 128;  the bracket is exact, sums and scales are fp32
+    y = x W + b,   W[k, n] = (nibble[k, n] - zero[g, n]) * scale[g, n],   g = k // 128;   sums and scales are fp32
 
 As there a program has a multiprocessor to itself, and its ring is full before it waits for the kernel before it. Eight warps share
 the inputs of a tile, an eighth each, a slice. The matrix instruction multiplies eight columns anyway: column c is x's slice c, so all
@@ -10,7 +10,9 @@ warps have one right operand, and of warp w's sums column w counts.
 
     virtual rows [S, 8 warps, 16] x columns [8 slices]       at the end of a tile the diagonal, added over the warps
 
-Words go to the instruction's registers as operands.W4A16Tiles says.
+Words go to the instruction's registers as operands.W4A16Tiles says, each nibble as the number offset + nibble, which costs the least. What
+that and the zeros add to a group's sum is (offset + zero) times the sum of its x, and comes off once a group, in fp32; in fp16, where every
+other 16 inputs have an offset of 64 instead of 1024, the sum of those 960 times more.
 """
 
 import torch
@@ -21,11 +23,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from turbotriton.backend.ops.operands import W4A16Tiles
 
-from .hopper_gate_up import high_half
+from .hopper_gate_up import high_half, low_half
 from .hopper_row_linear import commit_copies, copy_async, silu_times, wait_copies
 from .launch import has_pdl, is_hopper, launch_options, num_sms
-from .tuning import hopper_row_w4a16_blocks, takes_hopper_row_w4a16
-from .w4a16_words import PAIRED_STEPS_BF16, PAIRED_STEPS_FP16, TAKES_PAIRED_STEPS_BF16, TAKES_PAIRED_STEPS_FP16
+from .tuning import hopper_row_w4a16_blocks, next_power_of_2, takes_hopper_row_w4a16
+from .w4a16_words import PAIRED_RAW_BF16, PAIRED_RAW_FP16, TAKES_PAIRED_RAW
 
 __all__ = ["gate_up", "linear", "norm_gate_up", "norm_linear", "takes"]
 
@@ -50,6 +52,14 @@ def _ask(words_ptr, params_ptr, words_stage, params_stage, tile, step, N, K: gl.
 
 
 @gluon.jit
+def _inputs(K: gl.constexpr, PARTS: gl.constexpr, LAYOUT: gl.constexpr):
+    """Which input stands where in x_shared: [SLICES * PARTS, 128], every group of 128 a row, slice by slice in each part; past K more."""
+    rows = gl.arange(0, SLICES * PARTS, layout=gl.SliceLayout(1, LAYOUT))
+    begin = gl.where(rows < K // 128, rows % SLICES * (K // SLICES) + rows // SLICES * 128, K)
+    return begin[:, None] + gl.arange(0, 128, layout=gl.SliceLayout(0, LAYOUT))[None, :]
+
+
+@gluon.jit
 def _bring_x(
     x_ptr,
     residual_ptr,
@@ -57,56 +67,45 @@ def _bring_x(
     r_ptr,
     eps,
     x_shared,
+    sums_shared,
     K: gl.constexpr,
     HAS_NORM: gl.constexpr,
     HAS_RESIDUAL: gl.constexpr,
+    PARTS: gl.constexpr,
     PDL: gl.constexpr,
 ):
-    """Waits for the kernel before, and puts x, or rms_norm(x + residual), rounded, into [K / 1024, SLICES, 128] of shared memory: part p of
-    every slice. Program 0 stores x + residual."""
+    """Waits for the kernel before, and puts x, or rms_norm(x + residual), rounded, into x_shared, and the sums of its rows into the first
+    half of sums_shared; in fp16 into the second half those of every second 16 inputs. Program 0 stores x + residual."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [8, 1], [1, 0])
     dtype: gl.constexpr = x_ptr.dtype.element_ty
-    slices = gl.arange(0, SLICES, layout=gl.SliceLayout(1, LAYOUT))
-    inputs = slices[:, None] * (K // SLICES) + gl.arange(0, 128, layout=gl.SliceLayout(0, LAYOUT))[None, :]
-    gains = ()
-    for part in gl.static_range(K // 1024 if HAS_NORM else 0):
-        gains += (gl.load(gain_ptr + part * 128 + inputs).to(gl.float32),)
+    inputs = _inputs(K, PARTS, LAYOUT)
+    if HAS_NORM:
+        gain = gl.load(gain_ptr + inputs, mask=inputs < K, other=0.0).to(gl.float32)
     if PDL:
         gdc_wait()
+    x = gl.load(x_ptr + inputs, mask=inputs < K, other=0.0)
     if HAS_NORM:
-        parts = ()
-        squares = gl.zeros([SLICES, 128], gl.float32, LAYOUT)
-        for part in gl.static_range(K // 1024):
-            x = gl.load(x_ptr + part * 128 + inputs)
-            if HAS_RESIDUAL:
-                x = (x.to(gl.float32) + gl.load(residual_ptr + part * 128 + inputs).to(gl.float32)).to(dtype)
-                if gl.program_id(0) == 0:
-                    gl.store(r_ptr + part * 128 + inputs, x)
-            wide = x.to(gl.float32)
-            squares += wide * wide
-            parts += (wide,)
-        scale = gl.rsqrt(gl.sum(gl.sum(squares, axis=1), axis=0) / K + eps)
-        for part in gl.static_range(K // 1024):
-            x_shared.index(part).store((parts[part] * scale * gains[part]).to(dtype))
-    else:
-        for part in gl.static_range(K // 1024):
-            x_shared.index(part).store(gl.load(x_ptr + part * 128 + inputs))
+        if HAS_RESIDUAL:
+            x = (x.to(gl.float32) + gl.load(residual_ptr + inputs, mask=inputs < K, other=0.0).to(gl.float32)).to(dtype)
+            if gl.program_id(0) == 0:
+                gl.store(r_ptr + inputs, x, mask=inputs < K)
+        wide = x.to(gl.float32)
+        x = (wide * gl.rsqrt(gl.sum(gl.sum(wide * wide, axis=1), axis=0) / K + eps) * gain).to(dtype)
+    x_shared.store(x)
+    wide = x.to(gl.float32)
+    sums_shared.slice(0, SLICES * PARTS, 0).store(gl.sum(wide, axis=1))
+    if dtype == gl.float16:
+        is_second = gl.arange(0, 128, layout=gl.SliceLayout(0, LAYOUT)) // 16 % 2 == 1
+        sums_shared.slice(SLICES * PARTS, SLICES * PARTS, 0).store(gl.sum(gl.where(is_second[None, :], wide, 0.0), axis=1))
 
 
 @gluon.jit
-def _numbers(words, params, dtype: gl.constexpr):
-    """Eight tensors of nibble - zero, two by two from every pair of words (m8). params: as words, their groups' params."""
-    zeros = (params & 0xFFFF) * 0x10001
+def _numbers(words, dtype: gl.constexpr):
+    """Eight tensors of offset + nibble, two by two from every pair of words (m8)."""
     if dtype == gl.bfloat16:
-        numbers = gl.inline_asm_elementwise(
-            PAIRED_STEPS_BF16, TAKES_PAIRED_STEPS_BF16, [words, zeros], (gl.bfloat16,) * 8, is_pure=True, pack=2
-        )
+        return gl.inline_asm_elementwise(PAIRED_RAW_BF16, TAKES_PAIRED_RAW, [words], (gl.bfloat16,) * 8, is_pure=True, pack=2)
     else:
-        seconds = (params << 4 & 0xF0 | 0xD400) * 0x10001  # bits of -(64 + zero) from those of -(1024 + zero)
-        numbers = gl.inline_asm_elementwise(
-            PAIRED_STEPS_FP16, TAKES_PAIRED_STEPS_FP16, [words, zeros, seconds], (gl.float16,) * 8, is_pure=True, pack=2
-        )
-    return numbers
+        return gl.inline_asm_elementwise(PAIRED_RAW_FP16, TAKES_PAIRED_RAW, [words], (gl.float16,) * 8, is_pure=True, pack=2)
 
 
 @gluon.jit
@@ -130,23 +129,24 @@ def _group_of_params(params, group: gl.constexpr, GROUPS: gl.constexpr, S: gl.co
 
 
 @gluon.jit
-def _sums_of_step(acc, words, params, x_shared, step: gl.constexpr, S: gl.constexpr, R: gl.constexpr, dtype: gl.constexpr):
-    """acc, [128 S, SLICES], and the sums of a step. words: [S, warps, groups, 2, 8, 4, k32, m8]; params: [S, warps, groups, 8, m8]."""
-    GROUPS: gl.constexpr = R // 2
-    wide = gl.broadcast(gl.expand_dims(gl.expand_dims(gl.expand_dims(params, 3), 5), 6), words)[0]
-    for group in gl.static_range(GROUPS):
-        some, some_wide = _group_of_words(words, group, GROUPS, S), _group_of_words(wide, group, GROUPS, S)
-        a, b, c, d, e, f, g, h = _numbers(some, some_wide, dtype)
-        # the assembly takes pairs of words (m8) and gives pairs of inputs (k1): [S, warps, block, 8, 4, k32, k1, k16, k8, m8]
-        left = gl.join(gl.join(gl.join(a, b), gl.join(c, d)), gl.join(gl.join(e, f), gl.join(g, h)))
-        left = gl.reshape(gl.permute(left, (0, 1, 9, 3, 2, 5, 7, 8, 4, 6)), (128 * S, 128))
-        left = gl.convert_layout(left, gl.DotOperandLayout(0, ACC, 2), assert_trivial=True)
-        right = x_shared.index(step * GROUPS + group).permute((1, 0)).load(gl.DotOperandLayout(1, ACC, 2))
-        sums = mma_v2(left, right, gl.zeros([128 * S, SLICES], gl.float32, ACC))
-        few = gl.permute(_group_of_params(params, group, GROUPS, S), (0, 1, 3, 2))
-        scales = high_half(gl.convert_layout(gl.reshape(few, (128 * S,)), gl.SliceLayout(1, ACC), assert_trivial=True), dtype)
-        acc += sums * scales[:, None]
-    return acc
+def _with_group(
+    acc, words, params, x_shared, sums_shared, part: gl.constexpr, S: gl.constexpr, PARTS: gl.constexpr, dtype: gl.constexpr
+):
+    """acc, [128 S, SLICES], and the sums of group `part` of every slice. words: [S, warps, 2, 8, 4, k32, m8]; params: [S, warps,
+    8, m8]."""
+    a, b, c, d, e, f, g, h = _numbers(words, dtype)
+    # the assembly takes pairs of words (m8) and gives pairs of inputs (k1): [S, warps, block, 8, 4, k32, k1, k16, k8, m8]
+    left = gl.join(gl.join(gl.join(a, b), gl.join(c, d)), gl.join(gl.join(e, f), gl.join(g, h)))
+    left = gl.reshape(gl.permute(left, (0, 1, 9, 3, 2, 5, 7, 8, 4, 6)), (128 * S, 128))
+    left = gl.convert_layout(left, gl.DotOperandLayout(0, ACC, 2), assert_trivial=True)
+    right = x_shared.slice(part * SLICES, SLICES, 0).permute((1, 0)).load(gl.DotOperandLayout(1, ACC, 2))
+    sums = mma_v2(left, right, gl.zeros([128 * S, SLICES], gl.float32, ACC))
+    params = gl.reshape(gl.permute(params, (0, 1, 3, 2)), (128 * S,))
+    params = gl.convert_layout(params, gl.SliceLayout(1, ACC), assert_trivial=True)
+    sums += low_half(params, dtype)[:, None] * sums_shared.slice(part * SLICES, SLICES, 0).load(gl.SliceLayout(0, ACC))[None, :]
+    if dtype == gl.float16:
+        sums += 960.0 * sums_shared.slice((PARTS + part) * SLICES, SLICES, 0).load(gl.SliceLayout(0, ACC))[None, :]
+    return acc + sums * high_half(params, dtype)[:, None]
 
 
 @gluon.jit
@@ -177,8 +177,10 @@ def _row_w4a16_kernel(
     GATED: gl.constexpr,
     S: gl.constexpr,
     R: gl.constexpr,
+    PARTS: gl.constexpr,
     PDL: gl.constexpr,
 ):
+    """PARTS: K / 1024 or more, a power of two."""
     if PDL:
         gdc_launch_dependents()
     # [S, warps, groups, block, outputs of 8, pairs of inputs, k32, m8]
@@ -203,13 +205,14 @@ def _row_w4a16_kernel(
     num_tiles = N // (16 * S)
     words_ring = gl.allocate_shared_memory(gl.int32, [NUM_STAGES, S * SLICES, R * 128], PLAIN)
     params_ring = gl.allocate_shared_memory(gl.int32, [NUM_STAGES, S * SLICES * (R // 2), 16], PLAIN)
-    x_shared = gl.allocate_shared_memory(dtype, [K // 1024, SLICES, 128], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
+    x_shared = gl.allocate_shared_memory(dtype, [SLICES * PARTS, 128], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
+    sums_shared = gl.allocate_shared_memory(gl.float32, [2 * SLICES * PARTS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     for number in gl.static_range(NUM_STAGES):
         tile = gl.program_id(0) + number // NUM_STEPS * gl.num_programs(0)
         if tile < num_tiles:
             _ask(words_ptr, params_ptr, words_ring.index(number), params_ring.index(number), tile, number % NUM_STEPS, N, K, S, R)
         commit_copies()
-    _bring_x(x_ptr, residual_ptr, gain_ptr, r_ptr, eps, x_shared, K, HAS_NORM, HAS_RESIDUAL, PDL)
+    _bring_x(x_ptr, residual_ptr, gain_ptr, r_ptr, eps, x_shared, sums_shared, K, HAS_NORM, HAS_RESIDUAL, PARTS, PDL)
     stage = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         acc = gl.zeros([128 * S, SLICES], gl.float32, ACC)
@@ -217,7 +220,9 @@ def _row_w4a16_kernel(
             wait_copies(NUM_STAGES - 1)
             words = words_ring.index(stage).reshape([S, 8, R // 2, 2, 8, 4, 2, 2]).load(PLACES)
             params = params_ring.index(stage).reshape([S, 8, R // 2, 2, 8]).permute((0, 1, 2, 4, 3)).load(PARAMS)
-            acc = _sums_of_step(acc, words, params, x_shared, step, S, R, dtype)
+            for group in gl.static_range(R // 2):
+                some_words, some_params = _group_of_words(words, group, R // 2, S), _group_of_params(params, group, R // 2, S)
+                acc = _with_group(acc, some_words, some_params, x_shared, sums_shared, step * (R // 2) + group, S, PARTS, dtype)
             later = tile + (step + NUM_STAGES) // NUM_STEPS * gl.num_programs(0)
             if later < num_tiles:
                 following = (step + NUM_STAGES) % NUM_STEPS
@@ -316,6 +321,7 @@ def _launch(
         GATED=weight.gated,
         S=strips,
         R=blocks,
+        PARTS=next_power_of_2(k // 1024),
         num_warps=8,
         **launch_options(has_pdl(x.device)),
     )

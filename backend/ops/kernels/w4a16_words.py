@@ -4,7 +4,8 @@ A nibble becomes a number by its bits: 0x4300 | v is 128 + v in bf16, 0x6400 | v
 ten bits hold a nibble in two places and save two shifts of three. Two numbers sit in a register: they are masked, then the offset and
 the zero are taken away together, which is exact, then they are scaled, which rounds:
 
-    FORM "steps"     v - zero                      11 instructions for the 8 numbers of a word, in fp16 9
+    FORM "raw"       offset + v                     7 instructions for the 8 numbers of a word, in fp16 5
+    FORM "steps"     v - zero                      11, in fp16 9
     FORM "weights"   round((v - zero) * scale)     15, in fp16 13
 """
 
@@ -14,12 +15,11 @@ import triton.language as tl
 __all__ = [
     "PAIRED_BF16",
     "PAIRED_FP16",
-    "PAIRED_STEPS_BF16",
-    "PAIRED_STEPS_FP16",
+    "PAIRED_RAW_BF16",
+    "PAIRED_RAW_FP16",
     "TAKES_PAIRED_BF16",
     "TAKES_PAIRED_FP16",
-    "TAKES_PAIRED_STEPS_BF16",
-    "TAKES_PAIRED_STEPS_FP16",
+    "TAKES_PAIRED_RAW",
     "load_weights",
     "numbers_of",
     "widen",
@@ -45,7 +45,7 @@ def _asm(kind: str, form: str, *, paired: bool = False) -> str:
             lines.append(f"shr.b32 w, ${word}, {shift};")
         mask = "0x00F000F0" if is_second else "0x000F000F"
         lines.append(f"lop3.b32 ${i}, {'w' if shift else f'${word}'}, {mask}, {offsets[is_second]}, 0xEA;")
-    for i in range(8):
+    for i in range(8) if form != "raw" else ():
         zero = 10 + pair * (i // 4) + 2 * pair * (is_fp16 and i % 2)
         lines.append(f"fma.rn.{kind} ${i}, ${i}, one, ${zero};")
     for i in range(8) if form == "weights" else ():
@@ -59,11 +59,9 @@ _WEIGHTS_BF16, _WEIGHTS_FP16 = tl.constexpr(_asm("bf16x2", "weights")), tl.const
 _TAKES_2, _TAKES_4, _TAKES_6 = (tl.constexpr(",".join(["=r"] * 8 + ["r"] * (2 + 2 * count))) for count in (2, 4, 6))
 #: for the kernels in Gluon
 PAIRED_BF16, PAIRED_FP16 = (tl.constexpr(_asm(kind, "weights", paired=True)) for kind in ("bf16x2", "f16x2"))
-PAIRED_STEPS_BF16, PAIRED_STEPS_FP16 = (tl.constexpr(_asm(kind, "steps", paired=True)) for kind in ("bf16x2", "f16x2"))
-TAKES_PAIRED_STEPS_BF16, TAKES_PAIRED_STEPS_FP16 = (
-    tl.constexpr(",".join(["=r"] * 8 + ["r"] * (2 + 2 * count))) for count in (1, 2)
-)
 TAKES_PAIRED_BF16, TAKES_PAIRED_FP16 = (tl.constexpr(",".join(["=r"] * 8 + ["r"] * (2 + 2 * count))) for count in (2, 3))
+PAIRED_RAW_BF16, PAIRED_RAW_FP16 = (tl.constexpr(_asm(kind, "raw", paired=True)) for kind in ("bf16x2", "f16x2"))
+TAKES_PAIRED_RAW = tl.constexpr(",".join(["=r"] * 8 + ["r"] * 2))
 
 
 @triton.jit

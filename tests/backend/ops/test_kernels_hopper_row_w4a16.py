@@ -9,7 +9,7 @@ import pytest
 import torch
 from tests.backend.ops.conftest import Target
 from tests.backend.ops.gluon_emulation import emulate, plant
-from tests.backend.ops.hopper_code import compiled_for_hopper, ptxas_report, skip_unless_hopper
+from tests.backend.ops.hopper_code import compiled_for_hopper, loops_of, ptxas_report, skip_unless_hopper
 from tests.backend.ops.test_kernels_compile_ahead import SHARED_LIMIT_BYTES, Recorder
 from tests.backend.ops.test_kernels_skinny_linear import EPS, normed
 from tests.backend.ops.test_kernels_w4a16_linear import Shape, weight_of
@@ -115,6 +115,20 @@ def test_the_emulation_finds_what_a_kernel_may_not_do(mistake, emulated, monkeyp
         check(Layer(14336, 96), on_cpu(BF16), assert_close)
 
 
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
+def test_what_offsets_add_comes_off_also_where_x_does_not_cancel(dtype, emulated, assert_close):
+    """All x alike: the sum over a group is ten times as large as where signs vary, and what offsets add far larger than the result."""
+    emulated()
+    weight, values = weight_of(on_cpu(dtype), Shape(1, 4096, 64, 128))
+    x = torch.full((1, 4096), 1.5, dtype=dtype)
+    assert_close(
+        module.linear(x, weight),
+        x.double() @ values,
+        max_error=2 * torch.finfo(dtype).eps,
+        rms_error=0.7 * torch.finfo(dtype).eps,
+    )
+
+
 def test_the_wait_for_the_kernel_before_is_missed(emulated, monkeypatch, assert_close):
     plant(module, "_bring_x", [("        gdc_wait()\n", "        pass\n")], monkeypatch)
     emulated()
@@ -158,7 +172,10 @@ def test_words_go_to_the_matrix_unit_as_they_are(k, n, kind, dtype, monkeypatch,
     num_steps = k // (512 * arguments["R"])
     assert ptx.count("mma.sync.aligned.m16n8k16") == 32 * num_steps
     assert ptx.count("ld.shared.v4") >= 8 * num_steps
-    assert ptx.count("shfl.sync") <= 30
+    code, loops = loops_of(compiled, tmp_path)
+    begin, end = max(loops, key=lambda loop: loop[1] - loop[0])  # the tiles
+    assert sum("HMMA" in each for each in code[begin:end]) == 32 * num_steps
+    assert sum("SHFL" in each for each in code[begin:end]) <= 24  # the diagonal's
 
 
 @pytest.mark.parametrize(
