@@ -6,10 +6,10 @@ every tile descriptor anew, which is most of what a launch costs the host. A ste
     first time    launch it as triton does, and keep what it launched by a key of all that chooses the compiled form
     again         the key is known: hand this launch's addresses and numbers to triton's launcher in C
 
-The key has everything that triton specialises for, and more: each tensor's dtype and whether its address is a multiple of 16, the exact
-value of each number (1 and multiples of 16 among them) and its type unless it is an integer, which arguments are None, dtype, tile and
-layout of each descriptor, every constexpr and option by name, the kernel, the device. What is not in it makes launches plain while it is
-there: hooks, and triton's debugging.
+The key has everything that triton specialises for: each tensor's dtype and whether its address is a multiple of 16, whether an integer is
+1, a multiple of 16, longer than 31 or 63 bits, the types of other numbers, which arguments are None, dtype, tile and layout of each
+descriptor, every constexpr and option by name, the kernel, the device. What is not in it makes launches plain while it is there: hooks,
+and triton's debugging. So a step of a number of tokens that never was has known launches, too.
 
 A descriptor in the form that the chip reads follows from address, shape, strides, dtype, tile and layout alone. It is kept by them, so
 weights have theirs made once, and nothing here holds a tensor.
@@ -96,16 +96,19 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
             address = arg.data_ptr()
             chosen_by.append((arg.dtype,) if address & 15 else arg.dtype)
             values.append(address)
-        elif kind is int or arg is None:
-            chosen_by.append(arg)
+        elif kind is int:
+            chosen_by.append(1 if arg == 1 else 2 + (arg & 15 == 0) + (arg.bit_length() >> 5 << 1))
             values.append(arg)
+        elif arg is None:
+            chosen_by.append(None)
+            values.append(None)
         elif kind is Tiles:
             base, block_shape, layout = arg
             chosen_by += Tiles, base.dtype, block_shape, id(layout)
             tiles.append((len(values), (base.data_ptr(), base.shape, base.stride()), arg))
             values.append(None)
         elif kind is float or kind is bool:
-            chosen_by += kind, arg
+            chosen_by.append(kind)
             values.append(arg)
         else:
             kernel[grid](*map(_plain, args), **options)

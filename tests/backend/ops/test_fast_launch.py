@@ -161,6 +161,18 @@ def test_what_triton_specialises_for_is_told_apart(launched, monkeypatch):
     assert len(compiled) == len(_probe_kernel.device_caches[launched.driver.get_current_device()][0])
 
 
+def test_other_numbers_of_the_same_kind_are_known(launched, monkeypatch):
+    x = torch.zeros(4096)
+
+    def run(size, free, scale):
+        launch(_probe_kernel, (3,), x, None, size, free, scale, HAS_Y=False, BLOCK=64)
+
+    run(17, 5, 0.5)
+    cases = [(19, 5, 0.5), (8191, 6, 0.25), (2, 7, -1.0)]
+    assert_same(launched, monkeypatch, [lambda case=case: run(*case) for case in cases])
+    assert len(fast_launch._known) == 1
+
+
 @pytest.mark.parametrize("grid", [(5,), (5, 6), (5, 6, 7)])
 def test_grid_and_stream_are_those_of_the_launch(launched, monkeypatch, grid):
     x = torch.zeros(64)
