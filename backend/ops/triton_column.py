@@ -19,6 +19,7 @@ from .kernels import (
     skinny_linear,
     skinny_qkv,
 )
+from .kernels.hopper_tuning import MIN_HOPPER_GATE_UP_ROWS
 from .kernels.launch import shared_memory_bytes
 from .kernels.paged_decode_attention import paged_decode_attention
 from .kernels.paged_prefill_attention import paged_prefill_attention
@@ -39,7 +40,6 @@ from .kernels.tuning import (
     MAX_ROWS_BEFORE_NARROW,
     MAX_SKINNY_NORM_ELEMENTS,
     MAX_W4A16_ROWS,
-    MIN_HOPPER_GATE_UP_ROWS,
     MIN_NARROW_SHARED_BYTES,
     next_power_of_2,
 )

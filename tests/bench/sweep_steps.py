@@ -7,8 +7,8 @@
 
 A step is what the engine's graphs hold: from slots and positions to logits, without the draw. It is captured once for each batch and
 choice, and replayed over random keys and values of every context. Choices take turns in each round; what counts is the median of the
-rounds. A choice names constants and fields of configurations in backend/ops/kernels/tuning.py; all its parts, joined by commas, hold at
-once. Without a GPU the reference ops run, and there is nothing to choose.
+rounds. A choice names constants and fields of configurations in backend/ops/kernels/tuning.py and hopper_tuning.py; all its parts, joined
+by commas, hold at once. Without a GPU the reference ops run, and there is nothing to choose.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from make_checkpoint import LARGEST
 from triton.errors import TritonError
 
 from turbotriton.backend.capacity import GPUS, ModelShape, decode_step_s
-from turbotriton.backend.ops.kernels import tuning
+from turbotriton.backend.ops.kernels import hopper_tuning, tuning
 from turbotriton.backend.ops.kernels.fast_launch import forget_launches
 from turbotriton.backend.ops.operands import KvPages, QuantizedPages
 from turbotriton.backend.runner.decode_graphs import decode_forward
@@ -41,6 +41,7 @@ from turbotriton.contract.wire import SamplingParams
 PEAK = GPUS["h200"]
 WARM_UP, REPLAYS = 3, 10
 KERNELS = "turbotriton.backend.ops."
+CHOICES = vars(hopper_tuning) | vars(tuning)
 
 
 @contextlib.contextmanager
@@ -54,15 +55,15 @@ def chosen(choice: str) -> Iterator[None]:
     for part in filter(None, choice.split(",")):
         name, _, text = part.partition("=")
         function, _, field = name.partition(".")
-        if not hasattr(tuning, function) or bool(field) != callable(getattr(tuning, function)):
-            raise ValueError(f"{name} is no constant and no field of a configuration of {tuning.__name__}")
+        if function not in CHOICES or bool(field) != callable(CHOICES[function]):
+            raise ValueError(f"{name} is no constant and no field of a configuration of {tuning.__name__} or hopper_tuning")
         value = json.loads(text)
         if field:
             fields.setdefault(function, {})[field] = value
         else:
             replaced[name] = value
     for function, values in fields.items():
-        replaced[function] = _with_fields(getattr(tuning, function), values)
+        replaced[function] = _with_fields(CHOICES[function], values)
     modules = [module for name, module in sys.modules.items() if name.startswith(KERNELS)]
     before = [(module, name, vars(module)[name]) for module in modules for name in replaced if name in vars(module)]
     for module, name, _ in before:

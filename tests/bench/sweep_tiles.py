@@ -19,7 +19,7 @@ import w4a16_choices
 from triton.errors import TritonError
 
 from turbotriton.backend.ops.kernels import hopper_gate_up as gate_up_module
-from turbotriton.backend.ops.kernels import hopper_w4a16_linear, tuning
+from turbotriton.backend.ops.kernels import hopper_tuning, hopper_w4a16_linear, tuning
 from turbotriton.backend.ops.kernels import narrow_linear as narrow_module
 from turbotriton.backend.ops.kernels import paged_decode_attention as attention_module
 from turbotriton.backend.ops.kernels import paged_prefill_attention as prefill_module
@@ -213,7 +213,7 @@ def prefills() -> None:
         f"{m} x {n}, stages {stages}, warps {warps}": tuning.PrefillAttentionConfig(m, n, 128, warps, stages)
         for m, n, stages, warps in choices
     }
-    original = tuning.prefill_attention_config, prefill_module.takes_hopper_prefill, tuning.HOPPER_PREFILL_STAGES
+    original = tuning.prefill_attention_config, prefill_module.takes_hopper_prefill, hopper_tuning.HOPPER_PREFILL_STAGES
     for heads, lengths in [(16, [4096, 4096]), (32, [4096, 4096]), (32, [64 + 61 * i for i in range(16)])]:
         blocks = [-(-length // 64) for length in lengths]
         k, v = randn(sum(blocks), 8, 64, 128), randn(sum(blocks), 8, 64, 128)
@@ -256,7 +256,7 @@ def gate_ups(all_rows: list[int]) -> None:
             both = median_us([lambda w=w: silu_and_mul(x @ w) for w in weights])
             found = []
             for choice in choices:
-                config = dataclasses.replace(tuning.hopper_gate_up_config(rows, hidden), **choice)
+                config = dataclasses.replace(hopper_tuning.hopper_gate_up_config(rows, hidden), **choice)
                 gate_up_module.hopper_gate_up_config = lambda *shape, config=config: config
                 calls = [lambda w=w: gate_up_module.gate_up(x, w) for w in weights]
                 if compile_ahead.compiles(calls):
@@ -265,7 +265,7 @@ def gate_ups(all_rows: list[int]) -> None:
                 if not (rms := relative_rms(calls[0](), silu_and_mul(x @ weights[0]))) < 0.01:
                     print(f"gate_up {name} x {rows}, {text}: WRONG, {rms:.3f} away", flush=True)
                 found.append((median_us(calls), text))
-            gate_up_module.hopper_gate_up_config = tuning.hopper_gate_up_config
+            gate_up_module.hopper_gate_up_config = hopper_tuning.hopper_gate_up_config
             if not found:  # in a process that only compiles
                 continue
             found.sort()
@@ -293,7 +293,7 @@ def w4a16_call(choice: w4a16_choices.Choice, x: torch.Tensor, weight: W4A16Tiles
     if isinstance(config, w4a16_choices.Dequantised):
         y = x @ dequantize_w4a16(weight)
         return silu_and_mul(y) if weight.gated else y
-    if isinstance(config, tuning.HopperTiles):
+    if isinstance(config, hopper_tuning.HopperTiles):
         return hopper_w4a16_linear.linear(x, weight, config)
     w4a16_module.takes_hopper_w4a16 = lambda *args, **facts: False
     w4a16_module.w4a16_linear_config = lambda *args, **facts: config

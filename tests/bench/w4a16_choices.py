@@ -2,12 +2,11 @@
 
 from dataclasses import dataclass, field, replace
 
+from turbotriton.backend.ops.kernels.hopper_tuning import HopperTiles, hopper_w4a16_tiles
 from turbotriton.backend.ops.kernels.tuning import (
     MAX_PARTS,
-    HopperTiles,
     W4A16LinearConfig,
     ceil_div,
-    hopper_w4a16_tiles,
     next_power_of_2,
     w4a16_linear_config,
     w4a16_splits,

@@ -40,7 +40,8 @@ from turbotriton.backend.ops.kernels import (
     w4a16_linear,
     w8a8_linear,
 )
-from turbotriton.backend.ops.kernels.tuning import W4A16LinearConfig, hopper_w4a16_config, hopper_w8a8_config
+from turbotriton.backend.ops.kernels.hopper_tuning import hopper_w4a16_config, hopper_w8a8_config
+from turbotriton.backend.ops.kernels.tuning import W4A16LinearConfig
 from turbotriton.backend.ops.operands import Fp8Weight, QuantizedPages, SamplingBatch, StaticInt8Pages, W4A16Tiles, W8A8Weight
 
 DTYPES = (torch.float16, torch.bfloat16)

@@ -32,8 +32,9 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .fast_launch import Tiles, launch
+from .hopper_tuning import hopper_gate_up_config, takes_hopper_gate_up
 from .launch import has_pdl, is_hopper, launch_options, num_sms
-from .tuning import ceil_div, hopper_gate_up_config, takes_hopper_gate_up
+from .tuning import ceil_div
 
 __all__ = ["gate_up", "takes"]
 

@@ -22,8 +22,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .hopper_tuning import hopper_row_config, takes_hopper_row
 from .launch import has_pdl, is_hopper, launch_options, num_sms
-from .tuning import ceil_div, hopper_row_config, next_power_of_2, takes_hopper_row
+from .tuning import ceil_div, next_power_of_2
 
 __all__ = ["linear", "norm_gate_up", "norm_linear", "takes"]
 

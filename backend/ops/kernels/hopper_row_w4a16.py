@@ -25,8 +25,9 @@ from turbotriton.backend.ops.operands import W4A16Tiles
 
 from .hopper_gate_up import high_half, low_half
 from .hopper_row_linear import commit_copies, copy_async, silu_times, wait_copies
+from .hopper_tuning import hopper_row_w4a16_blocks, takes_hopper_row_w4a16
 from .launch import has_pdl, is_hopper, launch_options, num_sms
-from .tuning import hopper_row_w4a16_blocks, next_power_of_2, takes_hopper_row_w4a16
+from .tuning import next_power_of_2
 from .w4a16_words import PAIRED_RAW_BF16, PAIRED_RAW_FP16, TAKES_PAIRED_RAW
 
 __all__ = ["gate_up", "linear", "norm_gate_up", "norm_linear", "takes"]

@@ -34,9 +34,10 @@ from .hopper_shares import (
     my_share,
     sum_of_parts,
 )
+from .hopper_tuning import HopperTiles
 from .launch import has_pdl, launch_options
 from .split_sum import NUM_COUNTERS, workspace
-from .tuning import MAX_PARTS, HopperTiles, ceil_div
+from .tuning import MAX_PARTS, ceil_div
 from .w4a16_words import PAIRED_BF16, PAIRED_FP16, TAKES_PAIRED_BF16, TAKES_PAIRED_FP16
 
 __all__ = ["linear"]

@@ -20,9 +20,10 @@ from turbotriton.backend.ops.operands import QuantizedRows, W8A8Weight
 
 from .fast_launch import Tiles, launch
 from .hopper_shares import PATIENCE, chunk_of, find_parts, leave_part, load_tile, my_share, sum_of_parts
+from .hopper_tuning import HopperTiles
 from .launch import has_pdl, launch_options
 from .split_sum import NUM_COUNTERS, workspace
-from .tuning import MAX_PARTS, HopperTiles, ceil_div
+from .tuning import MAX_PARTS, ceil_div
 
 __all__ = ["linear"]
 

@@ -30,8 +30,9 @@ import triton.language as tl
 
 from .fast_launch import launch
 from .hopper_prefill_attention import hopper_prefill_attention
+from .hopper_tuning import HOPPER_PREFILL_STAGES, takes_hopper_prefill
 from .launch import chosen
-from .tuning import HOPPER_PREFILL_STAGES, prefill_attention_config, takes_hopper_prefill
+from .tuning import prefill_attention_config
 
 __all__ = ["paged_prefill_attention"]
 

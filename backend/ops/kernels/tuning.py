@@ -1,4 +1,5 @@
-"""Tile choice for every kernel: pure functions of shapes and the device's size and kind. No measurement at run time, no state.
+"""Tile choice for the kernels: pure functions of shapes and the device's size and kind. No measurement at run time, no state.
+hopper_tuning.py has those that are for Hopper alone.
 
 A tile never depends on the tokens of a prefill or on context lengths, so a kernel compiles once a model and dtype, attention of decodes for
 seven sizes of batches, by programs a multiprocessor: all when a model is loaded, none on the request path.
@@ -12,9 +13,6 @@ __all__ = [
     "DecodeAttentionConfig",
     "FixedOrderLinearConfig",
     "GreedySampleConfig",
-    "HopperGateUpConfig",
-    "HopperRowConfig",
-    "HopperTiles",
     "PrefillAttentionConfig",
     "QuantizeRowsConfig",
     "QuantizedDecodeAttentionConfig",
@@ -28,13 +26,6 @@ __all__ = [
     "decode_attention_config",
     "fixed_order_linear_config",
     "greedy_sample_config",
-    "hopper_gate_up_config",
-    "hopper_row_config",
-    "hopper_row_w4a16_blocks",
-    "hopper_w4a16_config",
-    "hopper_w4a16_tiles",
-    "hopper_w8a8_config",
-    "hopper_w8a8_tiles",
     "narrow_linear_config",
     "next_power_of_2",
     "prefill_attention_config",
@@ -45,12 +36,6 @@ __all__ = [
     "sample_config",
     "silu_and_mul_config",
     "skinny_linear_config",
-    "takes_hopper_gate_up",
-    "takes_hopper_prefill",
-    "takes_hopper_row",
-    "takes_hopper_row_w4a16",
-    "takes_hopper_w4a16",
-    "takes_hopper_w8a8",
     "w4a16_linear_config",
     "w4a16_splits",
     "w8a8_linear_config",
@@ -74,8 +59,6 @@ FP32_NUM_STAGES = 3
 # 99 KiB. Chips of data centres have 227 KiB, and two tiles more brought a quarter (H200).
 PREFILL_NUM_STAGES = 3
 PREFILL_NUM_STAGES_LARGE_SHARED = 5
-#: Of `hopper_prefill_attention`, whose program has a multiprocessor to itself; 3 to 6 are within 2 % of each other.
-HOPPER_PREFILL_STAGES = 6
 # Even one tile is worth a program of its own where a batch has few: 640 keys of one sequence took 7.2 us against 13.2 with 256.
 MIN_SPLIT_TOKENS = 64
 MAX_SPLITS = 256
@@ -193,30 +176,6 @@ class W4A16LinearConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class HopperTiles:
-    """Of the kernels that share their tiles (hopper_shares.py)."""
-
-    block_m: int  # rows of x a program, padded: a power of two, 160 or 192
-    strips: int  # of 16 outputs a warp, of eight
-    num_stages: int
-    num_programs: int  # at most; they take equal shares of all tiles' steps
-
-    @property
-    def block_n(self) -> int:
-        return 128 * self.strips
-
-    @property
-    def low(self) -> int:
-        """The largest power of two in block_m."""
-        return 1 << self.block_m.bit_length() - 1
-
-    @property
-    def high(self) -> int:
-        """The rows beside them, another power of two, or none."""
-        return self.block_m - self.low
-
-
-@dataclass(frozen=True, slots=True)
 class NarrowLinearConfig:
     block_m: int  # rows of x a program, padded
     block_n: int  # outputs a program
@@ -224,18 +183,6 @@ class NarrowLinearConfig:
     num_splits: int  # programs that share a tile's inputs
     num_warps: int
     num_stages: int
-
-
-@dataclass(frozen=True, slots=True)
-class HopperGateUpConfig:
-    num_stages: int  # steps of 64 inputs that a program has room for
-    group_m: int  # row blocks that go by together
-
-
-@dataclass(frozen=True, slots=True)
-class HopperRowConfig:
-    num_stages: int  # steps of 16 outputs by 1024 inputs that a program has room for, 32 KiB each
-    num_warps: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,9 +203,6 @@ MAX_NARROW_GATED_ROWS = 128
 MAX_NARROW_ROWS_OF_ANY = 48
 MIN_NARROW_SHARED_BYTES = 200 << 10  # of a chip in a data centre; the tiles take up to 136 KiB
 MAX_NARROW_ROWS = 64
-#: Dense layers with a gate have a kernel of their own again from so many rows on, where the chip is Hopper's: one of the token counts that
-#: a runner warms up with. It joins SiLU to cuBLAS's speed (H200: docs/perf-log.md).
-MIN_HOPPER_GATE_UP_ROWS = 256
 MANY_OUTPUTS = 65536
 MAX_QUANTIZED_ROW = 65536
 #: e4m3 with at most so many rows has our kernel, beyond them cuBLAS's: a layer of 64 rows takes 88 us against 103, of 256 rows 155 against
@@ -267,12 +211,6 @@ MAX_OWN_FP8_ROWS = 64
 #: e4m3 sums of cuBLAS stay in the matrix unit's own accumulators, as ours do.
 FP8_FAST_ACCUMULATION = True
 MAX_PARTS = 9 << 20  # fp32 numbers of split sums, what split_sum.workspace has
-#: So many rows of 4 bit weights and more are `hopper_w4a16_linear`'s on sm_90: a layer of 256 takes 194 us where the plain kernel has 239
-#: (8B, H200: docs/perf-log.md).
-MIN_HOPPER_W4A16_ROWS = 33
-#: Rows of int8 that are `hopper_w8a8_linear`'s on sm_90: a layer of 160, 256 and 512 takes 112, 147 and 261 us where the plain kernel has
-#: 178, 168 and 282, of 128 rows 120 where that has 108 (8B, H200: docs/perf-log.md).
-MIN_HOPPER_W8A8_ROWS, MAX_HOPPER_W8A8_ROWS = 129, 512
 #: More rows than these: the weights are dequantised for one linear layer at a time, and torch multiplies. It is as fast from 2,048 rows on;
 #: 1,024 is the last number of tokens that a runner warms up with.
 MAX_W4A16_ROWS = 1023
@@ -287,7 +225,7 @@ def ceil_div(value: int, divisor: int) -> int:
     return -(-value // divisor)
 
 
-def _clamp(value: int, low: int, high: int) -> int:
+def clamp(value: int, low: int, high: int) -> int:
     return max(low, min(value, high))
 
 
@@ -298,8 +236,8 @@ def rms_norm_config(hidden: int) -> RmsNormConfig:
             f"hidden size {hidden} is outside [1, {MAX_HIDDEN}], what the rms_norm kernel takes: run on the reference ops"
         )
     block_n = next_power_of_2(hidden)
-    block_m = _clamp(4096 // block_n, 1, 16)
-    return RmsNormConfig(block_m, block_n, num_warps=_clamp(block_m * block_n // 512, 1, 16))
+    block_m = clamp(4096 // block_n, 1, 16)
+    return RmsNormConfig(block_m, block_n, num_warps=clamp(block_m * block_n // 512, 1, 16))
 
 
 def rotary_config(num_heads: int, num_kv_heads: int, head_dim: int, rotary_dim: int) -> RotaryConfig:
@@ -310,15 +248,15 @@ def rotary_config(num_heads: int, num_kv_heads: int, head_dim: int, rotary_dim: 
             "run on the reference ops"
         )
     heads_that_fit = 4096 // next_power_of_2(head_dim)
-    block_h = _clamp(next_power_of_2(num_kv_heads), min(4, next_power_of_2(num_heads)), heads_that_fit)
+    block_h = clamp(next_power_of_2(num_kv_heads), min(4, next_power_of_2(num_heads)), heads_that_fit)
     rest = head_dim - rotary_dim
-    num_warps = _clamp(block_h * next_power_of_2(head_dim) // 512, 1, 8)
+    num_warps = clamp(block_h * next_power_of_2(head_dim) // 512, 1, 8)
     return RotaryConfig(block_h, next_power_of_2(rotary_dim // 2), next_power_of_2(rest) if rest else 0, num_warps)
 
 
 def silu_and_mul_config(inter: int) -> SiluAndMulConfig:
     """1024 elements, 8 a thread: one 16-byte load of 2-byte elements from each half. Common sizes of `inter` are multiples of it."""
-    block_n = _clamp(next_power_of_2(inter), 1, 1024)
+    block_n = clamp(next_power_of_2(inter), 1, 1024)
     return SiluAndMulConfig(1024 // block_n, block_n, num_warps=4)
 
 
@@ -330,11 +268,11 @@ def skinny_linear_config(
     block_m = next_power_of_2(num_rows)
     if not whole_rows:
         block_n, block_k = (2, 2048) if k <= 2048 else (4, 512) if k <= 4096 else (2, 1024)
-        return SkinnyLinearConfig(block_m, block_n, _clamp(next_power_of_2(k), 16, block_k // block_m), num_warps=4)
+        return SkinnyLinearConfig(block_m, block_n, clamp(next_power_of_2(k), 16, block_k // block_m), num_warps=4)
     block_k = next_power_of_2(k)
-    num_warps = _clamp(block_m * block_k // 1024, 4, 16)
+    num_warps = clamp(block_m * block_k // 1024, 4, 16)
     products = num_warps * 32 * (32 if element_bytes == 4 else 64) // (2 if gated else 1)
-    block_n = _clamp(products // (block_m * block_k), 1, 4)
+    block_n = clamp(products // (block_m * block_k), 1, 4)
     return SkinnyLinearConfig(block_m, block_n, block_k, num_warps, programs_per_sm=16 // num_warps)
 
 
@@ -343,7 +281,7 @@ def narrow_linear_config(
 ) -> NarrowLinearConfig:
     """Splits so that programs of 64 outputs fill the device: once from 64 rows on, whose tiles of x take a multiprocessor's shared
     memory, else twice. Measured on an H200."""
-    block_m = _clamp(next_power_of_2(num_rows), MIN_DOT_ROWS, 128)
+    block_m = clamp(next_power_of_2(num_rows), MIN_DOT_ROWS, 128)
     if element_bytes == 4:
         return NarrowLinearConfig(MIN_DOT_ROWS, 32, 32, 1, num_warps=4, num_stages=2)
     if gated:
@@ -354,40 +292,8 @@ def narrow_linear_config(
         return NarrowLinearConfig(block_m, 64, block_k, 1, num_warps=4, num_stages=num_stages)
     tiles = ceil_div(n, 64) * ceil_div(num_rows, block_m)
     places = (1 if block_m >= 64 else 2) * num_sms
-    num_splits = _clamp(next_power_of_2(places // tiles + 1) // 2, 1, 4)
+    num_splits = clamp(next_power_of_2(places // tiles + 1) // 2, 1, 4)
     return NarrowLinearConfig(block_m, 64, 128, num_splits, num_warps=4, num_stages=4)
-
-
-def hopper_gate_up_config(num_rows: int, k: int) -> HopperGateUpConfig:
-    """Four stages and the tile of y fill the shared memory. A group's rows of x are 4 MiB where all would be more than 16."""
-    row_blocks = ceil_div(num_rows, 128)
-    return HopperGateUpConfig(num_stages=4, group_m=row_blocks if row_blocks * k <= 65536 else _clamp(16384 // k, 1, 16))
-
-
-def hopper_row_config(k: int) -> HopperRowConfig:
-    """A multiprocessor has one such program, and the next starts when it ends: with three stages, where two fit, all of a step takes
-    15 to 20 % longer (H200: docs/perf-log.md)."""
-    return HopperRowConfig(num_stages=5, num_warps=8 if k <= 2048 else 16)
-
-
-def takes_hopper_row(num_rows: int, k: int, n: int, element_bytes: int, *, is_hopper: bool) -> bool:
-    """What `hopper_row_linear` is written for: one row of 16 bits, whose x leaves the ring its room."""
-    return is_hopper and num_rows == 1 and element_bytes == 2 and k % 16 == 0 and k <= 16384 and n % 2 == 0
-
-
-def hopper_row_w4a16_blocks(k: int) -> int:
-    """Blocks of 64 inputs that a warp takes in a step, of the eighth of all inputs that it has."""
-    return 8 if k % 4096 == 0 else 4
-
-
-def takes_hopper_row_w4a16(num_rows: int, k: int, n: int, group_size: int, *, is_hopper: bool) -> bool:
-    """What `hopper_row_w4a16` is written for: one row, groups of 128, eighths of the inputs that are whole steps."""
-    return is_hopper and num_rows == 1 and group_size == 128 and k % 2048 == 0 and k <= 16384 and n % 32 == 0
-
-
-def takes_hopper_gate_up(k: int, inter: int, element_bytes: int, *, is_hopper: bool) -> bool:
-    """What `hopper_gate_up` is written for: 16 bit, rows of x, W and y at multiples of 16 bytes."""
-    return is_hopper and element_bytes == 2 and k % 8 == 0 and inter % 8 == 0
 
 
 def fixed_order_linear_config(k: int, element_bytes: int) -> FixedOrderLinearConfig:
@@ -399,13 +305,13 @@ def fixed_order_linear_config(k: int, element_bytes: int) -> FixedOrderLinearCon
 
 def greedy_sample_config(vocab_size: int) -> GreedySampleConfig:
     """Tiles of 4096 logits: 23 programs for one row of 92544, so that a batch of one is not left to a single program."""
-    return GreedySampleConfig(_clamp(next_power_of_2(vocab_size), 16, 4096), num_warps=4)
+    return GreedySampleConfig(clamp(next_power_of_2(vocab_size), 16, 4096), num_warps=4)
 
 
 def sample_config(num_rows: int, vocab_size: int) -> SampleConfig:
     """Tiles of 4096 logits, 16 a thread: their 64 bit weights have to stay in registers. Copies of 32 MiB in all, 8192 weights at least."""
-    block_v = _clamp(next_power_of_2(vocab_size), 16, 4096)
-    return SampleConfig(block_v, _clamp((8 << 20) // max(num_rows, 1), 8192, 65536), num_warps=_clamp(block_v // 512, 1, 8))
+    block_v = clamp(next_power_of_2(vocab_size), 16, 4096)
+    return SampleConfig(block_v, clamp((8 << 20) // max(num_rows, 1), 8192, 65536), num_warps=clamp(block_v // 512, 1, 8))
 
 
 def decode_attention_config(
@@ -423,7 +329,7 @@ def decode_attention_config(
     block_d = max(16, next_power_of_2(head_dim))
     block_g = max(MIN_DOT_ROWS, next_power_of_2(group_size))
     is_fp32 = element_bytes == 4
-    block_n = FP32_BLOCK_N if is_fp32 else _clamp(KV_TILE_BYTES // (block_d * element_bytes), 16, 128)
+    block_n = FP32_BLOCK_N if is_fp32 else clamp(KV_TILE_BYTES // (block_d * element_bytes), 16, 128)
     num_stages = FP32_NUM_STAGES if is_fp32 else NUM_STAGES
     num_warps = 4 if is_fp32 or block_d > 128 else 2
     # Measured on an H200 with 1 to 256 rows of 8 kv heads, equal and as ragged as those of a server (docs/perf-log.md). Many programs, by
@@ -453,7 +359,7 @@ def decode_attention_config(
         wanted = ceil_div(4 * num_sms, num_programs)
         if not is_fp32:
             num_warps, num_stages = 4, 2
-    num_splits = _clamp(wanted, 1, min(MAX_SPLITS, max(ceil_div(max_context, MIN_SPLIT_TOKENS), 1)))
+    num_splits = clamp(wanted, 1, min(MAX_SPLITS, max(ceil_div(max_context, MIN_SPLIT_TOKENS), 1)))
     min_split_tokens = ceil_div(min_split_tokens, block_n) * block_n
     return DecodeAttentionConfig(block_g, block_n, block_d, num_splits, min_split_tokens, num_warps, num_stages)
 
@@ -472,7 +378,7 @@ def quantized_decode_attention_config(
     block_half = max(64 if bits == 4 else 32, next_power_of_2(head_dim // 2))
     block_g = max(4, next_power_of_2(group_size))
     wanted = 16 * num_sms // max(batch * num_kv_heads, 1)
-    num_splits = _clamp(wanted, 1, min(MAX_SPLITS, max(ceil_div(max_context, MIN_SPLIT_TOKENS), 1)))
+    num_splits = clamp(wanted, 1, min(MAX_SPLITS, max(ceil_div(max_context, MIN_SPLIT_TOKENS), 1)))
     is_usual = element_bytes == 2 and head_dim == 128 and block_g <= 8
     block_n = 32 if is_usual and bits == 4 else 16
     max_registers = (128 if block_g == 4 else 168) if is_usual and bits == 4 else 0
@@ -508,22 +414,13 @@ def prefill_attention_config(
     return PrefillAttentionConfig(max(block_m, next_power_of_2(group_size)), block_n, block_d, num_warps, num_stages)
 
 
-def takes_hopper_prefill(
-    group_size: int, head_dim: int, block_size: int, element_bytes: int, sliding_window: int, compute_capability: int
-) -> bool:
-    """What `hopper_prefill_attention` is written for: blocks of 64 keys, 16 bit, no window. It takes a sixth more work a second than the
-    plain kernel (H200: docs/perf-log.md). compute_capability: 10 * major + minor."""
-    is_dense = block_size == 64 and head_dim in (64, 128) and element_bytes == 2
-    return group_size <= 64 and is_dense and sliding_window == 0 and compute_capability == 90
-
-
 def w4a16_linear_config(
     num_rows: int, n: int, k: int, group_size: int, num_sms: int, *, has_descriptors: bool
 ) -> W4A16LinearConfig:
     """n must be a multiple of 64, group_size one of 64. Measured on an H200. Few rows: instructions bound the time, so scales come after
     the product, and weights come ahead into registers, in programs of 16 warps together on a multiprocessor. From 64 rows on x comes by
     the copy engine; layers whose tiles do not fill the device by themselves are split, their weights ahead too."""
-    block_m = _clamp(next_power_of_2(num_rows), MIN_DOT_ROWS, 128)
+    block_m = clamp(next_power_of_2(num_rows), MIN_DOT_ROWS, 128)
     is_few = block_m < 64
     block_k = 128 if group_size % 128 == 0 and is_few else 64
     num_warps = 8 if n % 128 == 0 else 4
@@ -544,52 +441,7 @@ def w4a16_linear_config(
 
 def w4a16_splits(tiles: int, places: int, k: int, block_k: int) -> int:
     """Splits of each tile's inputs that come nearest to a program a place, two steps each at least."""
-    return _clamp((places + tiles // 2) // tiles, 1, _clamp(k // (2 * block_k), 1, 16))
-
-
-def takes_hopper_w4a16(num_rows: int, n: int, k: int, num_sms: int, *, is_hopper: bool) -> bool:
-    """What `hopper_w4a16_linear` is written for and faster at: tiles of 128 outputs, turns of 128 inputs, and up to 128 rows only layers
-    whose tiles do not fill the device by themselves."""
-    is_faster = num_rows >= MIN_HOPPER_W4A16_ROWS and (num_rows > 128 or n // 128 < num_sms)
-    return is_hopper and is_faster and n % 128 == 0 and k % 128 == 0
-
-
-def hopper_w4a16_config(num_rows: int, n: int, num_sms: int) -> HopperTiles:
-    """n must be a multiple of 128. Tiles of 128 outputs and up to 256 rows, or 256 outputs and up to 64. Measured on an H200."""
-    block_m = _rows_of_hopper_tile(num_rows)
-    return hopper_w4a16_tiles(block_m, 2 if n % 256 == 0 and block_m <= 64 else 1, num_sms)
-
-
-def hopper_w4a16_tiles(block_m: int, strips: int, num_sms: int) -> HopperTiles:
-    """The most stages and programs for such tiles. A step of 64 inputs takes 128 bytes a row of x and, of 128 outputs, 4.5 KiB of words and
-    params; 18 KiB stay for what else the kernel needs."""
-    return _hopper_tiles(block_m, strips, 128 * block_m + 4608 * strips, num_sms)
-
-
-def takes_hopper_w8a8(num_rows: int, n: int, k: int, *, is_hopper: bool) -> bool:
-    """What `hopper_w8a8_linear` is written for: whole tiles of 128 outputs and steps of 128 inputs."""
-    return is_hopper and MIN_HOPPER_W8A8_ROWS <= num_rows <= MAX_HOPPER_W8A8_ROWS and n % 128 == 0 and k % 128 == 0
-
-
-def hopper_w8a8_config(num_rows: int, num_sms: int) -> HopperTiles:
-    """Tiles of 128 outputs; num_rows: more than 128, as `takes_hopper_w8a8` has it."""
-    return hopper_w8a8_tiles(_rows_of_hopper_tile(num_rows), num_sms)
-
-
-def hopper_w8a8_tiles(block_m: int, num_sms: int) -> HopperTiles:
-    """The most stages and programs for such tiles: a step of 128 inputs takes 128 bytes of each row and output."""
-    return _hopper_tiles(block_m, 1, 128 * (block_m + 128), num_sms)
-
-
-def _rows_of_hopper_tile(num_rows: int) -> int:
-    if 128 < num_rows <= 192:
-        return ceil_div(num_rows, 32) * 32
-    return _clamp(next_power_of_2(num_rows), MIN_DOT_ROWS, 256)
-
-
-def _hopper_tiles(block_m: int, strips: int, stage_bytes: int, num_sms: int) -> HopperTiles:
-    num_stages = min((209 << 10) // stage_bytes, 8)
-    return HopperTiles(block_m, strips, num_stages, min(num_sms, MAX_PARTS // (2 * 128 * strips * block_m)))
+    return clamp((places + tiles // 2) // tiles, 1, clamp(k // (2 * block_k), 1, 16))
 
 
 def quantize_rows_config(n: int) -> QuantizeRowsConfig:
@@ -597,19 +449,19 @@ def quantize_rows_config(n: int) -> QuantizeRowsConfig:
     if not 1 <= n <= MAX_QUANTIZED_ROW:
         raise ConfigError(f"{n} columns are outside [1, {MAX_QUANTIZED_ROW}], what the kernel of 8 bit rows takes")
     block_n = next_power_of_2(n)
-    return QuantizeRowsConfig(block_n, num_warps=_clamp(block_n // 1024, 1, 16))
+    return QuantizeRowsConfig(block_n, num_warps=clamp(block_n // 1024, 1, 16))
 
 
 def w8a8_linear_config(num_rows: int, n: int, k: int, num_sms: int, *, has_descriptors: bool) -> W8A8LinearConfig:
     """Tiles that keep the matrix units busy from 512 rows on; below, splits until every multiprocessor has a program, since the
     weight's bytes and what each tile reads from the L2 cache bound the time. Timed on an H200, not swept."""
-    block_m = _clamp(next_power_of_2(num_rows), MIN_DOT_ROWS, 128)
+    block_m = clamp(next_power_of_2(num_rows), MIN_DOT_ROWS, 128)
     if num_rows > 512 and has_descriptors:
         return W8A8LinearConfig(128, 256, 128, 1, 8, True, num_warps=8, num_stages=4)
     block_n = 128
     tiles = ceil_div(n, block_n) * ceil_div(num_rows, block_m)
     most = min(k // 1024, MAX_PARTS // (tiles * block_m * block_n)) if tiles < num_sms else 1
-    num_splits = _clamp(ceil_div(num_sms, tiles) if 3 * tiles > 2 * num_sms else num_sms // tiles, 1, _clamp(most, 1, 8))
+    num_splits = clamp(ceil_div(num_sms, tiles) if 3 * tiles > 2 * num_sms else num_sms // tiles, 1, clamp(most, 1, 8))
     num_warps = 8 if block_m == 128 else 4
     num_stages = 4 if has_descriptors else 3  # before sm_90: 99 KiB of shared memory, and operands take registers
     return W8A8LinearConfig(block_m, block_n, 128, num_splits, 8, has_descriptors, num_warps, num_stages)

@@ -25,9 +25,10 @@ from turbotriton.backend.ops.operands import W4A16Tiles
 
 from . import hopper_w4a16_linear
 from .fast_launch import Tiles, launch
+from .hopper_tuning import hopper_w4a16_config, takes_hopper_w4a16
 from .launch import chosen, has_pdl, is_hopper, launch_options, num_sms
 from .split_sum import sum_of_splits, workspace
-from .tuning import ceil_div, hopper_w4a16_config, takes_hopper_w4a16, w4a16_linear_config
+from .tuning import ceil_div, w4a16_linear_config
 from .w4a16_words import load_weights, numbers_of
 
 __all__ = ["w4a16_gate_up", "w4a16_linear"]

@@ -26,16 +26,10 @@ from turbotriton.backend.ops.operands import Fp8Weight, QuantizedRows, W8A8Weigh
 
 from . import hopper_w8a8_linear
 from .fast_launch import Tiles, launch
+from .hopper_tuning import hopper_w8a8_config, takes_hopper_w8a8
 from .launch import has_pdl, is_hopper, launch_options, num_sms, wait_for_previous
 from .split_sum import sum_of_splits, workspace
-from .tuning import (
-    FP8_FAST_ACCUMULATION,
-    MAX_OWN_FP8_ROWS,
-    ceil_div,
-    hopper_w8a8_config,
-    takes_hopper_w8a8,
-    w8a8_linear_config,
-)
+from .tuning import FP8_FAST_ACCUMULATION, MAX_OWN_FP8_ROWS, ceil_div, w8a8_linear_config
 
 __all__ = ["w8a8_linear"]
 

@@ -16,8 +16,8 @@ from tests.backend.ops.test_kernels_w4a16_linear import Shape, weight_of
 
 from turbotriton.backend.ops.kernels import hopper_w4a16_linear as module
 from turbotriton.backend.ops.kernels import w4a16_linear as launcher
+from turbotriton.backend.ops.kernels.hopper_tuning import HopperTiles, hopper_w4a16_config, hopper_w4a16_tiles
 from turbotriton.backend.ops.kernels.split_sum import workspace
-from turbotriton.backend.ops.kernels.tuning import HopperTiles, hopper_w4a16_config, hopper_w4a16_tiles
 from turbotriton.backend.ops.kernels.w4a16_linear import w4a16_gate_up, w4a16_linear
 from turbotriton.backend.ops.operands import W4A16Tiles
 

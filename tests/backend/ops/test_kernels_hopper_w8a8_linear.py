@@ -14,9 +14,9 @@ from tests.backend.ops.test_kernels_w8a8_linear import Shape, product64, weight_
 
 from turbotriton.backend.ops.kernels import hopper_w8a8_linear as module
 from turbotriton.backend.ops.kernels import w8a8_linear as launcher
+from turbotriton.backend.ops.kernels.hopper_tuning import HopperTiles, hopper_w8a8_config, hopper_w8a8_tiles
 from turbotriton.backend.ops.kernels.quantize_rows import quantize_rows
 from turbotriton.backend.ops.kernels.split_sum import workspace
-from turbotriton.backend.ops.kernels.tuning import HopperTiles, hopper_w8a8_config, hopper_w8a8_tiles
 from turbotriton.backend.ops.kernels.w8a8_linear import w8a8_linear
 from turbotriton.backend.ops.operands import QuantizedRows, W8A8Weight
 

@@ -1,0 +1,158 @@
+"""Tile choice of the kernels that are for Hopper alone, and what they take: pure functions of shapes, as in tuning.py."""
+
+from dataclasses import dataclass
+
+from .tuning import MAX_PARTS, MIN_DOT_ROWS, ceil_div, clamp, next_power_of_2
+
+__all__ = [
+    "HopperGateUpConfig",
+    "HopperRowConfig",
+    "HopperTiles",
+    "hopper_gate_up_config",
+    "hopper_row_config",
+    "hopper_row_w4a16_blocks",
+    "hopper_w4a16_config",
+    "hopper_w4a16_tiles",
+    "hopper_w8a8_config",
+    "hopper_w8a8_tiles",
+    "takes_hopper_gate_up",
+    "takes_hopper_prefill",
+    "takes_hopper_row",
+    "takes_hopper_row_w4a16",
+    "takes_hopper_w4a16",
+    "takes_hopper_w8a8",
+]
+
+#: Of `hopper_prefill_attention`, whose program has a multiprocessor to itself; 3 to 6 are within 2 % of each other.
+HOPPER_PREFILL_STAGES = 6
+#: Dense layers with a gate have a kernel of their own again from so many rows on, where the chip is Hopper's: one of the token counts that
+#: a runner warms up with. It joins SiLU to cuBLAS's speed (H200: docs/perf-log.md).
+MIN_HOPPER_GATE_UP_ROWS = 256
+#: So many rows of 4 bit weights and more are `hopper_w4a16_linear`'s on sm_90: a layer of 256 takes 194 us where the plain kernel has 239
+#: (8B, H200: docs/perf-log.md).
+MIN_HOPPER_W4A16_ROWS = 33
+#: Rows of int8 that are `hopper_w8a8_linear`'s on sm_90: a layer of 160, 256 and 512 takes 112, 147 and 261 us where the plain kernel has
+#: 178, 168 and 282, of 128 rows 120 where that has 108 (8B, H200: docs/perf-log.md).
+MIN_HOPPER_W8A8_ROWS, MAX_HOPPER_W8A8_ROWS = 129, 512
+
+
+@dataclass(frozen=True, slots=True)
+class HopperGateUpConfig:
+    num_stages: int  # steps of 64 inputs that a program has room for
+    group_m: int  # row blocks that go by together
+
+
+@dataclass(frozen=True, slots=True)
+class HopperRowConfig:
+    num_stages: int  # steps of 16 outputs by 1024 inputs that a program has room for, 32 KiB each
+    num_warps: int
+
+
+@dataclass(frozen=True, slots=True)
+class HopperTiles:
+    """Of the kernels that share their tiles (hopper_shares.py)."""
+
+    block_m: int  # rows of x a program, padded: a power of two, 160 or 192
+    strips: int  # of 16 outputs a warp, of eight
+    num_stages: int
+    num_programs: int  # at most; they take equal shares of all tiles' steps
+
+    @property
+    def block_n(self) -> int:
+        return 128 * self.strips
+
+    @property
+    def low(self) -> int:
+        """The largest power of two in block_m."""
+        return 1 << self.block_m.bit_length() - 1
+
+    @property
+    def high(self) -> int:
+        """The rows beside them, another power of two, or none."""
+        return self.block_m - self.low
+
+
+def hopper_gate_up_config(num_rows: int, k: int) -> HopperGateUpConfig:
+    """Four stages and the tile of y fill the shared memory. A group's rows of x are 4 MiB where all would be more than 16."""
+    row_blocks = ceil_div(num_rows, 128)
+    return HopperGateUpConfig(num_stages=4, group_m=row_blocks if row_blocks * k <= 65536 else clamp(16384 // k, 1, 16))
+
+
+def hopper_row_config(k: int) -> HopperRowConfig:
+    """A multiprocessor has one such program, and the next starts when it ends: with three stages, where two fit, all of a step takes
+    15 to 20 % longer (H200: docs/perf-log.md)."""
+    return HopperRowConfig(num_stages=5, num_warps=8 if k <= 2048 else 16)
+
+
+def takes_hopper_row(num_rows: int, k: int, n: int, element_bytes: int, *, is_hopper: bool) -> bool:
+    """What `hopper_row_linear` is written for: one row of 16 bits, whose x leaves the ring its room."""
+    return is_hopper and num_rows == 1 and element_bytes == 2 and k % 16 == 0 and k <= 16384 and n % 2 == 0
+
+
+def hopper_row_w4a16_blocks(k: int) -> int:
+    """Blocks of 64 inputs that a warp takes in a step, of the eighth of all inputs that it has."""
+    return 8 if k % 4096 == 0 else 4
+
+
+def takes_hopper_row_w4a16(num_rows: int, k: int, n: int, group_size: int, *, is_hopper: bool) -> bool:
+    """What `hopper_row_w4a16` is written for: one row, groups of 128, eighths of the inputs that are whole steps."""
+    return is_hopper and num_rows == 1 and group_size == 128 and k % 2048 == 0 and k <= 16384 and n % 32 == 0
+
+
+def takes_hopper_gate_up(k: int, inter: int, element_bytes: int, *, is_hopper: bool) -> bool:
+    """What `hopper_gate_up` is written for: 16 bit, rows of x, W and y at multiples of 16 bytes."""
+    return is_hopper and element_bytes == 2 and k % 8 == 0 and inter % 8 == 0
+
+
+def takes_hopper_prefill(
+    group_size: int, head_dim: int, block_size: int, element_bytes: int, sliding_window: int, compute_capability: int
+) -> bool:
+    """What `hopper_prefill_attention` is written for: blocks of 64 keys, 16 bit, no window. It takes a sixth more work a second than the
+    plain kernel (H200: docs/perf-log.md). compute_capability: 10 * major + minor."""
+    is_dense = block_size == 64 and head_dim in (64, 128) and element_bytes == 2
+    return group_size <= 64 and is_dense and sliding_window == 0 and compute_capability == 90
+
+
+def takes_hopper_w4a16(num_rows: int, n: int, k: int, num_sms: int, *, is_hopper: bool) -> bool:
+    """What `hopper_w4a16_linear` is written for and faster at: tiles of 128 outputs, turns of 128 inputs, and up to 128 rows only layers
+    whose tiles do not fill the device by themselves."""
+    is_faster = num_rows >= MIN_HOPPER_W4A16_ROWS and (num_rows > 128 or n // 128 < num_sms)
+    return is_hopper and is_faster and n % 128 == 0 and k % 128 == 0
+
+
+def hopper_w4a16_config(num_rows: int, n: int, num_sms: int) -> HopperTiles:
+    """n must be a multiple of 128. Tiles of 128 outputs and up to 256 rows, or 256 outputs and up to 64. Measured on an H200."""
+    block_m = _rows_of_hopper_tile(num_rows)
+    return hopper_w4a16_tiles(block_m, 2 if n % 256 == 0 and block_m <= 64 else 1, num_sms)
+
+
+def hopper_w4a16_tiles(block_m: int, strips: int, num_sms: int) -> HopperTiles:
+    """The most stages and programs for such tiles. A step of 64 inputs takes 128 bytes a row of x and, of 128 outputs, 4.5 KiB of words and
+    params; 18 KiB stay for what else the kernel needs."""
+    return _hopper_tiles(block_m, strips, 128 * block_m + 4608 * strips, num_sms)
+
+
+def takes_hopper_w8a8(num_rows: int, n: int, k: int, *, is_hopper: bool) -> bool:
+    """What `hopper_w8a8_linear` is written for: whole tiles of 128 outputs and steps of 128 inputs."""
+    return is_hopper and MIN_HOPPER_W8A8_ROWS <= num_rows <= MAX_HOPPER_W8A8_ROWS and n % 128 == 0 and k % 128 == 0
+
+
+def hopper_w8a8_config(num_rows: int, num_sms: int) -> HopperTiles:
+    """Tiles of 128 outputs; num_rows: more than 128, as `takes_hopper_w8a8` has it."""
+    return hopper_w8a8_tiles(_rows_of_hopper_tile(num_rows), num_sms)
+
+
+def hopper_w8a8_tiles(block_m: int, num_sms: int) -> HopperTiles:
+    """The most stages and programs for such tiles: a step of 128 inputs takes 128 bytes of each row and output."""
+    return _hopper_tiles(block_m, 1, 128 * (block_m + 128), num_sms)
+
+
+def _rows_of_hopper_tile(num_rows: int) -> int:
+    if 128 < num_rows <= 192:
+        return ceil_div(num_rows, 32) * 32
+    return clamp(next_power_of_2(num_rows), MIN_DOT_ROWS, 256)
+
+
+def _hopper_tiles(block_m: int, strips: int, stage_bytes: int, num_sms: int) -> HopperTiles:
+    num_stages = min((209 << 10) // stage_bytes, 8)
+    return HopperTiles(block_m, strips, num_stages, min(num_sms, MAX_PARTS // (2 * 128 * strips * block_m)))
