@@ -22,6 +22,7 @@ FEW_ROWS, SHORT_OF = 1024, 3
 #: Beyond, such numbers below (up to so many rows, every so many): most counts of tokens are divided by nothing.
 SPARSE = ((4096, 32), (1 << 20, 64))
 DIVIDED = 128  # and every number that this divides
+EVERY_SAMPLED = 256  # so many rows of the head, and each number below
 
 
 def product_rows(most: int) -> list[int]:
@@ -45,12 +46,13 @@ def load_library_kernels(decoder: Decoder, device: torch.device, dtype: torch.dt
     def zeros(num_rows: int, columns: int) -> torch.Tensor:
         return widest[: num_rows * columns].view(num_rows, columns)
 
-    for num_rows in product_rows(max_tokens):
+    for num_rows in reversed(product_rows(max_tokens)):  # falling: a block that torch had for one holds what comes after it
         for columns, linear in ((hidden, layer.qkv.qkv), (heads, layer.output), (config.inter_size, layer.down)):
             ops.down_projection(zeros(num_rows, columns), linear)
         x = zeros(num_rows, hidden)
         ops.norm_gate_up_silu(x, x, layer.ffn_norm, layer.gate_up)
-    for num_rows in range(1, max_sampled + 1):
+    most = min(max_sampled, max_tokens)
+    for num_rows in sorted({*range(1, min(most, EVERY_SAMPLED) + 1), *product_rows(most)}, reverse=True):
         x = zeros(num_rows, hidden)
         ops.lm_head(x, x, weights.final_norm, weights.head)
     if device.type == "cuda":

@@ -13,7 +13,9 @@ from typing import Any
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
+from starlette.requests import ClientDisconnect
 
+from .event_stream import DISCONNECTED
 from .schema import IS_TEXT
 
 __all__ = ["BodyRoute"]
@@ -31,7 +33,10 @@ class BodyRoute(APIRoute):
         model: type[BaseModel] = parameters["body"].annotation
 
         async def handler(request: Request) -> Response:
-            content = await request.body()  # Starlette keeps it for a second reader
+            try:
+                content = await request.body()  # Starlette keeps it for a second reader
+            except ClientDisconnect:
+                return Response(status_code=DISCONNECTED)
             if request.headers.get("content-type", "").partition(";")[0].rstrip() != "application/json":
                 return await usual(request)
             try:

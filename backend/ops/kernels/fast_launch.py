@@ -97,7 +97,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
             chosen_by.append((arg.dtype,) if address & 15 else arg.dtype)
             values.append(address)
         elif kind is int:
-            chosen_by.append(1 if arg == 1 else 2 + (arg & 15 == 0) + (arg.bit_length() >> 5 << 1))
+            magnitude = arg if arg >= 0 else ~arg
+            chosen_by.append(1 if arg == 1 else 2 + (arg & 15 == 0) + (magnitude.bit_length() >> 5 << 1))
             values.append(arg)
         elif arg is None:
             chosen_by.append(None)

@@ -23,6 +23,7 @@ __all__ = ["Entrance", "HandedLoop", "HandingServer", "entrance_path"]
 logger = logging.getLogger(__name__)
 
 RETRY_S = 1.0  # after an accept that failed: no descriptors are left, for one
+FULL_S = 0.01  # where every worker is full: a burst is more than Unix sockets hold, or all of them are busy
 
 
 def entrance_path(folder: Path) -> Path:
@@ -96,8 +97,7 @@ class HandingServer:
                     else:
                         return
                 if self._workers:
-                    logger.warning("a connection was closed: no worker takes it")
-                    return
+                    await asyncio.sleep(FULL_S)
 
     def _leave(self, worker: socket.socket) -> None:
         asyncio.get_running_loop().remove_reader(worker)
@@ -142,6 +142,8 @@ class _HandedServer:
             data, descriptors = b"", []
         if not data:  # the parent stops
             self.close()
+        elif not descriptors:  # the kernel closes what it cannot give
+            logger.warning("a connection was lost: this process may have no more descriptors")
         for descriptor in descriptors:
             task = self._loop.create_task(self._open(socket.socket(fileno=descriptor)))
             self._opening.add(task)

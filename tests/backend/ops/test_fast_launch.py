@@ -146,7 +146,9 @@ def test_what_triton_specialises_for_is_told_apart(launched, monkeypatch):
     whole = torch.zeros(4096)
     tensors = [whole, whole.to(FP16), whole.to(BF16), whole[1:], whole.to(FP16)[1:], whole.to(FP16)[8:]]
     cases = [(x, None, 16, 5, 0.5, 4) for x in tensors]
-    cases += [(whole, None, size, 5, 0.5, 4) for size in (0, 1, 2, 15, 16, 17, 2**31 - 1, 2**31, 2**40, -16)]
+    cases += [
+        (whole, None, size, 5, 0.5, 4) for size in (0, 1, 2, 15, 16, 17, 2**31 - 1, 2**31, 2**40, -16, -(2**31), -(2**31) - 1)
+    ]
     cases += [(whole, None, 16, free, 0.5, 4) for free in (1, 16, 2**40)]
     cases += [(whole, None, 16, 5, scale, 4) for scale in (1, 1.0, 2, 2.0, True)]
     cases += [(whole, y, 16, 5, 0.5, 4) for y in (whole, whole[1:], whole.to(FP16))]

@@ -49,13 +49,15 @@ def test_every_linear_layer_meets_every_number_of_rows(folder, monkeypatch):
     )
     monkeypatch.setattr(decoder, "ops", replaced)
     load_library_kernels(decoder, torch.device("cpu"), torch.float32, max_tokens=100, max_sampled=7)
-    assert met.pop("head") == [1, 2, 3, 4, 5, 6, 7]
-    assert all(rows == product_rows(100) for rows in met.values())
+    assert met.pop("head") == [7, 6, 5, 4, 3, 2, 1]
+    assert all(rows == product_rows(100)[::-1] for rows in met.values())
 
 
-def test_it_runs_with_the_reference_ops(folder):
+@pytest.mark.parametrize(("max_tokens", "max_sampled"), [(20, 3), (4, 64), (300, 300)])
+def test_it_runs_with_the_reference_ops(folder, max_tokens, max_sampled):
+    """Also where a step may have fewer tokens than there are slots."""
     runner = ModelRunner(MODEL, CONFIG.engine_config({**OPTIONS, "device": "cpu"}.get), folder)
-    load_library_kernels(runner._decoder, torch.device("cpu"), DTYPES["fp32"], max_tokens=20, max_sampled=3)
+    load_library_kernels(runner._decoder, torch.device("cpu"), DTYPES["fp32"], max_tokens, max_sampled)
 
 
 @pytest.fixture(scope="module")
