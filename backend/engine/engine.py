@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from turbotriton.backend.scheduling.block_manager import BlockManager
-from turbotriton.backend.scheduling.plan import DEFAULT_TOKEN_BUDGET, StepPlan, StepResult
+from turbotriton.backend.scheduling.plan import StepPlan, StepResult, token_budget
 from turbotriton.backend.scheduling.request import Request, RequestState
 from turbotriton.backend.scheduling.scheduler import PREFILL_BESIDE_DECODES, OwnedDelta, Scheduler
 from turbotriton.contract.errors import InvalidInputError, TurbotritonError
@@ -100,12 +100,11 @@ class Engine:
         self._model = model
         self._config = config
         self._runner = runner
-        budget = config.num_tokens_per_iter or DEFAULT_TOKEN_BUDGET[runner.device.split(":")[0]]
         self._scheduler = Scheduler(
             model,
             config,
             BlockManager(runner.num_blocks, runner.block_size, enable_prefix_caching=config.enable_prefix_caching),
-            budget,
+            token_budget(config.num_tokens_per_iter, runner.device),
             clock,
             lambda: secrets.randbits(64),
             prefill_beside_decodes(model),

@@ -29,7 +29,7 @@ from turbotriton.backend.model.sampler import SamplerState
 from turbotriton.backend.model.token_masks import masked_logits
 from turbotriton.backend.model.transfer import to_device, to_host
 from turbotriton.backend.ops.table import DETERMINISTIC_REFERENCE, REFERENCE, ops_for
-from turbotriton.backend.scheduling.plan import DEFAULT_TOKEN_BUDGET, ScheduledRow, StepPlan, StepResult
+from turbotriton.backend.scheduling.plan import ScheduledRow, StepPlan, StepResult, token_budget
 from turbotriton.contract.errors import ConfigError
 from turbotriton.contract.ini import EngineConfig, ModelConfig
 from turbotriton.contract.wire import TokenLogprobs
@@ -126,7 +126,7 @@ class ModelRunner:
             self.warm_up(engine)
             if not engine.deterministic:  # its products are all by a kernel of ours
                 with torch.inference_mode():
-                    max_tokens = engine.num_tokens_per_iter or DEFAULT_TOKEN_BUDGET["cuda"]
+                    max_tokens = token_budget(engine.num_tokens_per_iter, self.device)
                     load_library_kernels(self._decoder, device, dtype, max_tokens, engine.max_batch_size)
         if device.type == "cpu" and weights.num_elements < ONE_THREAD_ELEMENTS:
             torch.set_num_threads(1)  # of the whole process

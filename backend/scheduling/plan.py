@@ -17,10 +17,14 @@ import numpy.typing as npt
 
 from turbotriton.contract.wire import SamplingParams, TokenLogprobs
 
-__all__ = ["DEFAULT_TOKEN_BUDGET", "JoinedRequest", "NewBlocks", "ScheduledRow", "StepPlan", "StepResult", "TokenMasks"]
+__all__ = ["JoinedRequest", "NewBlocks", "ScheduledRow", "StepPlan", "StepResult", "TokenMasks", "token_budget"]
 
-#: Most tokens of a step by kind of device, where num_tokens_per_iter is 0.
 DEFAULT_TOKEN_BUDGET = {"cpu": 512, "cuda": 8192}
+
+
+def token_budget(num_tokens_per_iter: int, device: str) -> int:
+    """Most tokens of a step; num_tokens_per_iter: EngineConfig's, 0 for what its kind of device, such as "cuda:1", has by default."""
+    return num_tokens_per_iter or DEFAULT_TOKEN_BUDGET[device.split(":")[0]]
 
 
 class TokenMasks(Protocol):

@@ -91,11 +91,8 @@ class Request:
         if self.matcher is not None:
             return True
         sampling = self.sampling
-        if not sampling.bad_sequences and not (sampling.min_new_tokens and sampling.stop_sequences):
-            return False
-        return any(len(ids) > 1 for ids in sampling.bad_sequences) or (
-            sampling.min_new_tokens > 0 and any(len(ids) > 1 for ids in sampling.stop_sequences)
-        )
+        sequences = sampling.bad_sequences + (sampling.stop_sequences if sampling.min_new_tokens > 0 else ())
+        return bool(sequences) and any(len(ids) > 1 for ids in sequences)
 
     @property
     def is_scored(self) -> bool:

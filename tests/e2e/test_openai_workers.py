@@ -111,7 +111,7 @@ def test_the_qos_gate_is_one_for_all_workers(url: str, demo_server: TritonServer
     body = {"model": "demo", "prompt": "x", "max_tokens": 50, "ignore_eos": True}
     most = 0
     with throttled(engine_pid(demo_server), share=0.15), watched(demo_server) as engine, ThreadPoolExecutor(10) as pool:
-        asking = [pool.submit(post, url, "completions_qos", **body) for _ in range(12)]
+        asking = [pool.submit(post, url, "completions_qos", **body) for _ in range(24)]
         while not all(one.done() for one in asking):
             most = max(most, engine.newest.num_running)
             time.sleep(0.002)

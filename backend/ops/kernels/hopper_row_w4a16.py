@@ -30,7 +30,7 @@ from .launch import has_pdl, is_hopper, launch_options, num_sms
 from .tuning import next_power_of_2
 from .w4a16_words import PAIRED_RAW_BF16, PAIRED_RAW_FP16, TAKES_PAIRED_RAW
 
-__all__ = ["gate_up", "linear", "norm_gate_up", "norm_linear", "takes"]
+__all__ = ["linear", "norm_gate_up", "norm_linear", "takes"]
 
 NUM_STAGES = gl.constexpr(5)
 SLICES = gl.constexpr(8)
@@ -263,13 +263,7 @@ def linear(x: torch.Tensor, weight: W4A16Tiles) -> torch.Tensor:
 
     Returns [1, out_features], new, contiguous, in x's dtype.
     """
-    assert not weight.gated, "a gated weight's columns are interleaved: gate_up"
-    return _launch(x, None, None, 0.0, weight)[0]
-
-
-def gate_up(x: torch.Tensor, weight: W4A16Tiles) -> torch.Tensor:
-    """As `linear` with columns [gate | up], and silu(gate) * up: [1, out_features / 2]."""
-    assert weight.gated, "the columns are not those of gate and up"
+    assert not weight.gated, "a gated weight's columns are interleaved: norm_gate_up"
     return _launch(x, None, None, 0.0, weight)[0]
 
 

@@ -122,6 +122,10 @@ class Target:
         return torch.randn(shape, generator=self.generator).to(self.device)
 
 
+def on_cpu(dtype: torch.dtype, seed: int = 0) -> Target:
+    return Target("cpu", dtype, torch.Generator().manual_seed(seed))
+
+
 @pytest.fixture(params=TARGETS)
 def target(request: pytest.FixtureRequest) -> Target:
     device, dtype = request.param

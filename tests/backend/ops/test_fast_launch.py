@@ -276,7 +276,10 @@ def test_hooks_see_every_launch(launched, chain):
 def test_a_hook_of_the_kernel_sees_every_launch(launched):
     seen = []
     x = torch.zeros(64)
-    hook = lambda *args, **kwargs: seen.append(args)  # noqa: E731
+
+    def hook(*args, **kwargs):
+        seen.append(args)
+
     for _ in range(2):
         launch(_probe_kernel, (1,), x, None, 16, 5, 0.5, HAS_Y=False, BLOCK=64)
     _probe_kernel.add_pre_run_hook(hook)

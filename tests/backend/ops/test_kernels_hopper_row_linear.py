@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from tests.backend.ops import test_kernels_skinny_qkv as skinny_qkv_test
-from tests.backend.ops.conftest import Target
+from tests.backend.ops.conftest import Target, on_cpu
 from tests.backend.ops.gluon_emulation import emulate, plant
 from tests.backend.ops.hopper_code import compiled_for_hopper, ptxas_report, skip_unless_hopper
 from tests.backend.ops.test_kernels_compile_ahead import SHARED_LIMIT_BYTES, Recorder
@@ -78,10 +78,6 @@ def check(layer, target, assert_close):
     assert torch.equal(r, wanted_r)
     roundings = 3 if layer.kind == "gated" else 1
     assert_close(y, wanted, **{name: roundings * value for name, value in tolerance(target.dtype).items()})
-
-
-def on_cpu(dtype, seed=0):
-    return Target("cpu", dtype, torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from tests.backend.ops.conftest import Target
+from tests.backend.ops.conftest import Target, on_cpu
 from tests.backend.ops.gluon_emulation import emulate, plant
 from tests.backend.ops.hopper_code import compiled_for_hopper, loops_of, ptxas_report, skip_unless_hopper
 from tests.backend.ops.test_kernels_compile_ahead import SHARED_LIMIT_BYTES, Recorder
@@ -26,7 +26,7 @@ EARLY = ("words_ptr", "params_ptr", "gain_ptr")
 class Layer(NamedTuple):
     k: int
     n: int
-    kind: str = "plain"  # or norm, gated (after a norm), gated alone
+    kind: str = "plain"  # or norm, gated (after a norm)
     bias: bool = False
     residual: bool = False
 
@@ -37,7 +37,7 @@ LAYERS = [
     Layer(6144, 64, "norm", residual=True),  # three steps
     Layer(8192, 32, "norm", bias=True),
     Layer(4096, 96, "gated", bias=True, residual=True),
-    Layer(2048, 128, "gated alone"),
+    Layer(2048, 128, "gated"),
 ]
 
 
@@ -47,14 +47,12 @@ def named(value):
 
 def check(layer, target, assert_close):
     shape = Shape(1, layer.k, layer.n, 128, layer.bias)
-    weight, values = weight_of(target, shape, gated=layer.kind.startswith("gated"))
+    weight, values = weight_of(target, shape, gated=layer.kind == "gated")
     x, gain = target.randn(1, layer.k), target.randn(layer.k)
     residual = target.randn(1, layer.k) if layer.residual else None
     product = x.double()
     if layer.kind == "plain":
         y = module.linear(x, weight)
-    elif layer.kind == "gated alone":
-        y = module.gate_up(x, weight)
     else:
         function = module.norm_gate_up if layer.kind == "gated" else module.norm_linear
         y, r = function(x, residual, gain, EPS, weight)
@@ -66,10 +64,6 @@ def check(layer, target, assert_close):
         assert_close(y, torch.nn.functional.silu(gate) * up, max_error=8 * target.eps, rms_error=1.5 * target.eps)
     else:
         assert_close(y, wanted, max_error=2 * target.eps, rms_error=0.7 * target.eps)
-
-
-def on_cpu(dtype, seed=0):
-    return Target("cpu", dtype, torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture
