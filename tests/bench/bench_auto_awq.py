@@ -61,11 +61,12 @@ class RandomSource:
         shapes |= {"embed_tokens": (VOCAB_SIZE, hidden)}
         kind = name.split(".")[-2]
         if kind not in shapes:
-            gain = torch.ones(hidden, dtype=torch.bfloat16, device=self._device)
+            gain = torch.ones(hidden, dtype=torch.bfloat16)
             gain[:: hidden // 8] = 20
             return gain
         shape = shapes[kind]
-        return (torch.randn(shape, device=self._device) / shape[1] ** 0.5).bfloat16()
+        tensor = (torch.randn(shape, device=self._device) / shape[1] ** 0.5).bfloat16()
+        return tensor.cpu() if kind == "embed_tokens" else tensor  # as from a file; layers would take a CPU seconds to make
 
 
 def main() -> int:
