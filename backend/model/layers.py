@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from turbotriton.backend.ops.operands import AttentionBatch, KvPages, LinearWeight, NormWeight, QkvWeights
+from turbotriton.backend.ops.operands import AttentionBatch, KvPages, LinearWeight, NormWeight, Projected, QkvWeights
 from turbotriton.backend.ops.table import OpTable
 
 __all__ = ["LayerWeights", "run_layer"]
@@ -22,12 +22,12 @@ class LayerWeights:
 def run_layer(
     ops: OpTable,
     weights: LayerWeights,
-    x: torch.Tensor,
+    x: Projected,
     residual: torch.Tensor | None,
     batch: AttentionBatch,
     kv: tuple[KvPages, KvPages],
     attention_rule: tuple[float, int],
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Projected, torch.Tensor]:
     """x, residual: [num_tokens, hidden]; kv: this layer's (k_cache, v_cache), modified; attention_rule: (scale, sliding_window).
 
     Returns (x, residual), whose sum is the layer's output.

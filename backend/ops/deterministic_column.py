@@ -18,7 +18,17 @@ from .kernels.rotary_store_quantized_kv import rotary_store_quantized_kv
 from .kernels.silu_and_mul import silu_and_mul
 from .kernels.w4a16_dequantize import dequantize_w4a16
 from .kernels.w8a8_linear import w8a8_linear
-from .operands import AttentionBatch, DenseWeight, KvPages, LinearWeight, NormWeight, W4A16Tiles, W4A16Weight, W8A8Weight
+from .operands import (
+    AttentionBatch,
+    DenseWeight,
+    KvPages,
+    LinearWeight,
+    NormWeight,
+    Projected,
+    W4A16Tiles,
+    W4A16Weight,
+    W8A8Weight,
+)
 from .reference import units
 from .reference.linear import dequantized, quantized_tokens
 from .table import REFERENCE
@@ -43,14 +53,14 @@ def fixed_order_product(x: torch.Tensor, weight: LinearWeight) -> torch.Tensor:
 
 
 def fixed_order_norm_linear(
-    x: torch.Tensor, residual: torch.Tensor | None, norm: NormWeight, weight: LinearWeight
+    x: Projected, residual: torch.Tensor | None, norm: NormWeight, weight: LinearWeight
 ) -> tuple[torch.Tensor, torch.Tensor]:
     y, residual = rms_norm(x, norm.weight, norm.eps, residual)
     return fixed_order_product(y, weight), residual
 
 
 def fixed_order_norm_gate_up_silu(
-    x: torch.Tensor, residual: torch.Tensor, norm: NormWeight, weight: LinearWeight
+    x: Projected, residual: torch.Tensor, norm: NormWeight, weight: LinearWeight
 ) -> tuple[torch.Tensor, torch.Tensor]:
     gate_up, residual = fixed_order_norm_linear(x, residual, norm, weight)
     return silu_and_mul(gate_up), residual

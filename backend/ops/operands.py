@@ -20,15 +20,48 @@ __all__ = [
     "KvPages",
     "LinearWeight",
     "NormWeight",
+    "Projected",
     "QkvWeights",
     "QuantizedPages",
     "QuantizedRows",
     "SamplingBatch",
+    "SplitSums",
     "StaticInt8Pages",
     "W4A16Tiles",
     "W4A16Weight",
     "W8A8Weight",
+    "whole",
 ]
+
+
+@dataclass(frozen=True, slots=True)
+class SplitSums:
+    """What a linear layer gives before its last sum, which is left to the norm that reads it: y = round(sum of parts).
+
+    parts: [num_parts, num_tokens, features], fp32, contiguous; they are added in their order
+    dtype: the compute dtype, that of y
+    """
+
+    parts: torch.Tensor
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of y."""
+        return self.parts.shape[1:]
+
+    def __getitem__(self, rows: torch.Tensor | slice) -> torch.Tensor:
+        """Some rows of y."""
+        return self.parts[:, rows].sum(0).to(self.dtype)
+
+
+#: What stands between a layer's projection and the norm after it: [num_tokens, features].
+Projected = torch.Tensor | SplitSums
+
+
+def whole(x: Projected) -> torch.Tensor:
+    """x after its last sum, [num_tokens, features] in the compute dtype."""
+    return x[:] if isinstance(x, SplitSums) else x
 
 
 @dataclass(frozen=True, slots=True)

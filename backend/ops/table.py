@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 
-from .operands import AttentionBatch, KvPages, LinearWeight, NormWeight, QkvWeights, QuantizedRows, SamplingBatch
+from .operands import AttentionBatch, KvPages, LinearWeight, NormWeight, Projected, QkvWeights, QuantizedRows, SamplingBatch
 from .reference import by_token
 from .reference.attention import attention
 from .reference.sample import sample
@@ -75,7 +75,7 @@ class NormQkvRotaryStore(Protocol):
 
     def __call__(
         self,
-        x: torch.Tensor,
+        x: Projected,
         residual: torch.Tensor | None,
         weights: QkvWeights,
         batch: AttentionBatch,
@@ -109,9 +109,12 @@ class Attention(Protocol):
 
 
 class OutputProjection(Protocol):
-    """attended: [num_tokens, num_heads, head_dim] -> attended W_o + b: [num_tokens, hidden]. The next op adds it to the residual."""
+    """attended: [num_tokens, num_heads, head_dim] -> attended W_o + b: [num_tokens, hidden]. The next op adds it to the residual.
 
-    def __call__(self, attended: torch.Tensor, weight: LinearWeight) -> torch.Tensor: ...
+    A column may leave the last sum to that op (SplitSums).
+    """
+
+    def __call__(self, attended: torch.Tensor, weight: LinearWeight) -> Projected: ...
 
 
 class NormGateUpSilu(Protocol):
@@ -127,15 +130,15 @@ class NormGateUpSilu(Protocol):
     """
 
     def __call__(
-        self, x: torch.Tensor, residual: torch.Tensor, norm: NormWeight, weight: LinearWeight
+        self, x: Projected, residual: torch.Tensor, norm: NormWeight, weight: LinearWeight
     ) -> tuple[torch.Tensor | QuantizedRows, torch.Tensor]: ...
 
 
 class DownProjection(Protocol):
     """x: [num_tokens, inter_size], as the column's norm_gate_up_silu gives it -> x W_down: [num_tokens, hidden]. The next op adds it to
-    the residual and normalises."""
+    the residual and normalises. A column may leave the last sum to that op (SplitSums)."""
 
-    def __call__(self, x: torch.Tensor | QuantizedRows, weight: LinearWeight) -> torch.Tensor: ...
+    def __call__(self, x: torch.Tensor | QuantizedRows, weight: LinearWeight) -> Projected: ...
 
 
 class LmHead(Protocol):
@@ -146,7 +149,7 @@ class LmHead(Protocol):
     Returns rms_norm(x + residual) W: [num_rows, vocab_size], in the compute dtype.
     """
 
-    def __call__(self, x: torch.Tensor, residual: torch.Tensor, norm: NormWeight, weight: LinearWeight) -> torch.Tensor: ...
+    def __call__(self, x: Projected, residual: torch.Tensor, norm: NormWeight, weight: LinearWeight) -> torch.Tensor: ...
 
 
 class Sample(Protocol):

@@ -20,7 +20,7 @@ from .kernels import (
     skinny_qkv,
 )
 from .kernels.hopper_tuning import MIN_HOPPER_GATE_UP_ROWS
-from .kernels.launch import shared_memory_bytes
+from .kernels.launch import is_hopper, shared_memory_bytes
 from .kernels.paged_decode_attention import paged_decode_attention
 from .kernels.paged_prefill_attention import paged_prefill_attention
 from .kernels.quantize_rows import quantize_rows, rms_norm_rows, silu_and_mul_rows
@@ -31,6 +31,7 @@ from .kernels.rotary_store_kv import rotary_store_kv
 from .kernels.rotary_store_quantized_kv import rotary_store_quantized_kv
 from .kernels.sample import sample
 from .kernels.silu_and_mul import silu_and_mul
+from .kernels.split_product import split_product
 from .kernels.stage_decode import stage_decode
 from .kernels.tuning import (
     MANY_OUTPUTS,
@@ -42,6 +43,7 @@ from .kernels.tuning import (
     MAX_W4A16_ROWS,
     MIN_NARROW_SHARED_BYTES,
     next_power_of_2,
+    num_product_parts,
 )
 from .kernels.w4a16_dequantize import dequantize_w4a16
 from .kernels.w4a16_linear import w4a16_gate_up, w4a16_linear
@@ -53,10 +55,12 @@ from .operands import (
     KvPages,
     LinearWeight,
     NormWeight,
+    Projected,
     QkvWeights,
     QuantizedRows,
     W4A16Tiles,
     W8A8Weight,
+    whole,
 )
 from .reference import units
 from .reference.attention import attention
@@ -125,23 +129,37 @@ def linear(x: torch.Tensor | QuantizedRows, weight: LinearWeight) -> torch.Tenso
     return units.linear(x, weight)
 
 
+def projection(x: torch.Tensor | QuantizedRows, weight: LinearWeight) -> Projected:
+    """`linear` before a norm, which adds up what several programs have of an output."""
+    if isinstance(weight, DenseWeight) and weight.bias is None and isinstance(x, torch.Tensor) and not _is_skinny(weight, x):
+        if _is_narrow(weight, x):
+            return narrow_linear.split_linear(x, weight.weight)
+        if is_hopper(x.device) and x.element_size() == 2:
+            k, n = weight.weight.shape
+            num_parts = num_product_parts(x.shape[0], n, k)
+            if num_parts > 1:
+                return split_product(x, weight.weight, num_parts)
+    return linear(x, weight)
+
+
 def norm_linear(
-    x: torch.Tensor, residual: torch.Tensor | None, norm: NormWeight, weight: LinearWeight
+    x: Projected, residual: torch.Tensor | None, norm: NormWeight, weight: LinearWeight
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if isinstance(weight, EIGHT_BIT):
-        rows, residual = rms_norm_rows(x, norm.weight, norm.eps, residual, weight.weight.dtype)
+        rows, residual = rms_norm_rows(whole(x), norm.weight, norm.eps, residual, weight.weight.dtype)
         return w8a8_linear(rows, weight), residual
-    if _is_skinny(weight, x) and _norm_fits(x):
-        of_few = hopper_row_linear.norm_linear if hopper_row_linear.takes(x, weight.weight) else skinny_linear.norm_linear
-        return of_few(x, residual, norm.weight, norm.eps, weight.weight, weight.bias)
-    if isinstance(weight, W4A16Tiles) and hopper_row_w4a16.takes(x, weight):
-        return hopper_row_w4a16.norm_linear(x, residual, norm.weight, norm.eps, weight)
+    if isinstance(x, torch.Tensor):
+        if _is_skinny(weight, x) and _norm_fits(x):
+            of_few = hopper_row_linear.norm_linear if hopper_row_linear.takes(x, weight.weight) else skinny_linear.norm_linear
+            return of_few(x, residual, norm.weight, norm.eps, weight.weight, weight.bias)
+        if isinstance(weight, W4A16Tiles) and hopper_row_w4a16.takes(x, weight):
+            return hopper_row_w4a16.norm_linear(x, residual, norm.weight, norm.eps, weight)
     y, residual = rms_norm(x, norm.weight, norm.eps, residual)
     return linear(y, weight), residual
 
 
 def norm_qkv_rotary_store(
-    x: torch.Tensor,
+    x: Projected,
     residual: torch.Tensor | None,
     weights: QkvWeights,
     batch: AttentionBatch,
@@ -149,9 +167,10 @@ def norm_qkv_rotary_store(
     v_cache: KvPages,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     qkv = weights.qkv
-    is_few = weights.q_norm is None and _is_skinny(qkv, x) and _norm_fits(x)
+    is_few = weights.q_norm is None and isinstance(x, torch.Tensor) and _is_skinny(qkv, x) and _norm_fits(x)
     if isinstance(k_cache, torch.Tensor) and isinstance(v_cache, torch.Tensor) and is_few and _turns_whole(batch, k_cache):
         assert isinstance(qkv, DenseWeight)
+        assert isinstance(x, torch.Tensor)
         is_row = hopper_row_qkv.takes(x, qkv.weight, k_cache.shape[3])
         of_few = hopper_row_qkv.norm_qkv_rotary_store if is_row else skinny_qkv.norm_qkv_rotary_store
         return of_few(
@@ -183,26 +202,25 @@ def norm_qkv_rotary_store(
 
 
 def norm_gate_up_silu(
-    x: torch.Tensor, residual: torch.Tensor, norm: NormWeight, weight: LinearWeight
+    x: Projected, residual: torch.Tensor, norm: NormWeight, weight: LinearWeight
 ) -> tuple[torch.Tensor | QuantizedRows, torch.Tensor]:
-    if _is_skinny(weight, x) and _norm_fits(x):
-        of_few = hopper_row_linear.norm_gate_up if hopper_row_linear.takes(x, weight.weight) else skinny_linear.norm_gate_up
-        return of_few(x, residual, norm.weight, norm.eps, weight.weight, weight.bias)
-    if isinstance(weight, W4A16Tiles) and hopper_row_w4a16.takes(x, weight):
-        return hopper_row_w4a16.norm_gate_up(x, residual, norm.weight, norm.eps, weight)
-    if isinstance(weight, W4A16Tiles) and x.shape[0] <= MAX_W4A16_ROWS:
-        y, residual = rms_norm(x, norm.weight, norm.eps, residual)
-        return w4a16_gate_up(y, weight), residual
-    if _fits_narrow(weight, x, MAX_NARROW_GATED_ROWS):
-        y, residual = rms_norm(x, norm.weight, norm.eps, residual)
-        return narrow_linear.gate_up(y, weight.weight, weight.bias), residual
-    if _is_hopper_gate_up(weight, x):
-        y, residual = rms_norm(x, norm.weight, norm.eps, residual)
-        return hopper_gate_up.gate_up(y, weight.weight, weight.bias), residual
-    gate_up, residual = norm_linear(x, residual, norm, weight)
     if isinstance(weight, EIGHT_BIT):  # all of a model's layers are stored alike: down_projection is 8 bit too
+        gate_up, residual = norm_linear(x, residual, norm, weight)
         return silu_and_mul_rows(gate_up, weight.weight.dtype), residual
-    return silu_and_mul(gate_up), residual
+    if isinstance(x, torch.Tensor):
+        if _is_skinny(weight, x) and _norm_fits(x):
+            of_few = hopper_row_linear.norm_gate_up if hopper_row_linear.takes(x, weight.weight) else skinny_linear.norm_gate_up
+            return of_few(x, residual, norm.weight, norm.eps, weight.weight, weight.bias)
+        if isinstance(weight, W4A16Tiles) and hopper_row_w4a16.takes(x, weight):
+            return hopper_row_w4a16.norm_gate_up(x, residual, norm.weight, norm.eps, weight)
+    y, residual = rms_norm(x, norm.weight, norm.eps, residual)
+    if isinstance(weight, W4A16Tiles) and x.shape[0] <= MAX_W4A16_ROWS:
+        return w4a16_gate_up(y, weight), residual
+    if _fits_narrow(weight, y, MAX_NARROW_GATED_ROWS):
+        return narrow_linear.gate_up(y, weight.weight, weight.bias), residual
+    if _is_hopper_gate_up(weight, y):
+        return hopper_gate_up.gate_up(y, weight.weight, weight.bias), residual
+    return silu_and_mul(linear(y, weight)), residual
 
 
 TRITON = dataclasses.replace(
@@ -216,9 +234,9 @@ TRITON = dataclasses.replace(
         quantized_decode_attention=quantized_decode_attention,
         quantized_prefill_attention=quantized_prefill_attention,
     ),
-    output_projection=functools.partial(units.output_projection, linear=linear),
+    output_projection=functools.partial(units.output_projection, linear=projection),
     norm_gate_up_silu=norm_gate_up_silu,
-    down_projection=linear,
+    down_projection=projection,
     lm_head=functools.partial(units.lm_head, norm_linear=norm_linear),
     sample=sample,
 )

@@ -47,9 +47,10 @@ def load_library_kernels(decoder: Decoder, device: torch.device, dtype: torch.dt
         return widest[: num_rows * columns].view(num_rows, columns)
 
     for num_rows in reversed(product_rows(max_tokens)):  # falling: a block that torch had for one holds what comes after it
-        for columns, linear in ((hidden, layer.qkv.qkv), (heads, layer.output), (config.inter_size, layer.down)):
+        for columns, linear in ((heads, layer.output), (config.inter_size, layer.down)):
             ops.down_projection(zeros(num_rows, columns), linear)
         x = zeros(num_rows, hidden)
+        ops.lm_head(x, x, layer.qkv.norm, layer.qkv.qkv)  # its product is what comes after the norm of a layer, too
         ops.norm_gate_up_silu(x, x, layer.ffn_norm, layer.gate_up)
     most = min(max_sampled, max_tokens)
     for num_rows in sorted({*range(1, min(most, EVERY_SAMPLED) + 1), *product_rows(most)}, reverse=True):

@@ -6,6 +6,9 @@ padded to 16 or more, are the short side:
     W rows      +-- BLOCK_K --+-------- ...            y^T tile [BLOCK_N, BLOCK_M] += W tile x^T tile
     BLOCK_N     |             |                        NUM_SPLITS programs share the columns of W; sums in fp32
                 +-------------+-------- ...
+
+Programs that share a tile add up what they have in a workspace (split_sum.py), or leave it to the norm that comes next (SplitSums): the
+last of them would wait for the others, and its parts for the L2 cache.
 """
 
 import torch
@@ -13,12 +16,14 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from turbotriton.backend.ops.operands import Projected, SplitSums
+
 from .fast_launch import launch
 from .launch import has_pdl, launch_options, num_sms
 from .split_sum import sum_of_splits, workspace
-from .tuning import ceil_div, narrow_linear_config
+from .tuning import NarrowLinearConfig, ceil_div, narrow_linear_config
 
-__all__ = ["gate_up", "linear"]
+__all__ = ["gate_up", "linear", "split_linear"]
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -36,6 +41,7 @@ def _narrow_linear_kernel(
     stride_weight_row,
     HAS_BIAS: tl.constexpr,
     GATED: tl.constexpr,
+    LEAVES_PARTS: tl.constexpr,
     EVEN_K: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -48,6 +54,7 @@ def _narrow_linear_kernel(
     if PDL:
         gdc_launch_dependents()
     dtype: tl.constexpr = y_ptr.dtype.element_ty
+    tl.static_assert(not (GATED or HAS_BIAS) or not LEAVES_PARTS, "gates and biases come after the sum")
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = tl.arange(0, BLOCK_K)
@@ -79,7 +86,9 @@ def _narrow_linear_kernel(
             up = tl.load(up_ptr + k) if EVEN_K else tl.load(up_ptr + k, mask=(k + offs_k < K)[None, :], other=0.0)
             acc_up = tl.dot(up, x, acc=acc_up, input_precision=PRECISION)
     is_last = True
-    if NUM_SPLITS > 1:
+    if LEAVES_PARTS:
+        y_ptr += split.to(tl.int64) * num_rows * N
+    elif NUM_SPLITS > 1:
         tl.static_assert(not GATED, "a gated layer is not split")
         tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
         acc, is_last = sum_of_splits(acc, parts_ptr, counters_ptr, tile, split, NUM_SPLITS)
@@ -108,21 +117,51 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return _linear(x, weight, bias, gated=False)
 
 
+def split_linear(x: torch.Tensor, weight: torch.Tensor) -> Projected:
+    """As `linear` without a bias; where several programs share a tile's inputs, what each of them has, not yet added up."""
+    config = _config(x, weight, gated=False)
+    if config.num_splits == 1 or x.shape[0] == 0:
+        return linear(x, weight)
+    parts = torch.empty((config.num_splits, x.shape[0], weight.shape[1]), dtype=torch.float32, device=x.device)
+    _launch(x, weight, None, parts, None, None, config, gated=False)
+    return SplitSums(parts, x.dtype)
+
+
 def gate_up(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """As `linear` with weight [in_features, 2 inter], columns [gate | up], and silu(gate) * up: [num_rows, inter]."""
     return _linear(x, weight, bias, gated=True)
 
 
+def _config(x: torch.Tensor, weight: torch.Tensor, *, gated: bool) -> NarrowLinearConfig:
+    k, n = weight.shape
+    return narrow_linear_config(x.shape[0], n // 2 if gated else n, k, x.element_size(), num_sms(x.device), gated=gated)
+
+
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, gated: bool) -> torch.Tensor:
+    num_rows, n = x.shape[0], weight.shape[1] // 2 if gated else weight.shape[1]
+    y = torch.empty((num_rows, n), dtype=x.dtype, device=x.device)
+    if num_rows:
+        config = _config(x, weight, gated=gated)
+        parts, counters = workspace(x.device) if config.num_splits > 1 else (None, None)
+        _launch(x, weight, bias, y, parts, counters, config, gated=gated)
+    return y
+
+
+def _launch(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    parts: torch.Tensor | None,
+    counters: torch.Tensor | None,
+    config: NarrowLinearConfig,
+    *,
+    gated: bool,
+) -> None:
+    """y: [num_rows, n] in x's dtype, or [num_splits, num_rows, n], fp32, for the parts of a sum."""
     assert x.stride(1) == 1 or x.shape[1] == 1, "x must be contiguous inside a row"
     assert weight.stride(0) == 1 or weight.shape[0] == 1, "the weight must be contiguous along in_features"
-    num_rows, k = x.shape
-    n = weight.shape[1] // 2 if gated else weight.shape[1]
-    y = torch.empty((num_rows, n), dtype=x.dtype, device=x.device)
-    if num_rows == 0:
-        return y
-    config = narrow_linear_config(num_rows, n, k, x.element_size(), num_sms(x.device), gated=gated)
-    parts, counters = workspace(x.device) if config.num_splits > 1 else (None, None)
+    (num_rows, k), n = x.shape, y.shape[-1]
     launch(
         _narrow_linear_kernel,
         (ceil_div(n, config.block_n), ceil_div(num_rows, config.block_m), config.num_splits),
@@ -139,6 +178,7 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *,
         weight.stride(1),
         HAS_BIAS=bias is not None,
         GATED=gated,
+        LEAVES_PARTS=y.dim() == 3,
         EVEN_K=k % config.block_k == 0,
         NUM_SPLITS=config.num_splits,
         BLOCK_M=config.block_m,
@@ -149,4 +189,3 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *,
         num_warps=config.num_warps,
         **launch_options(has_pdl(x.device)),
     )
-    return y

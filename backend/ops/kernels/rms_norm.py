@@ -1,7 +1,7 @@
 """RMSNorm with an optional residual sum (Zhang and Sennrich 2019, arXiv:1910.07467).
 
     r = x                       without residual
-    r = round(x + residual)     to x's dtype, otherwise
+    r = round(x + residual)     to x's dtype, otherwise; x = round(sum of its parts) where it is SplitSums
     y = round(r * rsqrt(mean(r^2) + eps) * weight)      in fp32, rounded once
 
 Tiling: a program holds BLOCK_M whole rows in registers, so each element is read once and written once.
@@ -15,6 +15,8 @@ Tiling: a program holds BLOCK_M whole rows in registers, so each element is read
 import torch
 import triton
 import triton.language as tl
+
+from turbotriton.backend.ops.operands import Projected, SplitSums
 
 from .fast_launch import launch
 from .launch import chosen, has_pdl, launch_options, wait_for_previous
@@ -36,6 +38,7 @@ def _rms_norm_kernel(
     stride_residual_row,
     stride_y_row,
     HIDDEN: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -47,24 +50,29 @@ def _rms_norm_kernel(
     mask_n = offs_n < HIDDEN
     mask = (offs_m < num_tokens) & mask_n
 
-    r = tl.load(x_ptr + offs_m * stride_x_row + offs_n, mask=mask, other=0.0)
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
+    x_ptrs = x_ptr + offs_m * stride_x_row + offs_n
+    r = tl.load(x_ptrs, mask=mask, other=0.0)
+    for part in tl.static_range(1, NUM_PARTS):
+        r += tl.load(x_ptrs + part * num_tokens.to(tl.int64) * HIDDEN, mask=mask, other=0.0)
+    r = r.to(dtype)
     weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + offs_m * stride_residual_row + offs_n, mask=mask, other=0.0)
-        r = (r.to(tl.float32) + residual.to(tl.float32)).to(r.dtype)  # the rounding of the residual stream
+        r = (r.to(tl.float32) + residual.to(tl.float32)).to(dtype)  # the rounding of the residual stream
         tl.store(r_ptr + offs_m * stride_y_row + offs_n, r, mask=mask)
     wide = r.to(tl.float32)
     mean_square = tl.sum(wide * wide, axis=1, keep_dims=True) / HIDDEN
     y = wide * tl.rsqrt(mean_square + eps) * weight
-    tl.store(y_ptr + offs_m * stride_y_row + offs_n, y.to(r.dtype), mask=mask)
+    tl.store(y_ptr + offs_m * stride_y_row + offs_n, y.to(dtype), mask=mask)
 
 
 def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+    x: Projected, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch on the current device and stream.
 
-    x, residual: [num_tokens, hidden], fp16|bf16|fp32, rows of any stride, contiguous inside a row
+    x, residual: [num_tokens, hidden], fp16|bf16|fp32, rows of any stride, contiguous inside a row; SplitSums only beside a residual
     weight: [hidden], contiguous; num_tokens may be 0
 
     Returns (y, r), both new, [num_tokens, hidden] in x's dtype; without a residual r is x itself.
@@ -72,9 +80,14 @@ def rms_norm(
     """
     num_tokens, hidden = x.shape
     config = chosen(rms_norm_config, hidden)
-    assert x.stride(1) == 1 or hidden == 1, "x must be contiguous inside a row"
+    dtype, num_parts = x.dtype, 1
+    if isinstance(x, SplitSums):
+        assert residual is not None, "sums are split beside a residual only"
+        x, num_parts = x.parts, x.parts.shape[0]
+        assert x.is_contiguous(), "parts must be contiguous"
+    assert x.stride(-1) == 1 or hidden == 1, "x must be contiguous inside a row"
     assert residual is None or residual.stride(1) == 1 or hidden == 1, "residual must be contiguous inside a row"
-    y = torch.empty((num_tokens, hidden), dtype=x.dtype, device=x.device)
+    y = torch.empty((num_tokens, hidden), dtype=dtype, device=x.device)
     r = x if residual is None else torch.empty_like(y)
     if num_tokens == 0:
         return y, r
@@ -88,10 +101,11 @@ def rms_norm(
         None if residual is None else r,
         num_tokens,
         eps,
-        x.stride(0),
+        x.stride(-2),
         0 if residual is None else residual.stride(0),
         y.stride(0),
         HIDDEN=hidden,
+        NUM_PARTS=num_parts,
         HAS_RESIDUAL=residual is not None,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,

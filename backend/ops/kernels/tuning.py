@@ -28,6 +28,7 @@ __all__ = [
     "greedy_sample_config",
     "narrow_linear_config",
     "next_power_of_2",
+    "num_product_parts",
     "prefill_attention_config",
     "quantize_rows_config",
     "quantized_decode_attention_config",
@@ -204,6 +205,8 @@ MAX_NARROW_ROWS_OF_ANY = 48
 MIN_NARROW_SHARED_BYTES = 200 << 10  # of a chip in a data centre; the tiles take up to 136 KiB
 MAX_NARROW_ROWS = 64
 MANY_OUTPUTS = 65536
+#: Dense layers of at most so many rows that nothing else takes, and whose norm adds up parts, are products of parts of the inputs.
+MAX_SPLIT_PRODUCT_ROWS = 256
 MAX_QUANTIZED_ROW = 65536
 #: e4m3 with at most so many rows has our kernel, beyond them cuBLAS's: a layer of 64 rows takes 88 us against 103, of 256 rows 155 against
 #: 121 (H200: docs/perf-log.md).
@@ -294,6 +297,13 @@ def narrow_linear_config(
     places = (1 if block_m >= 64 else 2) * num_sms
     num_splits = clamp(next_power_of_2(places // tiles + 1) // 2, 1, 4)
     return NarrowLinearConfig(block_m, 64, 128, num_splits, num_warps=4, num_stages=4)
+
+
+def num_product_parts(num_rows: int, n: int, k: int) -> int:
+    """Of a product [num_rows, k] x [k, n] for `split_product`; 1: as it is. What was best of 2, 4 and 8 parts at 80 to 256 rows of four
+    layers (H200, cuBLAS of CUDA 13: docs/perf-log.md)."""
+    wanted = min(8192 // n, k // 1024, 4)
+    return 1 << wanted.bit_length() - 1 if wanted > 1 and num_rows <= MAX_SPLIT_PRODUCT_ROWS and k % 32 == 0 else 1
 
 
 def fixed_order_linear_config(k: int, element_bytes: int) -> FixedOrderLinearConfig:

@@ -9,7 +9,18 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from ..operands import AttentionBatch, DenseWeight, KvPages, LinearWeight, NormWeight, QkvWeights, QuantizedRows, W4A16Weight
+from ..operands import (
+    AttentionBatch,
+    DenseWeight,
+    KvPages,
+    LinearWeight,
+    NormWeight,
+    Projected,
+    QkvWeights,
+    QuantizedRows,
+    W4A16Weight,
+    whole,
+)
 from . import units
 from .attention import attention as mixed_attention
 from .linear import dequantized
@@ -39,13 +50,14 @@ def _pairs(of_token: Callable[[int], tuple[torch.Tensor, torch.Tensor]], num_tok
 
 
 def norm_qkv_rotary_store(
-    x: torch.Tensor,
+    x: Projected,
     residual: torch.Tensor | None,
     weights: QkvWeights,
     batch: AttentionBatch,
     k_cache: KvPages,
     v_cache: KvPages,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = whole(x)
     weights = dataclasses.replace(weights, qkv=_plain(weights.qkv, x.dtype))
 
     def of_token(i: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,9 +70,9 @@ def norm_qkv_rotary_store(
             slot_mapping=batch.slot_mapping[mine],
         )
         before = None if residual is None else residual[mine].clone()
-        return units.norm_qkv_rotary_store(x[mine].clone(), before, weights, token, k_cache, v_cache)
+        return units.norm_qkv_rotary_store(tokens[mine].clone(), before, weights, token, k_cache, v_cache)
 
-    return _pairs(of_token, len(x))
+    return _pairs(of_token, len(tokens))
 
 
 def attention(
@@ -90,10 +102,10 @@ def output_projection(attended: torch.Tensor, weight: LinearWeight) -> torch.Ten
 
 
 def norm_gate_up_silu(
-    x: torch.Tensor, residual: torch.Tensor, norm: NormWeight, weight: LinearWeight
+    x: Projected, residual: torch.Tensor, norm: NormWeight, weight: LinearWeight
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    plain, befores = _plain(weight, x.dtype), list(_tokens(residual))
-    return _pairs(lambda i: units.norm_gate_up_silu(x[i : i + 1].clone(), befores[i], norm, plain), len(x))
+    plain, tokens, befores = _plain(weight, x.dtype), list(_tokens(whole(x))), list(_tokens(residual))
+    return _pairs(lambda i: units.norm_gate_up_silu(tokens[i], befores[i], norm, plain), len(tokens))
 
 
 def down_projection(x: torch.Tensor | QuantizedRows, weight: LinearWeight) -> torch.Tensor:
@@ -102,6 +114,6 @@ def down_projection(x: torch.Tensor | QuantizedRows, weight: LinearWeight) -> to
     return torch.cat([units.down_projection(token, plain) for token in _tokens(x)])
 
 
-def lm_head(x: torch.Tensor, residual: torch.Tensor, norm: NormWeight, weight: LinearWeight) -> torch.Tensor:
+def lm_head(x: Projected, residual: torch.Tensor, norm: NormWeight, weight: LinearWeight) -> torch.Tensor:
     plain = _plain(weight, x.dtype)
-    return torch.cat([units.lm_head(*token, norm, plain) for token in zip(_tokens(x), _tokens(residual), strict=True)])
+    return torch.cat([units.lm_head(*token, norm, plain) for token in zip(_tokens(whole(x)), _tokens(residual), strict=True)])

@@ -5,6 +5,8 @@ Same signatures as the launchers in `ops/kernels/`. Slow and obvious on purpose:
 
 import torch
 
+from ..operands import Projected, whole
+
 __all__ = ["paged_decode_attention", "paged_prefill_attention", "rms_norm", "rotary_store_kv", "silu_and_mul"]
 
 #: Prefill scores held at once (fp32 elements): 256 MiB, so that a long chunk over a long context fits beside the KV cache.
@@ -12,11 +14,11 @@ MAX_SCORES = 2**26
 
 
 def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+    x: Projected, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """RMSNorm, optionally of the sum with a residual stream (Zhang and Sennrich 2019, arXiv:1910.07467).
 
-    x, residual: [num_tokens, hidden], fp16|bf16|fp32      weight: [hidden], the same dtype
+    x, residual: [num_tokens, hidden], fp16|bf16|fp32, x also before its last sum      weight: [hidden], the same dtype
 
         r = x                      without residual
         r = round(x + residual)    to x's dtype, otherwise
@@ -24,7 +26,7 @@ def rms_norm(
 
     Returns (y, r), both [num_tokens, hidden] in x's dtype; r is x itself without a residual. num_tokens may be 0.
     """
-    r = x if residual is None else x + residual
+    r = whole(x) if residual is None else whole(x) + residual
     wide = r.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (normed * weight.float()).to(x.dtype), r

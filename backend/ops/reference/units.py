@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..operands import AttentionBatch, KvPages, LinearWeight, NormWeight, QkvWeights, QuantizedRows
+from ..operands import AttentionBatch, KvPages, LinearWeight, NormWeight, Projected, QkvWeights, QuantizedRows
 from .kv_pages import page_shape, rotary_store_quantized_kv
 from .linear import linear
 from .primitives import rms_norm, rotary_store_kv, silu_and_mul
@@ -23,9 +23,10 @@ __all__ = [
     "output_projection",
 ]
 
-RmsNorm = Callable[[torch.Tensor, torch.Tensor, float, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
+RmsNorm = Callable[[Projected, torch.Tensor, float, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
 Linear = Callable[[torch.Tensor, LinearWeight], torch.Tensor]
-NormLinear = Callable[[torch.Tensor, torch.Tensor | None, NormWeight, LinearWeight], tuple[torch.Tensor, torch.Tensor]]
+ProjectedLinear = Callable[[torch.Tensor, LinearWeight], Projected]
+NormLinear = Callable[[Projected, torch.Tensor | None, NormWeight, LinearWeight], tuple[torch.Tensor, torch.Tensor]]
 RotaryStoreKv = Callable[..., torch.Tensor]
 
 
@@ -34,7 +35,7 @@ def embed(token_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def norm_linear(
-    x: torch.Tensor, residual: torch.Tensor | None, norm: NormWeight, weight: LinearWeight, *, linear: Linear = linear
+    x: Projected, residual: torch.Tensor | None, norm: NormWeight, weight: LinearWeight, *, linear: Linear = linear
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(linear of rms_norm(x + residual), x + residual); without a residual x itself."""
     y, residual = rms_norm(x, norm.weight, norm.eps, residual)
@@ -42,7 +43,7 @@ def norm_linear(
 
 
 def norm_qkv_rotary_store(
-    x: torch.Tensor,
+    x: Projected,
     residual: torch.Tensor | None,
     weights: QkvWeights,
     batch: AttentionBatch,
@@ -69,12 +70,12 @@ def norm_qkv_rotary_store(
     return q, residual
 
 
-def output_projection(attended: torch.Tensor, weight: LinearWeight, *, linear: Linear = linear) -> torch.Tensor:
+def output_projection(attended: torch.Tensor, weight: LinearWeight, *, linear: ProjectedLinear = linear) -> Projected:
     return linear(attended.flatten(1), weight)
 
 
 def norm_gate_up_silu(
-    x: torch.Tensor, residual: torch.Tensor, norm: NormWeight, weight: LinearWeight, *, norm_linear: NormLinear = norm_linear
+    x: Projected, residual: torch.Tensor, norm: NormWeight, weight: LinearWeight, *, norm_linear: NormLinear = norm_linear
 ) -> tuple[torch.Tensor, torch.Tensor]:
     gate_up, residual = norm_linear(x, residual, norm, weight)
     return silu_and_mul(gate_up), residual
@@ -86,6 +87,6 @@ def down_projection(x: torch.Tensor | QuantizedRows, weight: LinearWeight, *, li
 
 
 def lm_head(
-    x: torch.Tensor, residual: torch.Tensor, norm: NormWeight, weight: LinearWeight, *, norm_linear: NormLinear = norm_linear
+    x: Projected, residual: torch.Tensor, norm: NormWeight, weight: LinearWeight, *, norm_linear: NormLinear = norm_linear
 ) -> torch.Tensor:
     return norm_linear(x, residual, norm, weight)[0]

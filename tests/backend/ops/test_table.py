@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from turbotriton.backend.ops.operands import AttentionBatch, DenseWeight, NormWeight, QkvWeights, SamplingBatch
+from turbotriton.backend.ops.operands import AttentionBatch, DenseWeight, NormWeight, QkvWeights, SamplingBatch, whole
 from turbotriton.backend.ops.reference import primitives
 from turbotriton.backend.ops.table import REFERENCE, OpTable, ops_for, reference_ops
 
@@ -182,7 +182,7 @@ def case_output_projection(s: Setting) -> None:
     for num_tokens, bias in ((0, False), (1, True), (13, False)):
         attended = s.randn(num_tokens, NUM_HEADS, HEAD_DIM)
         weight = s.linear(NUM_HEADS * HEAD_DIM, HIDDEN, bias=bias)
-        s.close(s.ops.output_projection(attended, weight), f64(weight, attended.double().cpu().flatten(1)))
+        s.close(whole(s.ops.output_projection(attended, weight)), f64(weight, attended.double().cpu().flatten(1)))
 
 
 def case_norm_gate_up_silu(s: Setting) -> None:
@@ -197,7 +197,7 @@ def case_norm_gate_up_silu(s: Setting) -> None:
 
 def case_down_projection(s: Setting) -> None:
     x, weight = s.randn(7, 33), s.linear(33, HIDDEN)
-    s.close(s.ops.down_projection(x, weight), f64(weight, x.double().cpu()))
+    s.close(whole(s.ops.down_projection(x, weight)), f64(weight, x.double().cpu()))
 
 
 def case_lm_head(s: Setting) -> None:

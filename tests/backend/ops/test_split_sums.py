@@ -1,0 +1,148 @@
+"""Projections that leave their last sum to the norm after them: the parts, what the norm makes of them, and when there are any."""
+
+import itertools
+
+import pytest
+import torch
+
+from turbotriton.backend.ops import triton_column
+from turbotriton.backend.ops.kernels import narrow_linear
+from turbotriton.backend.ops.kernels.rms_norm import rms_norm
+from turbotriton.backend.ops.kernels.split_product import split_product
+from turbotriton.backend.ops.kernels.tuning import num_product_parts
+from turbotriton.backend.ops.operands import DenseWeight, NormWeight, SplitSums, whole
+
+EPS = 1e-5
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 64), (4, 5, 72), (3, 40, 128), (8, 17, 1000), (2, 2, 5120)], ids=str)
+def test_the_norm_adds_up_parts_and_rounds_as_one_that_gets_the_sum(target, shape, guarded_outputs):
+    parts = target.randn_fp32(*shape)
+    residual, gain = target.randn(*shape[1:]), target.randn(shape[2])
+    y, r = rms_norm(SplitSums(parts, target.dtype), gain, EPS, residual)
+    summed = parts[0]
+    for part in parts[1:]:
+        summed = summed + part
+    wanted_y, wanted_r = rms_norm(summed.to(target.dtype), gain, EPS, residual)
+    assert torch.equal(r, wanted_r)
+    assert torch.equal(y, wanted_y)
+    assert y.dtype == r.dtype == target.dtype
+
+
+def test_parts_without_a_residual_are_refused():
+    with pytest.raises(AssertionError, match="beside a residual"):
+        rms_norm(SplitSums(torch.zeros(2, 3, 16), torch.float32), torch.ones(16), EPS)
+
+
+@pytest.mark.parametrize(("num_rows", "k", "n"), [(5, 512, 70), (17, 300, 64), (2, 1024, 128)])
+def test_programs_of_a_narrow_layer_leave_what_they_have(target, num_rows, k, n, assert_close, guarded_outputs):
+    x, weight = target.randn(num_rows, k + 5)[:, :-5], target.randn(n, k, scale=k**-0.5).t()
+    found = narrow_linear.split_linear(x, weight)
+    is_split = narrow_linear.narrow_linear_config(num_rows, n, k, x.element_size(), 132).num_splits > 1
+    assert isinstance(found, SplitSums) or target.device == "cpu" or not is_split
+    assert whole(found).dtype == x.dtype
+    wanted = x.double() @ weight.double()
+    assert_close(whole(found), wanted, max_error=2 * target.eps + 2e-6, rms_error=0.6 * target.eps + 1e-6)
+    if isinstance(found, SplitSums):
+        assert found.shape == wanted.shape
+        assert_close(found.parts.double().sum(0), wanted, max_error=1e-4, rms_error=2e-6)
+
+
+def test_the_interpreter_meets_a_split_layer():
+    """Or the case before would show nothing on a CPU."""
+    assert narrow_linear.narrow_linear_config(5, 70, 512, 2, 4).num_splits > 1
+
+
+@pytest.mark.parametrize(
+    "device_dtype",
+    [("cpu", torch.float16), pytest.param(("cuda", torch.bfloat16), marks=pytest.mark.gpu)],
+    ids=["cpu", "cuda"],
+)
+@pytest.mark.parametrize("num_parts", [2, 4])
+def test_the_parts_of_a_product_add_up_to_it(device_dtype, num_parts, assert_close):
+    device, dtype = device_dtype
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(70, 260, generator=draw).to(device, dtype)[:, :256]
+    weight = (torch.randn(96, 256, generator=draw) / 16).to(device, dtype).t()
+    found = split_product(x, weight, num_parts)
+    size = 256 // num_parts
+    for part, k in enumerate(range(0, 256, size)):
+        wanted = x[:, k : k + size].double() @ weight[k : k + size].double()
+        assert_close(found.parts[part], wanted, max_error=1e-4, rms_error=2e-6)
+    assert found.parts.is_contiguous()
+    assert found.dtype == dtype
+
+
+def test_products_are_split_where_few_tiles_would_fill_the_device():
+    """The layers of an 8B and of a 1.8B model."""
+    parts = {(n, k): num_product_parts(128, n, k) for n, k in [(4096, 4096), (4096, 14336), (2048, 2048), (2048, 8192)]}
+    assert parts == {(4096, 4096): 2, (4096, 14336): 2, (2048, 2048): 2, (2048, 8192): 4}
+    assert [num_product_parts(256, 4096, 4096), num_product_parts(257, 4096, 4096)] == [2, 1]
+    for rows, n, k in itertools.product(
+        (1, 65, 256, 4096), (1, 100, 512, 3000, 9000, 100_000), (1, 63, 1024, 5000, 12288, 28672)
+    ):
+        found = num_product_parts(rows, n, k)
+        assert found in (1, 2, 4)
+        assert k % (8 * found) == 0 or found == 1
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    monkeypatch.setattr(triton_column, "is_hopper", lambda device: True)
+
+
+def dense(n, k, *, bias=False):
+    draw = torch.Generator().manual_seed(1)
+    weight = (torch.randn(n, k, generator=draw) * k**-0.5).bfloat16().t()
+    return DenseWeight(weight, torch.randn(n, generator=draw).bfloat16() if bias else None)
+
+
+def test_a_projection_is_split_before_a_norm_and_nowhere_else(hopper, assert_close):
+    x, weight = torch.randn(80, 2048).bfloat16(), dense(1024, 2048)
+    found = triton_column.TRITON.output_projection(x.view(80, 16, 128), weight)
+    assert isinstance(found, SplitSums)
+    assert found.parts.shape == (2, 80, 1024)
+    wanted = x.double() @ weight.weight.double()
+    assert_close(whole(found), wanted, max_error=0.008, rms_error=0.003)
+    rows = torch.tensor([3, 79])
+    assert torch.equal(found[rows], whole(found)[rows])
+    assert isinstance(triton_column.TRITON.down_projection(x, weight), SplitSums)
+    assert isinstance(triton_column.linear(x, weight), torch.Tensor)
+
+
+@pytest.mark.parametrize("case", ["bias", "fp32", "many rows", "no rows"])
+def test_other_projections_are_whole(hopper, case):
+    weight = dense(1024, 2048, bias=case == "bias")
+    x = torch.zeros({"many rows": 300, "no rows": 0}.get(case, 80), 2048).bfloat16()
+    if case == "fp32":
+        weight, x = DenseWeight(weight.weight.float()), x.float()
+    found = triton_column.projection(x, weight)
+    assert found.shape == (x.shape[0], 1024)
+    assert isinstance(found, torch.Tensor)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_rows", [2, 16, 40, 64, 80, 128, 200, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_two_layers_of_a_model_agree_with_products_in_one_piece(num_rows, dtype, assert_close):
+    """Output projection, norm, gate, up and SiLU, down projection and the next norm, each beside float64 of its own input."""
+    draw = torch.Generator(device="cuda").manual_seed(num_rows)
+
+    def randn(*shape, scale=1.0):
+        return (torch.randn(shape, generator=draw, device="cuda") * scale).to(dtype)
+
+    ops = triton_column.TRITON
+    output, down = DenseWeight(randn(2048, 2048, scale=2048**-0.5).t()), DenseWeight(randn(2048, 4096, scale=4096**-0.5).t())
+    gate_up, norm = DenseWeight(randn(8192, 2048, scale=2048**-0.5).t()), NormWeight(randn(2048), EPS)
+    attended, residual = randn(num_rows, 16, 128), randn(num_rows, 2048)
+    projected = ops.output_projection(attended, output)
+    assert isinstance(projected, SplitSums)
+    y = (attended.flatten(1).double() @ output.weight.double()).to(dtype)
+    eps = torch.finfo(dtype).eps
+    activated, r = ops.norm_gate_up_silu(projected, residual, norm, gate_up)
+    assert_close(r, y.double() + residual.double(), max_error=2 * eps, rms_error=eps)
+    after = ops.down_projection(activated, down)
+    assert isinstance(after, SplitSums)
+    assert_close(whole(after), activated.double() @ down.weight.double(), max_error=2 * eps, rms_error=0.6 * eps)
+    logits = ops.lm_head(after, r, norm, output)
+    assert_close(logits, ops.lm_head(whole(after), r, norm, output).double(), max_error=4 * eps, rms_error=eps)
