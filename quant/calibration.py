@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from turbotriton.backend.model.layers import LayerWeights, run_layer
 from turbotriton.backend.model.prompt_batch import prompt_batch
-from turbotriton.backend.ops.operands import LinearWeight, whole
+from turbotriton.backend.ops.operands import LinearWeight, stream_after
 from turbotriton.backend.ops.reference import units
 from turbotriton.backend.ops.reference.linear import linear
 from turbotriton.backend.ops.reference.primitives import rms_norm
@@ -156,7 +156,7 @@ class Calibration:
                     k_cache, v_cache = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
                     rule = (model.config.head_dim**-0.5, model.config.sliding_window)
                     projected, residual = run_layer(ops, weights, states.to(device), None, batch, (k_cache, v_cache), rule)
-                    hidden[at] = (whole(projected) + residual).cpu()
+                    hidden[at] = stream_after(projected, residual).cpu()
                     for stats, cache in ((run.keys, k_cache), (run.values, v_cache)):
                         stats.add(cache.transpose(1, 2).flatten(0, 1)[: len(states)].flatten(1))
                     progress.update()

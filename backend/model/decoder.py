@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from turbotriton.backend.ops.operands import AttentionBatch, KvPages, LinearWeight, NormWeight, Projected
+from turbotriton.backend.ops.operands import Added, AttentionBatch, KvPages, LinearWeight, NormWeight, Projected, Unadded
 from turbotriton.backend.ops.table import OpTable
 from turbotriton.contract.ini import ModelConfig
 
@@ -50,18 +50,22 @@ class Decoder:
 
     def hidden_states(
         self, token_ids: torch.Tensor, batch: AttentionBatch, k_caches: Sequence[KvPages], v_caches: Sequence[KvPages]
-    ) -> tuple[Projected, torch.Tensor]:
+    ) -> tuple[Unadded, torch.Tensor]:
         """token_ids: [num_tokens]; k_caches, v_caches: one KvPages a layer, modified.
 
         Returns (x, residual), both [num_tokens, hidden], whose sum enters the final norm.
         """
         x: Projected = self.ops.embed(token_ids, self.weights.embeddings)
         residual: torch.Tensor | None = None
+        last = self.weights.layers[-1]
         for layer, k_cache, v_cache in zip(self.weights.layers, k_caches, v_caches, strict=True):
-            x, residual = run_layer(self.ops, layer, x, residual, batch, (k_cache, v_cache), self._attention_rule)
+            x, residual = run_layer(
+                self.ops, layer, x, residual, batch, (k_cache, v_cache), self._attention_rule, is_last=layer is last
+            )
         assert residual is not None
+        assert not isinstance(x, Added)
         return x, residual
 
-    def logits(self, x: Projected, residual: torch.Tensor) -> torch.Tensor:
+    def logits(self, x: Unadded, residual: torch.Tensor) -> torch.Tensor:
         """x, residual: [num_rows, hidden] of the sampled rows -> [num_rows, vocab_size], in the compute dtype."""
         return self.ops.lm_head(x, residual, self.weights.final_norm, self.weights.head)

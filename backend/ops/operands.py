@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 __all__ = [
+    "Added",
     "AttentionBatch",
     "DenseWeight",
     "Fp8Weight",
@@ -27,9 +28,11 @@ __all__ = [
     "SamplingBatch",
     "SplitSums",
     "StaticInt8Pages",
+    "Unadded",
     "W4A16Tiles",
     "W4A16Weight",
     "W8A8Weight",
+    "stream_after",
     "whole",
 ]
 
@@ -55,13 +58,39 @@ class SplitSums:
         return self.parts[:, rows].sum(0).to(self.dtype)
 
 
-#: What stands between a layer's projection and the norm after it: [num_tokens, features].
-Projected = torch.Tensor | SplitSums
+@dataclass(frozen=True, slots=True)
+class Added:
+    """What a linear layer gives that has added its output to the residual stream, in fp32 and with one rounding.
+
+    total: [num_tokens, features], the compute dtype: the stream after it, which is all that the norm has to read
+    """
+
+    total: torch.Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.total.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.total.dtype
 
 
-def whole(x: Projected) -> torch.Tensor:
+#: What stands between a layer's projection and the norm after it, [num_tokens, features], and where the norm is still to add it.
+Unadded = torch.Tensor | SplitSums
+Projected = Unadded | Added
+
+
+def whole(x: Unadded) -> torch.Tensor:
     """x after its last sum, [num_tokens, features] in the compute dtype."""
     return x[:] if isinstance(x, SplitSums) else x
+
+
+def stream_after(x: Projected, residual: torch.Tensor | None) -> torch.Tensor:
+    """round(x + residual), [num_tokens, features]; x itself where there is no residual stream yet."""
+    if isinstance(x, Added):
+        return x.total
+    return whole(x) if residual is None else whole(x) + residual
 
 
 @dataclass(frozen=True, slots=True)

@@ -111,10 +111,11 @@ class Attention(Protocol):
 class OutputProjection(Protocol):
     """attended: [num_tokens, num_heads, head_dim] -> attended W_o + b: [num_tokens, hidden]. The next op adds it to the residual.
 
-    A column may leave the last sum to that op (SplitSums).
+    A column may leave the last sum to that op (SplitSums), or add to `residual`, [num_tokens, hidden], in place (Added); not where
+    there is none. Nobody reads the residual in between.
     """
 
-    def __call__(self, attended: torch.Tensor, weight: LinearWeight) -> Projected: ...
+    def __call__(self, attended: torch.Tensor, weight: LinearWeight, residual: torch.Tensor | None = None) -> Projected: ...
 
 
 class NormGateUpSilu(Protocol):
@@ -136,9 +137,11 @@ class NormGateUpSilu(Protocol):
 
 class DownProjection(Protocol):
     """x: [num_tokens, inter_size], as the column's norm_gate_up_silu gives it -> x W_down: [num_tokens, hidden]. The next op adds it to
-    the residual and normalises. A column may leave the last sum to that op (SplitSums)."""
+    the residual and normalises; as of OutputProjection, a column may leave it more or less of that."""
 
-    def __call__(self, x: torch.Tensor | QuantizedRows, weight: LinearWeight) -> Projected: ...
+    def __call__(
+        self, x: torch.Tensor | QuantizedRows, weight: LinearWeight, residual: torch.Tensor | None = None
+    ) -> Projected: ...
 
 
 class LmHead(Protocol):

@@ -40,6 +40,7 @@ from .kernels.tuning import (
     MAX_NARROW_ROWS_OF_ANY,
     MAX_ROWS_BEFORE_NARROW,
     MAX_SKINNY_NORM_ELEMENTS,
+    MAX_SPLIT_PRODUCT_ROWS,
     MAX_W4A16_ROWS,
     MIN_NARROW_SHARED_BYTES,
     next_power_of_2,
@@ -49,6 +50,7 @@ from .kernels.w4a16_dequantize import dequantize_w4a16
 from .kernels.w4a16_linear import w4a16_gate_up, w4a16_linear
 from .kernels.w8a8_linear import w8a8_linear
 from .operands import (
+    Added,
     AttentionBatch,
     DenseWeight,
     Fp8Weight,
@@ -129,9 +131,14 @@ def linear(x: torch.Tensor | QuantizedRows, weight: LinearWeight) -> torch.Tenso
     return units.linear(x, weight)
 
 
-def projection(x: torch.Tensor | QuantizedRows, weight: LinearWeight) -> Projected:
-    """`linear` before a norm, which adds up what several programs have of an output."""
+def down_projection(x: torch.Tensor | QuantizedRows, weight: LinearWeight, residual: torch.Tensor | None = None) -> Projected:
+    """`linear` before a norm. Few rows leave it their last sums; the product of many adds to the residual stream, whose rows it reads
+    and writes while it computes, where the norm would do nothing else for as long."""
+    if isinstance(weight, W4A16Tiles) and isinstance(x, torch.Tensor) and x.shape[0] > MAX_W4A16_ROWS:
+        weight = DenseWeight(dequantize_w4a16(weight), weight.bias)
     if isinstance(weight, DenseWeight) and weight.bias is None and isinstance(x, torch.Tensor) and not _is_skinny(weight, x):
+        if x.shape[0] > MAX_SPLIT_PRODUCT_ROWS and residual is not None:
+            return Added(residual.addmm_(x, weight.weight))
         if _is_narrow(weight, x):
             return narrow_linear.split_linear(x, weight.weight)
         if is_hopper(x.device) and x.element_size() == 2:
@@ -142,11 +149,16 @@ def projection(x: torch.Tensor | QuantizedRows, weight: LinearWeight) -> Project
     return linear(x, weight)
 
 
+def output_projection(attended: torch.Tensor, weight: LinearWeight, residual: torch.Tensor | None = None) -> Projected:
+    return down_projection(attended.flatten(1), weight, residual)
+
+
 def norm_linear(
     x: Projected, residual: torch.Tensor | None, norm: NormWeight, weight: LinearWeight
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if isinstance(weight, EIGHT_BIT):
-        rows, residual = rms_norm_rows(whole(x), norm.weight, norm.eps, residual, weight.weight.dtype)
+        x, residual = (x.total, None) if isinstance(x, Added) else (whole(x), residual)
+        rows, residual = rms_norm_rows(x, norm.weight, norm.eps, residual, weight.weight.dtype)
         return w8a8_linear(rows, weight), residual
     if isinstance(x, torch.Tensor):
         if _is_skinny(weight, x) and _norm_fits(x):
@@ -234,9 +246,9 @@ TRITON = dataclasses.replace(
         quantized_decode_attention=quantized_decode_attention,
         quantized_prefill_attention=quantized_prefill_attention,
     ),
-    output_projection=functools.partial(units.output_projection, linear=projection),
+    output_projection=output_projection,
     norm_gate_up_silu=norm_gate_up_silu,
-    down_projection=projection,
+    down_projection=down_projection,
     lm_head=functools.partial(units.lm_head, norm_linear=norm_linear),
     sample=sample,
 )

@@ -28,7 +28,7 @@ from turbotriton.backend.model.logprobs import raw_logprobs
 from turbotriton.backend.model.sampler import SamplerState
 from turbotriton.backend.model.token_masks import masked_logits
 from turbotriton.backend.model.transfer import to_device, to_host
-from turbotriton.backend.ops.operands import Projected
+from turbotriton.backend.ops.operands import Unadded
 from turbotriton.backend.ops.table import DETERMINISTIC_REFERENCE, REFERENCE, ops_for
 from turbotriton.backend.scheduling.plan import ScheduledRow, StepPlan, StepResult, token_budget
 from turbotriton.contract.errors import ConfigError
@@ -212,7 +212,7 @@ class ModelRunner:
         return scored
 
     def _scores(
-        self, x: Projected, residual: torch.Tensor, begin: int, token_ids: tuple[int, ...], num_top: int
+        self, x: Unadded, residual: torch.Tensor, begin: int, token_ids: tuple[int, ...], num_top: int
     ) -> Callable[[], tuple[TokenLogprobs, ...]]:
         """Log-probabilities of `token_ids`, each after the row of x that stands before it, from `begin` on."""
         parts = []

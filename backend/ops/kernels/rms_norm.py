@@ -1,7 +1,8 @@
 """RMSNorm with an optional residual sum (Zhang and Sennrich 2019, arXiv:1910.07467).
 
     r = x                       without residual
-    r = round(x + residual)     to x's dtype, otherwise; x = round(sum of its parts) where it is SplitSums
+    r = round(x + residual)     to x's dtype, otherwise; x = round(sum of its parts) where it is SplitSums,
+                                and r = x where it is Added
     y = round(r * rsqrt(mean(r^2) + eps) * weight)      in fp32, rounded once
 
 Tiling: a program holds BLOCK_M whole rows in registers, so each element is read once and written once.
@@ -16,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from turbotriton.backend.ops.operands import Projected, SplitSums
+from turbotriton.backend.ops.operands import Added, Projected, SplitSums
 
 from .fast_launch import launch
 from .launch import chosen, has_pdl, launch_options, wait_for_previous
@@ -75,13 +76,15 @@ def rms_norm(
     x, residual: [num_tokens, hidden], fp16|bf16|fp32, rows of any stride, contiguous inside a row; SplitSums only beside a residual
     weight: [hidden], contiguous; num_tokens may be 0
 
-    Returns (y, r), both new, [num_tokens, hidden] in x's dtype; without a residual r is x itself.
+    Returns (y, r), both new, [num_tokens, hidden] in x's dtype; without a residual r is x itself, and the total of Added.
     Raises ConfigError when hidden > 32768.
     """
     num_tokens, hidden = x.shape
     config = chosen(rms_norm_config, hidden)
     dtype, num_parts = x.dtype, 1
-    if isinstance(x, SplitSums):
+    if isinstance(x, Added):
+        x, residual = x.total, None
+    elif isinstance(x, SplitSums):
         assert residual is not None, "sums are split beside a residual only"
         x, num_parts = x.parts, x.parts.shape[0]
         assert x.is_contiguous(), "parts must be contiguous"

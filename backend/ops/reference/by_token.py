@@ -19,7 +19,6 @@ from ..operands import (
     QkvWeights,
     QuantizedRows,
     W4A16Weight,
-    whole,
 )
 from . import units
 from .attention import attention as mixed_attention
@@ -33,6 +32,9 @@ __all__ = [
     "norm_qkv_rotary_store",
     "output_projection",
 ]
+
+
+OTHERS = "quantised rows, and sums that are split or added, are other columns'"
 
 
 def _tokens(x: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -57,7 +59,7 @@ def norm_qkv_rotary_store(
     k_cache: KvPages,
     v_cache: KvPages,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    tokens = whole(x)
+    assert isinstance(x, torch.Tensor), OTHERS
     weights = dataclasses.replace(weights, qkv=_plain(weights.qkv, x.dtype))
 
     def of_token(i: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,9 +72,9 @@ def norm_qkv_rotary_store(
             slot_mapping=batch.slot_mapping[mine],
         )
         before = None if residual is None else residual[mine].clone()
-        return units.norm_qkv_rotary_store(tokens[mine].clone(), before, weights, token, k_cache, v_cache)
+        return units.norm_qkv_rotary_store(x[mine].clone(), before, weights, token, k_cache, v_cache)
 
-    return _pairs(of_token, len(tokens))
+    return _pairs(of_token, len(x))
 
 
 def attention(
@@ -97,23 +99,25 @@ def attention(
     return torch.cat(parts)
 
 
-def output_projection(attended: torch.Tensor, weight: LinearWeight) -> torch.Tensor:
+def output_projection(attended: torch.Tensor, weight: LinearWeight, residual: torch.Tensor | None = None) -> torch.Tensor:
     return down_projection(attended.flatten(1), weight)
 
 
 def norm_gate_up_silu(
     x: Projected, residual: torch.Tensor, norm: NormWeight, weight: LinearWeight
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    plain, tokens, befores = _plain(weight, x.dtype), list(_tokens(whole(x))), list(_tokens(residual))
+    assert isinstance(x, torch.Tensor), OTHERS
+    plain, tokens, befores = _plain(weight, x.dtype), list(_tokens(x)), list(_tokens(residual))
     return _pairs(lambda i: units.norm_gate_up_silu(tokens[i], befores[i], norm, plain), len(tokens))
 
 
-def down_projection(x: torch.Tensor | QuantizedRows, weight: LinearWeight) -> torch.Tensor:
-    assert isinstance(x, torch.Tensor), "QuantizedRows are a column's own"
+def down_projection(x: torch.Tensor | QuantizedRows, weight: LinearWeight, residual: torch.Tensor | None = None) -> torch.Tensor:
+    assert isinstance(x, torch.Tensor), OTHERS
     plain = _plain(weight, x.dtype)
     return torch.cat([units.down_projection(token, plain) for token in _tokens(x)])
 
 
 def lm_head(x: Projected, residual: torch.Tensor, norm: NormWeight, weight: LinearWeight) -> torch.Tensor:
+    assert isinstance(x, torch.Tensor), OTHERS
     plain = _plain(weight, x.dtype)
-    return torch.cat([units.lm_head(*token, norm, plain) for token in zip(_tokens(whole(x)), _tokens(residual), strict=True)])
+    return torch.cat([units.lm_head(*token, norm, plain) for token in zip(_tokens(x), _tokens(residual), strict=True)])

@@ -5,7 +5,7 @@ Same signatures as the launchers in `ops/kernels/`. Slow and obvious on purpose:
 
 import torch
 
-from ..operands import Projected, whole
+from ..operands import Projected, stream_after
 
 __all__ = ["paged_decode_attention", "paged_prefill_attention", "rms_norm", "rotary_store_kv", "silu_and_mul"]
 
@@ -18,7 +18,7 @@ def rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """RMSNorm, optionally of the sum with a residual stream (Zhang and Sennrich 2019, arXiv:1910.07467).
 
-    x, residual: [num_tokens, hidden], fp16|bf16|fp32, x also before its last sum      weight: [hidden], the same dtype
+    x, residual: [num_tokens, hidden], fp16|bf16|fp32, x also SplitSums or Added      weight: [hidden], the same dtype
 
         r = x                      without residual
         r = round(x + residual)    to x's dtype, otherwise
@@ -26,7 +26,7 @@ def rms_norm(
 
     Returns (y, r), both [num_tokens, hidden] in x's dtype; r is x itself without a residual. num_tokens may be 0.
     """
-    r = whole(x) if residual is None else whole(x) + residual
+    r = stream_after(x, residual)
     wide = r.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (normed * weight.float()).to(x.dtype), r

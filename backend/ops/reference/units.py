@@ -25,7 +25,6 @@ __all__ = [
 
 RmsNorm = Callable[[Projected, torch.Tensor, float, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
 Linear = Callable[[torch.Tensor, LinearWeight], torch.Tensor]
-ProjectedLinear = Callable[[torch.Tensor, LinearWeight], Projected]
 NormLinear = Callable[[Projected, torch.Tensor | None, NormWeight, LinearWeight], tuple[torch.Tensor, torch.Tensor]]
 RotaryStoreKv = Callable[..., torch.Tensor]
 
@@ -70,7 +69,9 @@ def norm_qkv_rotary_store(
     return q, residual
 
 
-def output_projection(attended: torch.Tensor, weight: LinearWeight, *, linear: ProjectedLinear = linear) -> Projected:
+def output_projection(
+    attended: torch.Tensor, weight: LinearWeight, residual: torch.Tensor | None = None, *, linear: Linear = linear
+) -> torch.Tensor:
     return linear(attended.flatten(1), weight)
 
 
@@ -81,7 +82,9 @@ def norm_gate_up_silu(
     return silu_and_mul(gate_up), residual
 
 
-def down_projection(x: torch.Tensor | QuantizedRows, weight: LinearWeight, *, linear: Linear = linear) -> torch.Tensor:
+def down_projection(
+    x: torch.Tensor | QuantizedRows, weight: LinearWeight, residual: torch.Tensor | None = None, *, linear: Linear = linear
+) -> torch.Tensor:
     assert isinstance(x, torch.Tensor), "QuantizedRows are a column's own"
     return linear(x, weight)
 

@@ -1,4 +1,5 @@
-"""Projections that leave their last sum to the norm after them: the parts, what the norm makes of them, and when there are any."""
+"""Projections of few rows leave their last sum to the norm after them, those of many add to the residual stream themselves: what the norm
+makes of either, and when there is which."""
 
 import itertools
 
@@ -10,7 +11,7 @@ from turbotriton.backend.ops.kernels import narrow_linear
 from turbotriton.backend.ops.kernels.rms_norm import rms_norm
 from turbotriton.backend.ops.kernels.split_product import split_product
 from turbotriton.backend.ops.kernels.tuning import num_product_parts
-from turbotriton.backend.ops.operands import DenseWeight, NormWeight, SplitSums, whole
+from turbotriton.backend.ops.operands import Added, DenseWeight, NormWeight, SplitSums, stream_after, whole
 
 EPS = 1e-5
 
@@ -27,6 +28,14 @@ def test_the_norm_adds_up_parts_and_rounds_as_one_that_gets_the_sum(target, shap
     assert torch.equal(r, wanted_r)
     assert torch.equal(y, wanted_y)
     assert y.dtype == r.dtype == target.dtype
+
+
+@pytest.mark.parametrize("shape", [(5, 72), (40, 128)], ids=str)
+def test_the_norm_takes_the_stream_as_it_is_where_it_was_added_to(target, shape, guarded_outputs):
+    stream, stale, gain = target.randn(*shape), target.randn(*shape), target.randn(shape[1])
+    y, r = rms_norm(Added(stream), gain, EPS, stale)
+    assert r is stream
+    assert torch.equal(y, rms_norm(stream, gain, EPS)[0])
 
 
 def test_parts_without_a_residual_are_refused():
@@ -116,13 +125,26 @@ def test_other_projections_are_whole(hopper, case):
     x = torch.zeros({"many rows": 300, "no rows": 0}.get(case, 80), 2048).bfloat16()
     if case == "fp32":
         weight, x = DenseWeight(weight.weight.float()), x.float()
-    found = triton_column.projection(x, weight)
+    found = triton_column.down_projection(x, weight)
     assert found.shape == (x.shape[0], 1024)
     assert isinstance(found, torch.Tensor)
 
 
+def test_many_rows_are_added_to_the_stream_in_place(assert_close):
+    x, weight, residual = torch.randn(300, 256).bfloat16(), dense(64, 256), torch.randn(300, 64).bfloat16()
+    before = residual.clone()
+    found = triton_column.TRITON.output_projection(x.view(300, 2, 128), weight, residual)
+    assert isinstance(found, Added)
+    assert found.total is residual
+    assert stream_after(found, residual) is residual
+    assert_close(residual, before.double() + x.double() @ weight.weight.double(), max_error=0.008, rms_error=0.003)
+    whole_one = triton_column.TRITON.down_projection(x, weight)
+    assert isinstance(whole_one, torch.Tensor)
+    assert_close(whole_one, x.double() @ weight.weight.double(), max_error=0.008, rms_error=0.003)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_rows", [2, 16, 40, 64, 80, 128, 200, 256])
+@pytest.mark.parametrize("num_rows", [2, 16, 40, 64, 80, 128, 200, 256, 300, 1000])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_two_layers_of_a_model_agree_with_products_in_one_piece(num_rows, dtype, assert_close):
     """Output projection, norm, gate, up and SiLU, down projection and the next norm, each beside float64 of its own input."""
@@ -135,14 +157,15 @@ def test_two_layers_of_a_model_agree_with_products_in_one_piece(num_rows, dtype,
     output, down = DenseWeight(randn(2048, 2048, scale=2048**-0.5).t()), DenseWeight(randn(2048, 4096, scale=4096**-0.5).t())
     gate_up, norm = DenseWeight(randn(8192, 2048, scale=2048**-0.5).t()), NormWeight(randn(2048), EPS)
     attended, residual = randn(num_rows, 16, 128), randn(num_rows, 2048)
-    projected = ops.output_projection(attended, output)
-    assert isinstance(projected, SplitSums)
+    stream = residual.clone()
+    projected = ops.output_projection(attended, output, stream)
+    assert isinstance(projected, SplitSums if num_rows <= 256 else Added)
     y = (attended.flatten(1).double() @ output.weight.double()).to(dtype)
     eps = torch.finfo(dtype).eps
-    activated, r = ops.norm_gate_up_silu(projected, residual, norm, gate_up)
+    activated, r = ops.norm_gate_up_silu(projected, stream, norm, gate_up)
     assert_close(r, y.double() + residual.double(), max_error=2 * eps, rms_error=eps)
     after = ops.down_projection(activated, down)
-    assert isinstance(after, SplitSums)
+    assert isinstance(after, SplitSums if num_rows <= 256 else torch.Tensor)
     assert_close(whole(after), activated.double() @ down.weight.double(), max_error=2 * eps, rms_error=0.6 * eps)
     logits = ops.lm_head(after, r, norm, output)
     assert_close(logits, ops.lm_head(whole(after), r, norm, output).double(), max_error=4 * eps, rms_error=eps)
