@@ -42,7 +42,15 @@ from turbotriton.backend.ops.kernels import (
 )
 from turbotriton.backend.ops.kernels.hopper_tuning import hopper_w4a16_config, hopper_w8a8_config
 from turbotriton.backend.ops.kernels.tuning import W4A16LinearConfig
-from turbotriton.backend.ops.operands import Fp8Weight, QuantizedPages, SamplingBatch, StaticInt8Pages, W4A16Tiles, W8A8Weight
+from turbotriton.backend.ops.operands import (
+    Fp8Weight,
+    QuantizedPages,
+    SamplingBatch,
+    SplitSums,
+    StaticInt8Pages,
+    W4A16Tiles,
+    W8A8Weight,
+)
 
 DTYPES = (torch.float16, torch.bfloat16)
 
@@ -71,6 +79,8 @@ class Maker:
 def norms(m: Maker) -> None:
     for num_tokens, hidden in ((3, 72), (17, 1000), (5, 4096)):
         rms_norm.rms_norm(m.zeros(num_tokens, hidden), m.zeros(hidden), 1e-5, m.zeros(num_tokens, hidden))
+        parts = SplitSums(m.zeros(3, num_tokens, hidden, dtype=torch.float32), m.dtype)
+        rms_norm.rms_norm(parts, m.zeros(hidden), 1e-5, m.zeros(num_tokens, hidden))
     for num_tokens, inter in ((7, 33), (3, 1025)):
         silu_and_mul.silu_and_mul(m.zeros(num_tokens, 2 * inter))
 
@@ -83,6 +93,7 @@ def dense_linears(m: Maker) -> None:
         skinny_linear.norm_gate_up(x, x, m.zeros(k), 1e-5, m.weight(k, 2 * n))
     for num_rows, k, n in ((5, 200, 70), (33, 1100, 130)):
         narrow_linear.linear(m.zeros(num_rows, k), m.weight(k, n), m.zeros(n))
+        narrow_linear.split_linear(m.zeros(num_rows, k), m.weight(k, n))
         narrow_linear.gate_up(m.zeros(num_rows, k), m.weight(k, 2 * n))
     if m.device == "cpu" or torch.cuda.get_device_capability() == (9, 0):
         for num_rows, k, n in ((1, 72, 8), (200, 200, 136)):

@@ -16,6 +16,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from turbotriton.backend.ops.operands import SplitSums
+
 #: Bytes a program: 99 KiB on sm_86 and sm_89, which run what is compiled for sm_80; 227 KiB on sm_90 and sm_100.
 SHARED_LIMIT_BYTES = {80: 101376, 90: 232448, 100: 232448}
 PACKAGE = "turbotriton.backend.ops.kernels"
@@ -107,6 +109,7 @@ def launch_all(monkeypatch, capability, dtype, head_dim, num_heads=32, num_kv_he
     for module in (rms_norm, rotary_store_kv, silu_and_mul, attention, skinny, greedy, stage, skinny_qkv, narrow):
         monkeypatch.setattr(module, "has_pdl", lambda device: capability >= 90)
     rms_norm.rms_norm(empty(16, hidden), empty(hidden), 1e-5, empty(16, hidden))
+    rms_norm.rms_norm(SplitSums(empty(4, 16, hidden, dtype=FP32), dtype), empty(hidden), 1e-5, empty(16, hidden))
     cache, angle = empty(4, num_kv_heads, 64, head_dim), empty(16, head_dim // 2, dtype=FP32)
     qkv, slots = empty(16, (num_heads + 2 * num_kv_heads) * head_dim), empty(16, dtype=torch.int64)
     rotary_store_kv.rotary_store_kv(qkv, angle, angle, empty(16, dtype=FP32), cache, cache, slots, num_heads, num_kv_heads)
@@ -128,9 +131,11 @@ def launch_all(monkeypatch, capability, dtype, head_dim, num_heads=32, num_kv_he
         qkv = empty((num_heads + 2 * num_kv_heads) * head_dim, hidden).t()
         angles = empty(num_rows, head_dim // 2, dtype=FP32)
         skinny_qkv.norm_qkv_rotary_store(x, x, gain, 1e-5, qkv, None, angles, angles, None, cache, cache, slots[:num_rows])
+    monkeypatch.setattr(narrow, "num_sms", lambda device: 132)
     for num_rows in (8, 64, 128) if takes_narrow(capability, dtype) else ():
         narrow.gate_up(empty(num_rows, hidden), empty(2 * 14336, hidden).t())
         narrow.linear(empty(num_rows, 14336), empty(hidden, 14336).t())
+        assert isinstance(narrow.split_linear(empty(num_rows, 14336), empty(hidden, 14336).t()), SplitSums) == (num_rows < 128)
     bans = empty(17, dtype=torch.int64)
     greedy.greedy_sample(empty(16, 128256), bans, bans)
     stage.stage_decode(bans, bans, lens, tables, empty(16, head_dim // 2, dtype=FP32), 1.0, 64)
@@ -150,6 +155,7 @@ def test_every_kernel_compiles_without_spills(capability, dtype, head_dim, launc
     names = [kernel.__name__ for kernel, _ in launches]
     assert names == [
         "_rms_norm_kernel",
+        "_rms_norm_kernel",
         "_rotary_store_kv_kernel",
         "_silu_and_mul_kernel",
         "_split_kernel",
@@ -157,7 +163,7 @@ def test_every_kernel_compiles_without_spills(capability, dtype, head_dim, launc
         "_prefill_kernel",
         "_prefill_kernel",
         *["_linear_kernel", "_norm_linear_kernel", "_norm_linear_kernel", "_norm_qkv_kernel"] * 2,
-        *["_narrow_linear_kernel"] * (6 if takes_narrow(capability, dtype) else 0),
+        *["_narrow_linear_kernel"] * (9 if takes_narrow(capability, dtype) else 0),
         "_tile_maximum_kernel",
         "pick_kernel",
         "_stage_decode_kernel",
