@@ -35,7 +35,7 @@ from turbotriton.contract.ini import EngineConfig, ModelConfig
 from turbotriton.contract.wire import TokenLogprobs
 
 from .batch import SlotState
-from .decode_graphs import DecodeGraphs, batch_buckets, decode_forward
+from .decode_graphs import DecodeGraphs, batch_buckets, decode_forward, two_layers
 from .key_offsets import key_offsets
 from .kv_cache import allocate_kv_cache, read_kv_scales
 from .library_kernels import load_library_kernels
@@ -235,10 +235,15 @@ class ModelRunner:
         begun = time.monotonic()
         sizes = batch_buckets(engine.max_batch_size)
         groups = warm_up_plans(sizes, engine.session_len, self.block_size, self.num_blocks)
-        for plans in itertools.islice(groups, share, None, num_shares):
-            for plan in plans:
-                self.execute(plan)
-            note_done()
+        all_layers = self._decoder, self._kv
+        self._decoder, self._kv = two_layers(*all_layers)  # the others would run the same kernels again
+        try:
+            for plans in itertools.islice(groups, share, None, num_shares):
+                for plan in plans:
+                    self.execute(plan)
+                note_done()
+        finally:
+            self._decoder, self._kv = all_layers
         logger.info("steps that compile the rest of the kernels: %.1f s", time.monotonic() - begun)
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ from tests.backend.runner.launch_keys import noted_launches
 from tests.bench.make_checkpoint import make_checkpoint
 
 from turbotriton.backend.engine.engine import Engine
+from turbotriton.backend.model.decoder import Decoder
 from turbotriton.backend.runner import model_runner, precompile
 from turbotriton.backend.runner.model_runner import ModelRunner
 from turbotriton.backend.runner.precompile import Precompilation, compile_share, num_steps
@@ -150,6 +151,29 @@ def test_compiling_ahead_in_shares_leaves_loading_nothing_to_compile(
     assert not loaded - keys, "\n".join(map(str, sorted(loaded - keys, key=str)))
     assert shares[0] < len(keys)  # no share does it all
     assert len(steps) == num_steps(config)
+
+
+def test_steps_before_serving_run_two_layers_and_serving_runs_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_checkpoint("tiny", tmp_path, "fp32", 512, layers=4)
+    workspace = read_workspace_config(tmp_path / "config.ini")
+    config = workspace.engine_config((OPTIONS | {"device": "cpu"}).get)
+    runner = ModelRunner(workspace.model_config(), config, tmp_path)
+    num_layers: list[int] = []
+    own = Decoder.hidden_states
+
+    def hidden_states(self, *args):  # type: ignore[no-untyped-def]
+        num_layers.append(len(self.weights.layers))
+        return own(self, *args)
+
+    monkeypatch.setattr(Decoder, "hidden_states", hidden_states)
+    runner.warm_up(config)
+    assert set(num_layers) == {2}
+    num_layers.clear()
+    engine = Engine(workspace.model_config(), config, runner, overlap=False)
+    engine.add("test", GenerateRequest(0, (5, 6, 7), SamplingParams(max_new_tokens=2)))
+    while engine.has_work:
+        engine.step()
+    assert set(num_layers) == {4}
 
 
 @pytest.mark.gpu
