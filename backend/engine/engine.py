@@ -282,7 +282,7 @@ def load_engine(weights_dir: Path, override: Callable[[str], str | None] = lambd
     workspace = read_workspace_config(weights_dir / "config.ini").with_model_options(override)
     model, config = workspace.model_config(), workspace.engine_config(override)
     is_reference = override("backend") == "pytorch"
-    precompilation = Precompilation.start(model, config, weights_dir) if not is_reference else Precompilation.none()
+    precompilation = Precompilation.start(model, config, weights_dir) if not is_reference else Precompilation()
     tokenizer = find_tokenizer(weights_dir)
     guides = None
     if tokenizer is not None:

@@ -228,20 +228,15 @@ class ModelRunner:
         inputs = torch.tensor([[0], [-1]], device=torch.device(self.device)).repeat(1, num_rows)
         decode_forward(self._decoder, self._slots, self._kv, inputs)
 
-    def warm_up(
-        self, engine: EngineConfig, share: int = 0, num_shares: int = 1, note_done: Callable[[], None] = lambda: None
-    ) -> None:
-        """Compiles what no graph has compiled, or a share of it, while nobody holds a block. `note_done` hears of each group of steps."""
+    def warm_up(self, engine: EngineConfig) -> None:
+        """Runs each kernel variant that no graph has run, while nobody holds a block: what is not in triton's cache is compiled."""
         begun = time.monotonic()
         sizes = batch_buckets(engine.max_batch_size)
-        groups = warm_up_plans(sizes, engine.session_len, self.block_size, self.num_blocks)
         all_layers = self._decoder, self._kv
         self._decoder, self._kv = two_layers(*all_layers)  # the others would run the same kernels again
         try:
-            for plans in itertools.islice(groups, share, None, num_shares):
-                for plan in plans:
-                    self.execute(plan)
-                note_done()
+            for plan in itertools.chain(*warm_up_plans(sizes, engine.session_len, self.block_size, self.num_blocks)):
+                self.execute(plan)
         finally:
             self._decoder, self._kv = all_layers
         logger.info("steps that compile the rest of the kernels: %.1f s", time.monotonic() - begun)

@@ -16,7 +16,7 @@ from turbotriton.backend.engine.engine import Engine
 from turbotriton.backend.model.decoder import Decoder
 from turbotriton.backend.runner import model_runner, precompile
 from turbotriton.backend.runner.model_runner import ModelRunner
-from turbotriton.backend.runner.precompile import Precompilation, compile_share, num_steps
+from turbotriton.backend.runner.precompile import Precompilation, run_all_steps
 from turbotriton.contract.ini import read_workspace_config
 from turbotriton.contract.wire import GenerateRequest, SamplingParams
 
@@ -130,7 +130,7 @@ def test_requests_need_no_kernel_variant_that_loading_did_not(
 
 
 @pytest.mark.parametrize(("dtype", "options"), CASES)
-def test_compiling_ahead_in_shares_leaves_loading_nothing_to_compile(
+def test_compiling_ahead_leaves_loading_nothing_to_compile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, options: dict[str, str]
 ) -> None:
     compute_dtype = COMPUTE_DTYPES.get(dtype, dtype)
@@ -144,13 +144,8 @@ def test_compiling_ahead_in_shares_leaves_loading_nothing_to_compile(
         keys.clear()
         for file in tmp_path.glob("*.weight"):
             file.unlink()  # they are not read
-        shares, steps = [], []
-        for share in range(3):
-            compile_share(model, config, tmp_path, share, 3, lambda: steps.append(share))  # noqa: B023  called at once
-            shares.append(len(keys))
+        run_all_steps(model, config, tmp_path)
     assert not loaded - keys, "\n".join(map(str, sorted(loaded - keys, key=str)))
-    assert shares[0] < len(keys)  # no share does it all
-    assert len(steps) == num_steps(config)
 
 
 def test_steps_before_serving_run_two_layers_and_serving_runs_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,18 +186,17 @@ def test_triton_compiles_nothing_while_requests_are_served(
     assert not compiled
 
 
-@pytest.mark.parametrize(("codes", "is_marked"), [((0, 0), True), ((0, 3), False)])
-def test_only_compilation_that_succeeded_leaves_a_mark(tmp_path: Path, codes: tuple[int, ...], is_marked: bool) -> None:
+@pytest.mark.parametrize(("code", "is_marked"), [(0, True), (3, False)])
+def test_only_compilation_that_succeeded_leaves_a_mark(tmp_path: Path, code: int, is_marked: bool) -> None:
     mark = tmp_path / "cache" / "turbotriton-0"
-    processes = [subprocess.Popen([sys.executable, "-c", f"raise SystemExit({code})"]) for code in codes]
-    Precompilation(processes, mark).wait()
+    Precompilation(subprocess.Popen([sys.executable, "-c", f"raise SystemExit({code})"]), mark).wait()
     assert mark.exists() == is_marked
 
 
 def test_a_process_that_hangs_is_ended_and_the_engine_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precompile, "MAX_SECONDS", 0.2)
-    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    Precompilation([process], tmp_path / "mark").wait()
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+    Precompilation(process, tmp_path / "mark").wait()
     assert process.returncode != 0
     assert not (tmp_path / "mark").exists()
 
@@ -211,4 +205,4 @@ def test_a_cpu_starts_no_process(tmp_path: Path) -> None:
     make_checkpoint("tiny", tmp_path, "fp32", 64)
     workspace = read_workspace_config(tmp_path / "config.ini")
     config = workspace.engine_config({"device": "cpu"}.get)
-    assert Precompilation.start(workspace.model_config(), config, tmp_path)._processes == []
+    assert Precompilation.start(workspace.model_config(), config, tmp_path)._process is None
