@@ -116,8 +116,10 @@ def _compile_and_exit(reads: int, variants: Sequence[Variant], note_done: Callab
     try:
         failed = False
         while index := os.read(reads, INDEX_BYTES):
+            variant = variants[int.from_bytes(index, "little")]
+            driver.active.get_current_target = lambda variant=variant: variant.target  # kernels may ask, which asked CUDA
             try:
-                variants[int.from_bytes(index, "little")].compile()
+                variant.compile()
             except Exception:  # noqa: BLE001  of the compiler: the other variants can be had
                 traceback.print_exc()
                 failed = True

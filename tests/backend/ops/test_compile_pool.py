@@ -12,6 +12,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.language.target_info import cuda_capability_geq
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -32,6 +33,12 @@ def _add_kernel(x_ptr, num, BLOCK: tl.constexpr):
 @gluon.jit
 def _fill_kernel(x_ptr, BLOCK: gl.constexpr, layout: gl.constexpr):
     gl.store(x_ptr + gl.arange(0, BLOCK, layout=layout), gl.zeros([BLOCK], gl.float32, layout=layout))
+
+
+@triton.jit
+def _asking_kernel(x_ptr):
+    if cuda_capability_geq(9, 0):
+        tl.store(x_ptr, 1.0)
 
 
 @triton.jit
@@ -109,6 +116,15 @@ def test_what_does_not_compile_is_said_and_keeps_nothing_else_from_it(stand_in, 
         compile_all(variants, 1)
     assert "no_such_function" in capfd.readouterr().err
     assert len(stand_in.read_text().splitlines()) == 5
+
+
+def test_what_is_forked_asks_no_device(stand_in, monkeypatch):
+    with gathered() as variants:
+        _asking_kernel[(1,)](torch.empty(1))
+    for name in ("get_current_target", "get_current_device", "get_current_stream"):
+        monkeypatch.setattr(driver.active, name, lambda *_: pytest.fail("CUDA was called"))
+    compile_all(variants, 1)
+    assert stand_in.read_text().startswith("_asking_kernel ")
 
 
 def test_nothing_to_compile_forks_nothing(monkeypatch):
