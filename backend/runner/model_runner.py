@@ -14,6 +14,7 @@ Invariants
 
 import itertools
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,6 +41,7 @@ from .key_offsets import key_offsets
 from .kv_cache import allocate_kv_cache, read_kv_scales
 from .library_kernels import load_library_kernels
 from .prompt_graphs import PromptGraphs
+from .quick_imports import quick_imports
 from .warm_up import warm_up_plans
 from .weights import DTYPES, load_weights
 
@@ -102,7 +104,12 @@ class ModelRunner:
             torch.set_float32_matmul_precision("highest")  # fp32 means fp32: no TF32
         with torch.inference_mode():
             plain = torch.device("cpu") if reference_ops else device
-            ops = ops_for(plain, deterministic=engine.deterministic)
+            with quick_imports():
+                ops = ops_for(plain, deterministic=engine.deterministic)
+            if plain.type == "cuda" and prepare:
+                from turbotriton.backend.ops.kernels.compiled import read_triton
+
+                threading.Thread(target=read_triton, name="read-triton", daemon=True).start()  # while weights are read
             if weights is None:
                 for_kernels = ops not in (REFERENCE, DETERMINISTIC_REFERENCE)
                 weights = load_weights(model, weights_dir, device, dtype, for_kernels=for_kernels)

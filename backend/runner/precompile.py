@@ -20,21 +20,21 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch
-
 from turbotriton.contract import env
-from turbotriton.contract.errors import ConfigError, ServerError, TurbotritonError
+from turbotriton.contract.errors import ServerError, TurbotritonError
 from turbotriton.contract.ini import EngineConfig, ModelConfig, read_workspace_config
 
-from .decode_graphs import batch_buckets
-from .model_runner import ModelRunner, resolve_compute_dtype, resolve_device
-from .weights import DTYPES, empty_weights
+from .cuda_driver import Gpu, device_index, open_gpu
+from .quick_imports import quick_imports
 
-__all__ = ["Precompilation", "end_process", "mark_path", "num_processes_for", "run_all_steps", "start_process"]
+__all__ = ["Precompilation", "end_process", "gpu_to_compile_for", "mark_path", "num_processes_for", "start_process"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,38 +44,28 @@ CONTEXT_BYTES = 2**30  # of a process on the GPU, without its tensors
 MAX_SECONDS = 300.0
 
 
-def run_all_steps(model: ModelConfig, engine: EngineConfig, weights_dir: Path) -> None:
-    """Everything that loading a runner launches, with a cache of one request and zeros for weights."""
-    model = dataclasses.replace(model, num_layers=min(2, model.num_layers))  # the first has no residual, others are alike
-    num_blocks = -(-engine.session_len // engine.cache_block_seq_len)
-    device = resolve_device(engine.device)
-    dtype = DTYPES[resolve_compute_dtype(engine.compute_dtype, model.float_type, device)]
-    with torch.inference_mode():
-        weights = empty_weights(model, weights_dir, device, dtype, for_kernels=True)
-    small = dataclasses.replace(engine, cache_max_entry_count=float(num_blocks))
-    runner = ModelRunner(model, small, weights_dir, weights=weights, prepare=False)
-    if engine.cuda_graphs:
-        for num_rows in batch_buckets(engine.max_batch_size):
-            runner.run_uncaptured(num_rows)
-    runner.warm_up(engine)
-    runner.close()
-
-
-def mark_path(model: ModelConfig, engine: EngineConfig) -> Path:
-    """Raises ConfigError where the device is no GPU."""
-    from turbotriton.backend.ops.kernels.compiled import cache_folder, triton_version
-
-    device = resolve_device(engine.device)
-    if device.type != "cuda":
-        raise ConfigError(f"kernels are compiled on a CUDA GPU, and device is {engine.device!r} here: {device}")
+def mark_path(model: ModelConfig, engine: EngineConfig, gpu_name: str) -> Path:
     sources = sorted(Path(__file__).parents[1].glob("ops/**/*.py")) + sorted(Path(__file__).parent.glob("*.py"))
     digest = hashlib.sha256()
     for source in sources:
         digest.update(source.read_bytes())
     shapes = dataclasses.replace(engine, cache_max_entry_count=0.8, max_queued_requests=1, max_queued_tokens=1)
-    for part in (triton_version, torch.__version__, torch.cuda.get_device_name(device), model, shapes):
+    for part in (_version("triton"), _version("torch"), gpu_name, model, shapes):
         digest.update(repr(part).encode())
-    return cache_folder() / f"turbotriton-{digest.hexdigest()[:16]}"
+    return env.triton_cache_dir() / f"turbotriton-{digest.hexdigest()[:16]}"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # on a path without what pip writes beside it
+        return "unknown"
+
+
+def gpu_to_compile_for(engine: EngineConfig) -> Gpu | None:
+    """None: the engine's device is no GPU, or torch was built for none."""
+    index = device_index(engine.device)
+    return None if index is None or _version("torch").endswith("+cpu") else open_gpu(index)
 
 
 class Precompilation:
@@ -85,21 +75,30 @@ class Precompilation:
         self._process = process
         self._mark = mark
         self._begun = time.monotonic()
+        self._starting: threading.Thread | None = None
 
     @classmethod
     def start(cls, model: ModelConfig, engine: EngineConfig, weights_dir: Path) -> "Precompilation":
-        """None is started without a GPU, when all was compiled before, or where memory for it may lack."""
-        if resolve_device(engine.device).type != "cuda":
-            return cls()
-        mark = mark_path(model, engine)
-        num_processes = 0 if mark.exists() else num_processes_for(model, engine)
-        if not num_processes:
-            return cls()
-        logger.info("no kernel was compiled for this model yet: %d processes do it while the weights load", num_processes)
-        return cls(start_process(weights_dir, num_processes), mark)
+        """Returns at once; a thread makes the GPU's context, and starts the process unless all was compiled before or memory may lack."""
+        started = cls()
+        started._starting = threading.Thread(target=started._start, args=(model, engine, weights_dir), daemon=True)
+        started._starting.start()
+        return started
+
+    def _start(self, model: ModelConfig, engine: EngineConfig, weights_dir: Path) -> None:
+        gpu = gpu_to_compile_for(engine)
+        if gpu is None:
+            return
+        mark = mark_path(model, engine, gpu.name)
+        num_processes = 0 if mark.exists() else num_processes_for(model, engine, gpu.free_bytes)
+        if num_processes:
+            logger.info("no kernel was compiled for this model yet: %d processes do it while the weights load", num_processes)
+            self._mark, self._process = mark, start_process(weights_dir, num_processes)
 
     def wait(self) -> None:
         """What failed is said, and compiled by the engine."""
+        if self._starting is not None:
+            self._starting.join()
         if self._process is None:
             return
         try:
@@ -113,14 +112,20 @@ class Precompilation:
             self._mark.touch()
             logger.info("kernels were compiled in %.1f s", time.monotonic() - self._begun)
 
+    def end(self) -> None:
+        """Of what loads and has failed: nobody needs the kernels now."""
+        if self._starting is not None:
+            self._starting.join()
+        if self._process is not None:
+            end_process(self._process)
 
-def num_processes_for(model: ModelConfig, engine: EngineConfig) -> int:
+
+def num_processes_for(model: ModelConfig, engine: EngineConfig, free_bytes: int) -> int:
     """As many as there are cores but for the engine's. 0: half of what memory is left beside the weights does not do for zeros in the place
     of two layers."""
-    free = torch.cuda.mem_get_info(resolve_device(engine.device))[0]
     vocabulary = 2 * 2 * model.vocab_size * model.hidden_size
     layer = 2 * (4 * model.hidden_size * model.num_heads * model.head_dim + 3 * model.hidden_size * model.inter_size)
-    left = free - vocabulary - model.num_layers * layer
+    left = free_bytes - vocabulary - model.num_layers * layer
     logits = 4 * engine.max_batch_size * model.vocab_size * 4  # sampling over all slots
     if left // 2 < CONTEXT_BYTES + vocabulary + 5 * layer + logits:
         return 0
@@ -154,10 +159,13 @@ def main() -> int:
     try:
         workspace = read_workspace_config(args.weights / "config.ini")
         model, engine = workspace.model_config(), workspace.engine_config(env.engine_option)
-        if resolve_device(engine.device).type != "cuda":
-            raise ServerError("there is no CUDA GPU here to compile kernels for")
-        from turbotriton.backend.ops.kernels.compile_pool import compile_all, gathered
+        with ThreadPoolExecutor(1) as beside, quick_imports():
+            gpu = beside.submit(gpu_to_compile_for, engine)
+            from turbotriton.backend.ops.kernels.compile_pool import compile_all, gathered
 
+            from .all_steps import run_all_steps
+        if gpu.result() is None:
+            raise ServerError("there is no CUDA GPU here to compile kernels for")
         with gathered() as variants:
             run_all_steps(model, engine, args.weights)
         print(len(variants), flush=True)

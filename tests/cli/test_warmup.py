@@ -11,6 +11,7 @@ from tests.bench.make_checkpoint import make_checkpoint
 from tests.cli.process import turbotriton
 
 from turbotriton.backend.runner import precompile
+from turbotriton.backend.runner.cuda_driver import Gpu
 from turbotriton.cli.main import main
 
 
@@ -31,8 +32,9 @@ def test_without_a_gpu_it_says_what_is_missing(workspace: Path) -> None:
 def mark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """As on a machine with a GPU; what its processes would compile is left out."""
     path = tmp_path / "cache" / "turbotriton-0"
-    monkeypatch.setattr(precompile, "mark_path", lambda model, engine: path)
-    monkeypatch.setattr(precompile, "num_processes_for", lambda model, engine: 3)
+    monkeypatch.setattr(precompile, "gpu_to_compile_for", lambda engine: Gpu("a GPU", 1 << 37))
+    monkeypatch.setattr(precompile, "mark_path", lambda model, engine, gpu_name: path)
+    monkeypatch.setattr(precompile, "num_processes_for", lambda model, engine, free_bytes: 3)
     return path
 
 

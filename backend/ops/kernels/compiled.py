@@ -1,18 +1,8 @@
-"""Where triton keeps what it has compiled, and which triton that is."""
+"""What triton's cache of compiled kernels asks of a process."""
 
-from pathlib import Path
-
-import triton
 from triton.runtime.cache import triton_key
 
-__all__ = ["cache_folder", "read_triton", "triton_version"]
-
-triton_version: str = triton.__version__
-
-
-def cache_folder() -> Path:
-    """TRITON_CACHE_DIR, else what triton takes; shared by all processes of a user."""
-    return Path(triton.knobs.cache.dir)
+__all__ = ["read_triton"]
 
 
 def read_triton() -> None:

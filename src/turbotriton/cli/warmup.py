@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from turbotriton.contract import env
-from turbotriton.contract.errors import InvalidInputError, ServerError
+from turbotriton.contract.errors import ConfigError, InvalidInputError, ServerError
 
 from .tritonserver import ENGINE_FLAGS, check_engine_options
 
@@ -33,7 +33,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     """Raises ConfigError without a GPU, ServerError when a process fails."""
-    from turbotriton.backend.runner.precompile import mark_path, num_processes_for, start_process
+    from turbotriton.backend.runner.precompile import gpu_to_compile_for, mark_path, num_processes_for, start_process
     from turbotriton.backend.runner.weights import find_weights_dir
     from turbotriton.contract.ini import read_workspace_config
 
@@ -44,11 +44,14 @@ def run(args: argparse.Namespace) -> int:
     weights = find_weights_dir(args.workspace)
     workspace = read_workspace_config(weights / "config.ini")
     model, engine = workspace.model_config(), workspace.engine_config(lambda name: options.get(name) or env.engine_option(name))
-    mark = mark_path(model, engine)
+    gpu = gpu_to_compile_for(engine)
+    if gpu is None:
+        raise ConfigError(f"kernels are compiled on a CUDA GPU; device is {engine.device!r}, and there is none")
+    mark = mark_path(model, engine, gpu.name)
     if mark.exists() and not args.force:
         print(f"compiled already: {mark.parent} has all kernels of {args.workspace} with these options")
         return 0
-    jobs = args.jobs or max(1, num_processes_for(model, engine))
+    jobs = args.jobs or max(1, num_processes_for(model, engine, gpu.free_bytes))
     begun = time.monotonic()
     _watch(start_process(weights, jobs, options))
     mark.parent.mkdir(parents=True, exist_ok=True)

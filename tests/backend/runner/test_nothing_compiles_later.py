@@ -15,8 +15,10 @@ from tests.bench.make_checkpoint import make_checkpoint
 from turbotriton.backend.engine.engine import Engine
 from turbotriton.backend.model.decoder import Decoder
 from turbotriton.backend.runner import model_runner, precompile
+from turbotriton.backend.runner.all_steps import run_all_steps
+from turbotriton.backend.runner.cuda_driver import Gpu
 from turbotriton.backend.runner.model_runner import ModelRunner
-from turbotriton.backend.runner.precompile import Precompilation, run_all_steps
+from turbotriton.backend.runner.precompile import Precompilation
 from turbotriton.contract.ini import read_workspace_config
 from turbotriton.contract.wire import GenerateRequest, SamplingParams
 
@@ -201,8 +203,56 @@ def test_a_process_that_hangs_is_ended_and_the_engine_goes_on(tmp_path: Path, mo
     assert not (tmp_path / "mark").exists()
 
 
+def tiny(folder: Path, **options: str):  # type: ignore[no-untyped-def]
+    make_checkpoint("tiny", folder, "fp32", 64)
+    workspace = read_workspace_config(folder / "config.ini")
+    return workspace.model_config(), workspace.engine_config(options.get), folder
+
+
+def started(precompilation: Precompilation) -> "subprocess.Popen[bytes] | None":
+    assert precompilation._starting is not None
+    precompilation._starting.join()
+    return precompilation._process
+
+
 def test_a_cpu_starts_no_process(tmp_path: Path) -> None:
-    make_checkpoint("tiny", tmp_path, "fp32", 64)
-    workspace = read_workspace_config(tmp_path / "config.ini")
-    config = workspace.engine_config({"device": "cpu"}.get)
-    assert Precompilation.start(workspace.model_config(), config, tmp_path)._process is None
+    assert started(Precompilation.start(*tiny(tmp_path, device="cpu"))) is None
+
+
+@pytest.fixture
+def as_with_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
+    """How many processes each compilation has that is started. It sleeps."""
+    asked: list[int] = []
+
+    def start_process(weights_dir: Path, num_processes: int) -> "subprocess.Popen[bytes]":
+        asked.append(num_processes)
+        return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(precompile, "gpu_to_compile_for", lambda engine: Gpu("a GPU", 1 << 36))
+    monkeypatch.setattr(precompile, "start_process", start_process)
+    monkeypatch.setattr(precompile.os, "sched_getaffinity", lambda pid: range(16))
+    return asked
+
+
+def test_what_was_compiled_before_starts_no_process(tmp_path: Path, as_with_a_gpu: list[int]) -> None:
+    model = tiny(tmp_path)
+    first = Precompilation.start(*model)
+    process = started(first)
+    assert process is not None
+    first.end()  # as a load that fails does
+    assert process.returncode is not None
+    mark = precompile.mark_path(*model[:2], "a GPU")
+    mark.parent.mkdir()
+    mark.touch()
+    assert started(Precompilation.start(*model)) is None
+    assert precompile.mark_path(*model[:2], "another GPU") != mark
+    assert as_with_a_gpu == [14]  # of 16 cores
+
+
+def test_no_process_is_started_where_the_gpu_may_lack_memory(
+    tmp_path: Path, as_with_a_gpu: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precompile, "gpu_to_compile_for", lambda engine: Gpu("a GPU", precompile.CONTEXT_BYTES))
+    assert started(Precompilation.start(*tiny(tmp_path))) is None
+    assert as_with_a_gpu == []
