@@ -62,7 +62,7 @@ from .reference import units
 from .reference.attention import attention
 from .table import REFERENCE
 
-__all__ = ["TRITON"]
+__all__ = ["TRITON", "is_hopper_gate_up"]
 
 EIGHT_BIT = (W8A8Weight, Fp8Weight)  # a union would be made anew at each question
 
@@ -93,7 +93,7 @@ def _is_narrow(weight: LinearWeight, x: torch.Tensor) -> TypeGuard[DenseWeight]:
     return k > n or n > MANY_OUTPUTS or x.shape[0] <= MAX_NARROW_ROWS_OF_ANY
 
 
-def _is_hopper_gate_up(weight: LinearWeight, x: torch.Tensor) -> TypeGuard[DenseWeight]:
+def is_hopper_gate_up(weight: LinearWeight, x: torch.Tensor) -> TypeGuard[DenseWeight]:
     """Enough rows for the gated layer of prompts, where the device and the weight are what it takes."""
     return isinstance(weight, DenseWeight) and x.shape[0] >= MIN_HOPPER_GATE_UP_ROWS and hopper_gate_up.takes(x, weight.weight)
 
@@ -196,7 +196,7 @@ def norm_gate_up_silu(
     if _fits_narrow(weight, x, MAX_NARROW_GATED_ROWS):
         y, residual = rms_norm(x, norm.weight, norm.eps, residual)
         return narrow_linear.gate_up(y, weight.weight, weight.bias), residual
-    if _is_hopper_gate_up(weight, x):
+    if is_hopper_gate_up(weight, x):
         y, residual = rms_norm(x, norm.weight, norm.eps, residual)
         return hopper_gate_up.gate_up(y, weight.weight, weight.bias), residual
     gate_up, residual = norm_linear(x, residual, norm, weight)
