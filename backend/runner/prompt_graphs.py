@@ -37,9 +37,11 @@ class PromptGraphs:
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         pool = None
         few_layers = two_layers(decoder, kv)
-        for size in reversed([size for size in BUCKETS if size <= session_len]):
-            self._forward(size, *few_layers)  # compiles and loads what this bucket needs
-            torch.cuda.synchronize(device)
+        sizes = [size for size in reversed(BUCKETS) if size <= session_len]
+        for size in sizes:  # compiles and loads what the buckets need
+            self._forward(size, *few_layers)
+        torch.cuda.synchronize(device)
+        for size in sizes:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
                 self._logits[size] = self._forward(size, decoder, kv)
