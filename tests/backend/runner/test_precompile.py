@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from tests.bench.make_checkpoint import make_checkpoint
 
+from turbotriton.backend.runner.precompile import start_process
+
 STEPS = """
 import os, sys, types
 import torch, triton, triton.language as tl
@@ -70,3 +72,40 @@ def test_without_a_gpu_it_says_so(arguments: list[str]) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "there is no CUDA GPU here to compile kernels for" in done.stderr
+
+
+LOAD = """
+import os, sys, triton
+from pathlib import Path
+from turbotriton.backend.runner.model_runner import ModelRunner
+from turbotriton.contract import env
+from turbotriton.contract.ini import read_workspace_config
+
+found = {True: [], False: []}
+triton.knobs.compilation.listener = lambda **about: found[bool(about["cache_hit"])].append(about["src"].name)
+folder = Path(sys.argv[1])
+workspace = read_workspace_config(folder / "config.ini")
+ModelRunner(workspace.model_config(), workspace.engine_config(env.engine_option), folder)
+print(len(found[True]), found[False], flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bf16", "int4", "int8"])
+def test_what_it_compiled_is_all_that_loading_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    folder = tmp_path / "weights"
+    make_checkpoint("tiny", folder, dtype, 512)
+    for name, value in {"max_batch_size": "20", "session_len": "512", "cache_max_entry_count": "300"}.items():
+        monkeypatch.setenv(f"TURBOTRITON_{name.upper()}", value)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    process = start_process(folder, 4)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0
+    number, done = said.split(b"\n")
+    assert len(done) == int(number) > 15
+    loaded = subprocess.run([sys.executable, "-c", LOAD, str(folder)], capture_output=True, text=True, check=False)
+    assert loaded.returncode == 0, loaded.stderr
+    hits, missed = loaded.stdout.split(" ", 1)
+    assert missed == "[]\n"
+    assert int(hits) > 15
