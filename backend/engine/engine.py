@@ -273,19 +273,25 @@ def load_engine(weights_dir: Path, override: Callable[[str], str | None] = lambd
 
     Raises WorkspaceError, ConfigError.
     """
-    from turbotriton.backend.runner.model_runner import ModelRunner
     from turbotriton.backend.runner.precompile import Precompilation
+    from turbotriton.backend.runner.quick_imports import quick_imports
     from turbotriton.contract.ini import read_workspace_config
-
-    from .guided import Grammars, MaskFiller, find_tokenizer
 
     workspace = read_workspace_config(weights_dir / "config.ini").with_model_options(override)
     model, config = workspace.model_config(), workspace.engine_config(override)
     is_reference = override("backend") == "pytorch"
-    precompilation = Precompilation.start(model, config, weights_dir) if not is_reference else Precompilation.none()
+    precompilation = Precompilation() if is_reference else Precompilation.start(model, config, weights_dir)
+    with quick_imports():
+        from turbotriton.backend.runner.model_runner import ModelRunner
+
+        from .guided import Grammars, MaskFiller, find_tokenizer
     tokenizer = find_tokenizer(weights_dir)
     guides = None
     if tokenizer is not None:
         guides = Guides(Grammars(tokenizer, model.vocab_size, model.eos_token_ids), MaskFiller(model.vocab_size))
-    runner = ModelRunner(model, config, weights_dir, reference_ops=is_reference, before_kv_cache=precompilation.wait)
+    try:
+        runner = ModelRunner(model, config, weights_dir, reference_ops=is_reference, before_kv_cache=precompilation.wait)
+    except BaseException:
+        precompilation.end()
+        raise
     return Engine(model, config, runner, guides=guides)

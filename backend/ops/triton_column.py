@@ -68,7 +68,7 @@ from .reference import units
 from .reference.attention import attention
 from .table import REFERENCE
 
-__all__ = ["TRITON"]
+__all__ = ["TRITON", "is_hopper_gate_up"]
 
 EIGHT_BIT = (W8A8Weight, Fp8Weight)  # a union would be made anew at each question
 
@@ -99,7 +99,7 @@ def _is_narrow(weight: LinearWeight, x: torch.Tensor) -> TypeGuard[DenseWeight]:
     return k > n or n > MANY_OUTPUTS or x.shape[0] <= MAX_NARROW_ROWS_OF_ANY
 
 
-def _is_hopper_gate_up(weight: LinearWeight, x: torch.Tensor) -> TypeGuard[DenseWeight]:
+def is_hopper_gate_up(weight: LinearWeight, x: torch.Tensor) -> TypeGuard[DenseWeight]:
     """Enough rows for the gated layer of prompts, where the device and the weight are what it takes."""
     return isinstance(weight, DenseWeight) and x.shape[0] >= MIN_HOPPER_GATE_UP_ROWS and hopper_gate_up.takes(x, weight.weight)
 
@@ -230,7 +230,7 @@ def norm_gate_up_silu(
         return w4a16_gate_up(y, weight), residual
     if _fits_narrow(weight, y, MAX_NARROW_GATED_ROWS):
         return narrow_linear.gate_up(y, weight.weight, weight.bias), residual
-    if _is_hopper_gate_up(weight, y):
+    if is_hopper_gate_up(weight, y):
         return hopper_gate_up.gate_up(y, weight.weight, weight.bias), residual
     return silu_and_mul(linear(y, weight)), residual
 

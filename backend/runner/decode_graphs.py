@@ -22,7 +22,7 @@ from turbotriton.backend.model.transfer import copy_into
 from .batch import SlotState
 from .kv_cache import KvCache
 
-__all__ = ["DecodeGraphs", "batch_buckets", "decode_forward"]
+__all__ = ["DecodeGraphs", "batch_buckets", "decode_forward", "two_layers"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +42,10 @@ def decode_forward(decoder: Decoder, slots: SlotState, kv: KvCache, inputs: torc
     return decoder.logits(x, residual)
 
 
-def _two_layers(decoder: Decoder) -> Decoder:
-    """They run every kernel that all do: the first has no residual, the others are alike."""
+def two_layers(decoder: Decoder, kv: KvCache) -> tuple[Decoder, KvCache]:
+    """Views of the first two. They run every kernel that all do: the first has no residual, the others are alike."""
     weights = dataclasses.replace(decoder.weights, layers=decoder.weights.layers[:2])
-    return Decoder(decoder.config, weights, decoder.ops)
+    return Decoder(decoder.config, weights, decoder.ops), KvCache(kv.k[:2], kv.v[:2], kv.num_blocks)
 
 
 class DecodeGraphs:
@@ -59,10 +59,13 @@ class DecodeGraphs:
         self._inputs = {size: torch.tensor([[0], [-1]], device=device).repeat(1, size) for size in self._buckets}
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         pool = None
-        short = _two_layers(decoder), KvCache(kv.k[:2], kv.v[:2], kv.num_blocks)
+        few_layers, few_kv = two_layers(decoder, kv)
+        for size in reversed(
+            self._buckets
+        ):  # compiles and loads what the buckets need, before captures that drop torch's free memory
+            decode_forward(few_layers, slots, few_kv, self._inputs[size])
+        torch.cuda.synchronize(device)
         for size in reversed(self._buckets):
-            decode_forward(short[0], slots, short[1], self._inputs[size])  # compiles and loads what this bucket needs
-            torch.cuda.synchronize(device)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
                 self._logits[size] = self._forward(size)

@@ -12,6 +12,7 @@ import time
 import torch
 
 from turbotriton.backend.model.decoder import Decoder
+from turbotriton.backend.ops.operands import LinearWeight
 
 __all__ = ["load_library_kernels", "product_rows"]
 
@@ -36,22 +37,35 @@ def product_rows(most: int) -> list[int]:
     return sorted(row for row in rows if row <= most)
 
 
+def _is_by_library(x: torch.Tensor, gate_up: LinearWeight) -> bool:
+    """Whether gate and up of these rows may be cuBLAS's: a kernel of ours is loaded once for all numbers of rows."""
+    if x.device.type != "cuda":
+        return True
+    from turbotriton.backend.ops.triton_column import is_hopper_gate_up
+
+    return not is_hopper_gate_up(gate_up, x)
+
+
 def load_library_kernels(decoder: Decoder, device: torch.device, dtype: torch.dtype, max_tokens: int, max_sampled: int) -> None:
     """Runs a layer's and the head's linear layers over zeros. max_tokens: of a step; max_sampled: rows whose logits a step needs."""
     begun = time.monotonic()
     ops, weights, config = decoder.ops, decoder.weights, decoder.config
     layer, hidden, heads = weights.layers[0], config.hidden_size, config.num_heads * config.head_dim
     widest = torch.zeros(max_tokens * max(hidden, heads, config.inter_size), dtype=dtype, device=device)
+    stream = torch.zeros(max_tokens, hidden, dtype=dtype, device=device)
 
     def zeros(num_rows: int, columns: int) -> torch.Tensor:
         return widest[: num_rows * columns].view(num_rows, columns)
 
     for num_rows in reversed(product_rows(max_tokens)):  # falling: a block that torch had for one holds what comes after it
-        for columns, linear in ((heads, layer.output), (config.inter_size, layer.down)):
-            ops.down_projection(zeros(num_rows, columns), linear)
+        residual = stream[:num_rows]
+        ops.down_projection(zeros(num_rows, heads), layer.output, residual)
+        ops.down_projection(zeros(num_rows, config.inter_size), layer.down, residual)
+        ops.down_projection(zeros(num_rows, config.inter_size), layer.down)  # the last layer's
         x = zeros(num_rows, hidden)
         ops.lm_head(x, x, layer.qkv.norm, layer.qkv.qkv)  # its product is what comes after the norm of a layer, too
-        ops.norm_gate_up_silu(x, x, layer.ffn_norm, layer.gate_up)
+        if _is_by_library(x, layer.gate_up):  # more than half of all that is multiplied here
+            ops.norm_gate_up_silu(x, x, layer.ffn_norm, layer.gate_up)
     most = min(max_sampled, max_tokens)
     for num_rows in sorted({*range(1, min(most, EVERY_SAMPLED) + 1), *product_rows(most)}, reverse=True):
         x = zeros(num_rows, hidden)

@@ -14,6 +14,7 @@ Invariants
 
 import itertools
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,11 +37,12 @@ from turbotriton.contract.ini import EngineConfig, ModelConfig
 from turbotriton.contract.wire import TokenLogprobs
 
 from .batch import SlotState
-from .decode_graphs import DecodeGraphs, batch_buckets, decode_forward
+from .decode_graphs import DecodeGraphs, batch_buckets, decode_forward, two_layers
 from .key_offsets import key_offsets
 from .kv_cache import allocate_kv_cache, read_kv_scales
 from .library_kernels import load_library_kernels
 from .prompt_graphs import PromptGraphs
+from .quick_imports import quick_imports
 from .warm_up import warm_up_plans
 from .weights import DTYPES, load_weights
 
@@ -103,7 +105,12 @@ class ModelRunner:
             torch.set_float32_matmul_precision("highest")  # fp32 means fp32: no TF32
         with torch.inference_mode():
             plain = torch.device("cpu") if reference_ops else device
-            ops = ops_for(plain, deterministic=engine.deterministic)
+            with quick_imports():
+                ops = ops_for(plain, deterministic=engine.deterministic)
+            if plain.type == "cuda" and prepare:
+                from turbotriton.backend.ops.kernels.compiled import read_triton
+
+                threading.Thread(target=read_triton, name="read-triton", daemon=True).start()  # while weights are read
             if weights is None:
                 for_kernels = ops not in (REFERENCE, DETERMINISTIC_REFERENCE)
                 weights = load_weights(model, weights_dir, device, dtype, for_kernels=for_kernels)
@@ -229,17 +236,17 @@ class ModelRunner:
         inputs = torch.tensor([[0], [-1]], device=torch.device(self.device)).repeat(1, num_rows)
         decode_forward(self._decoder, self._slots, self._kv, inputs)
 
-    def warm_up(
-        self, engine: EngineConfig, share: int = 0, num_shares: int = 1, note_done: Callable[[], None] = lambda: None
-    ) -> None:
-        """Compiles what no graph has compiled, or a share of it, while nobody holds a block. `note_done` hears of each group of steps."""
+    def warm_up(self, engine: EngineConfig) -> None:
+        """Runs each kernel variant that no graph has run, while nobody holds a block: what is not in triton's cache is compiled."""
         begun = time.monotonic()
         sizes = batch_buckets(engine.max_batch_size)
-        groups = warm_up_plans(sizes, engine.session_len, self.block_size, self.num_blocks)
-        for plans in itertools.islice(groups, share, None, num_shares):
-            for plan in plans:
+        all_layers = self._decoder, self._kv
+        self._decoder, self._kv = two_layers(*all_layers)  # the others would run the same kernels again
+        try:
+            for plan in itertools.chain(*warm_up_plans(sizes, engine.session_len, self.block_size, self.num_blocks)):
                 self.execute(plan)
-            note_done()
+        finally:
+            self._decoder, self._kv = all_layers
         logger.info("steps that compile the rest of the kernels: %.1f s", time.monotonic() - begun)
 
     def close(self) -> None:

@@ -16,6 +16,7 @@ from turbotriton.backend.model.decoder import Decoder
 from turbotriton.backend.model.transfer import copy_into
 
 from .batch import SlotState
+from .decode_graphs import two_layers
 from .kv_cache import KvCache
 
 __all__ = ["PromptGraphs"]
@@ -35,12 +36,15 @@ class PromptGraphs:
         self._logits: dict[int, torch.Tensor] = {}
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         pool = None
-        for size in reversed([size for size in BUCKETS if size <= session_len]):
-            self._forward(size)  # compiles and loads what this bucket needs
-            torch.cuda.synchronize(device)
+        few_layers = two_layers(decoder, kv)
+        sizes = [size for size in reversed(BUCKETS) if size <= session_len]
+        for size in sizes:  # compiles and loads what the buckets need
+            self._forward(size, *few_layers)
+        torch.cuda.synchronize(device)
+        for size in sizes:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
-                self._logits[size] = self._forward(size)
+                self._logits[size] = self._forward(size, decoder, kv)
             pool = graph.pool()
             self._graphs[size] = graph
         torch.cuda.synchronize(device)
@@ -50,10 +54,10 @@ class PromptGraphs:
     def max_tokens(self) -> int:
         return max(self._graphs, default=0)
 
-    def _forward(self, size: int) -> torch.Tensor:
+    def _forward(self, size: int, decoder: Decoder, kv: KvCache) -> torch.Tensor:
         token_ids, batch, last = self._slots.chunk_inputs(self._inputs, size)
-        x, residual = self._decoder.hidden_states(token_ids, batch, self._kv.k, self._kv.v)
-        return self._decoder.logits(x[last], residual[last])
+        x, residual = decoder.hidden_states(token_ids, batch, kv.k, kv.v)
+        return decoder.logits(x[last], residual[last])
 
     def logits(self, slot: int, start: int, num_tokens: int) -> torch.Tensor:
         """Of the chunk's last token, at most `max_tokens` after its first: [1, vocab_size], valid until the next call."""

@@ -61,14 +61,13 @@ def warm_up_plans(
             lengths = [num_tokens // num_chunks + (slot < num_tokens % num_chunks) for slot in range(num_chunks)]
             some = [joined(slot, length, GREEDY) for slot, length in enumerate(lengths)]
             yield group(some, whole(some, samples=num_chunks > 1))  # one that samples would replay a graph of more tokens
-    for num_rows in (*(size for size in TOKEN_COUNTS[1:] if size < max_batch_size), max_batch_size):
-        yield group(some := [joined(slot, 2, GREEDY) for slot in range(num_rows)], whole(some))
     for way in _draws():
         yield group(some := [joined(0, 2, way)], whole(some))
-    for num_rows in decode_sizes:
-        some = [joined(slot, 2, GREEDY) for slot in range(min(num_rows + 1, max_batch_size))]
-        chunk = [ScheduledRow(request.slot, 0, 2, True) for request in some[num_rows:]]
-        for start in sorted(
-            {min(context, longest) - 1 for context in CONTEXTS}
-        ):  # nothing was computed there: the keys are zeros
-            yield group(some, [*(ScheduledRow(slot, start, 1, True) for slot in range(num_rows)), *chunk])
+    everyone = [joined(slot, 2, GREEDY) for slot in range(max_batch_size)]  # once: a join is a dozen launches
+    sampled = [whole(everyone[:size]) for size in (*(size for size in TOKEN_COUNTS[1:] if size < max_batch_size), max_batch_size)]
+    starts = sorted({min(context, longest) - 1 for context in CONTEXTS})  # nothing was computed there: the keys are zeros
+    decodes = [
+        [*(ScheduledRow(slot, start, 1, True) for slot in range(size)), *whole(everyone[size : size + 1])]
+        for size, start in itertools.product(decode_sizes, starts)
+    ]
+    yield group(everyone, *sampled, *decodes)

@@ -1,14 +1,12 @@
 """`turbotriton warmup WORKSPACE`: compiles ahead what serving it with these options needs, so that the first start is a quick one."""
 
 import argparse
-import os
-import selectors
 import subprocess
 import time
 from pathlib import Path
 
 from turbotriton.contract import env
-from turbotriton.contract.errors import InvalidInputError, ServerError
+from turbotriton.contract.errors import ConfigError, InvalidInputError, ServerError
 
 from .tritonserver import ENGINE_FLAGS, check_engine_options
 
@@ -35,7 +33,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     """Raises ConfigError without a GPU, ServerError when a process fails."""
-    from turbotriton.backend.runner.precompile import mark_path, num_processes_for, num_steps, start_process
+    from turbotriton.backend.runner.precompile import gpu_to_compile_for, mark_path, num_processes_for, start_process
     from turbotriton.backend.runner.weights import find_weights_dir
     from turbotriton.contract.ini import read_workspace_config
 
@@ -46,39 +44,35 @@ def run(args: argparse.Namespace) -> int:
     weights = find_weights_dir(args.workspace)
     workspace = read_workspace_config(weights / "config.ini")
     model, engine = workspace.model_config(), workspace.engine_config(lambda name: options.get(name) or env.engine_option(name))
-    mark = mark_path(model, engine)
+    gpu = gpu_to_compile_for(engine)
+    if gpu is None:
+        raise ConfigError(f"kernels are compiled on a CUDA GPU; device is {engine.device!r}, and there is none")
+    mark = mark_path(model, engine, gpu.name)
     if mark.exists() and not args.force:
         print(f"compiled already: {mark.parent} has all kernels of {args.workspace} with these options")
         return 0
-    jobs = args.jobs or max(1, num_processes_for(model, engine))
+    jobs = args.jobs or max(1, num_processes_for(model, engine, gpu.free_bytes))
     begun = time.monotonic()
-    _watch([start_process(weights, share, jobs, options) for share in range(jobs)], num_steps(engine))
+    _watch(start_process(weights, jobs, options))
     mark.parent.mkdir(parents=True, exist_ok=True)
     mark.touch()
     print(f"compiled in {time.monotonic() - begun:.1f} s by {jobs} processes into {mark.parent}")
     return 0
 
 
-def _watch(processes: "list[subprocess.Popen[bytes]]", num_steps: int) -> None:
-    """A bar of the steps that are done. Raises ServerError when a process fails, and ends the others."""
+def _watch(process: "subprocess.Popen[bytes]") -> None:
+    """A bar of the kernels that are compiled. Raises ServerError when the process fails."""
     from tqdm import tqdm
 
-    with tqdm(total=num_steps, desc="compiling", unit="step") as bar, selectors.DefaultSelector() as ready:
-        for process in processes:
-            assert process.stdout is not None
-            ready.register(process.stdout, selectors.EVENT_READ, process)
-        try:
-            while ready.get_map():
-                for key, _ in ready.select():
-                    done = os.read(key.fd, 4096)
-                    bar.update(len(done))
-                    if done:
-                        continue
-                    ready.unregister(key.fileobj)
-                    code = key.data.wait()
-                    if code:
-                        raise ServerError(f"a process that compiles ended with code {code}; its message stands above")
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
+    from turbotriton.backend.runner.precompile import end_process
+
+    assert process.stdout is not None
+    try:
+        with tqdm(total=int(process.stdout.readline() or 0), desc="compiling", unit="kernel") as bar:
+            while done := process.stdout.read1(4096):  # type: ignore[attr-defined]
+                bar.update(len(done))
+        code = process.wait()
+    finally:
+        end_process(process)
+    if code:
+        raise ServerError(f"compiling ended with code {code}; the message stands above")

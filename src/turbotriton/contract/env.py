@@ -18,6 +18,7 @@ __all__ = [
     "ssl_certfile",
     "ssl_keyfile",
     "test_assets_dir",
+    "triton_cache_dir",
 ]
 
 ENGINE_OPTION_PREFIX = "TURBOTRITON_"
@@ -59,6 +60,14 @@ def cache_dir() -> Path:
         return Path(explicit)
     xdg = os.environ.get("XDG_CACHE_HOME")
     return (Path(xdg) if xdg else Path.home() / ".cache") / "turbotriton"
+
+
+def triton_cache_dir() -> Path:
+    """TRITON_CACHE_DIR: triton's own variable for what it has compiled; default .triton/cache in $TRITON_HOME or the user's home."""
+    explicit = os.environ.get("TRITON_CACHE_DIR")
+    if explicit:
+        return Path(explicit)
+    return Path(os.environ.get("TRITON_HOME") or Path.home()) / ".triton" / "cache"
 
 
 def test_assets_dir() -> Path | None:

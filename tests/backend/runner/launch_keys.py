@@ -50,10 +50,10 @@ class EagerPromptGraphs(PromptGraphs):
         no_graphs: Any = dict.fromkeys(size for size in prompt_graphs.BUCKETS if size <= session_len)
         self._graphs = no_graphs
         for size in self._graphs:
-            self._forward(size)
+            self._forward(size, decoder, kv)
 
     def logits(self, slot: int, start: int, num_tokens: int) -> torch.Tensor:
-        return self._forward(min(size for size in self._graphs if size >= num_tokens))
+        return self._forward(min(size for size in self._graphs if size >= num_tokens), self._decoder, self._kv)
 
     def close(self) -> None:
         pass

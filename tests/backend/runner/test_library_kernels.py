@@ -11,7 +11,10 @@ from tests.backend.runner.test_weights import HF
 from tests.backend.workspace import write_workspace
 from tests.checkpoints import make_tensors
 
+from turbotriton.backend.ops.kernels import hopper_gate_up
 from turbotriton.backend.ops.operands import DenseWeight
+from turbotriton.backend.ops.triton_column import is_hopper_gate_up
+from turbotriton.backend.runner import library_kernels
 from turbotriton.backend.runner.library_kernels import load_library_kernels, product_rows
 from turbotriton.backend.runner.model_runner import ModelRunner
 from turbotriton.backend.runner.weights import DTYPES
@@ -28,11 +31,12 @@ def test_rows_rise_to_the_most_and_leave_no_wide_gap(most):
 def test_every_linear_layer_meets_every_number_of_rows(folder, monkeypatch):
     runner = ModelRunner(MODEL, CONFIG.engine_config({**OPTIONS, "device": "cpu"}.get), folder)
     decoder, layer = runner._decoder, runner._decoder.weights.layers[0]
-    met: dict[str, list[int]] = {"qkv": [], "output": [], "down": [], "gate_up": [], "head": []}
+    met: dict[str, list[int]] = {"qkv": [], "output": [], "down": [], "down of the last layer": [], "gate_up": [], "head": []}
     names = {id(layer.output): "output", id(layer.down): "down"}
 
-    def down_projection(x, weight):
-        met[names[id(weight)]].append(x.shape[0])
+    def down_projection(x, weight, residual=None):
+        met[names[id(weight)] + ("" if residual is not None else " of the last layer")].append(x.shape[0])
+        assert residual is None or residual.shape == (x.shape[0], weight.weight.shape[1])
         assert x.shape[1] == weight.weight.shape[0]
 
     def norm_gate_up_silu(x, residual, norm, weight):
@@ -51,6 +55,20 @@ def test_every_linear_layer_meets_every_number_of_rows(folder, monkeypatch):
     load_library_kernels(decoder, torch.device("cpu"), torch.float32, max_tokens=100, max_sampled=7)
     assert met.pop("head") == [7, 6, 5, 4, 3, 2, 1]
     assert all(rows == product_rows(100)[::-1] for rows in met.values())
+    met = {name: [] for name in (*met, "head")}
+    monkeypatch.setattr(library_kernels, "_is_by_library", lambda x, gate_up: gate_up is layer.gate_up and x.shape[0] < 50)
+    load_library_kernels(decoder, torch.device("cpu"), torch.float32, max_tokens=100, max_sampled=7)
+    assert met["gate_up"] == [rows for rows in product_rows(100)[::-1] if rows < 50]  # a kernel of ours has the others
+    assert met["qkv"] == met["output"] == met["down"] == product_rows(100)[::-1]
+
+
+def test_gate_and_up_are_no_librarys_from_so_many_rows_on(monkeypatch):
+    monkeypatch.setattr(hopper_gate_up, "is_hopper", lambda device: True)
+    weight = DenseWeight(torch.zeros(1024, 512, dtype=torch.bfloat16).t())
+    few, enough = (torch.zeros(rows, 512, dtype=torch.bfloat16) for rows in (255, 256))
+    assert is_hopper_gate_up(weight, enough)
+    assert not is_hopper_gate_up(weight, few)
+    assert not is_hopper_gate_up(DenseWeight(weight.weight.contiguous()), enough)
 
 
 @pytest.mark.parametrize(("max_tokens", "max_sampled"), [(20, 3), (4, 64), (300, 300)])

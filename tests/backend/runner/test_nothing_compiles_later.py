@@ -13,9 +13,12 @@ from tests.backend.runner.launch_keys import noted_launches
 from tests.bench.make_checkpoint import make_checkpoint
 
 from turbotriton.backend.engine.engine import Engine
+from turbotriton.backend.model.decoder import Decoder
 from turbotriton.backend.runner import model_runner, precompile
+from turbotriton.backend.runner.all_steps import run_all_steps
+from turbotriton.backend.runner.cuda_driver import Gpu
 from turbotriton.backend.runner.model_runner import ModelRunner
-from turbotriton.backend.runner.precompile import Precompilation, compile_share, num_steps
+from turbotriton.backend.runner.precompile import Precompilation
 from turbotriton.contract.ini import read_workspace_config
 from turbotriton.contract.wire import GenerateRequest, SamplingParams
 
@@ -129,7 +132,7 @@ def test_requests_need_no_kernel_variant_that_loading_did_not(
 
 
 @pytest.mark.parametrize(("dtype", "options"), CASES)
-def test_compiling_ahead_in_shares_leaves_loading_nothing_to_compile(
+def test_compiling_ahead_leaves_loading_nothing_to_compile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, options: dict[str, str]
 ) -> None:
     compute_dtype = COMPUTE_DTYPES.get(dtype, dtype)
@@ -143,13 +146,31 @@ def test_compiling_ahead_in_shares_leaves_loading_nothing_to_compile(
         keys.clear()
         for file in tmp_path.glob("*.weight"):
             file.unlink()  # they are not read
-        shares, steps = [], []
-        for share in range(3):
-            compile_share(model, config, tmp_path, share, 3, lambda: steps.append(share))  # noqa: B023  called at once
-            shares.append(len(keys))
+        run_all_steps(model, config, tmp_path)
     assert not loaded - keys, "\n".join(map(str, sorted(loaded - keys, key=str)))
-    assert shares[0] < len(keys)  # no share does it all
-    assert len(steps) == num_steps(config)
+
+
+def test_steps_before_serving_run_two_layers_and_serving_runs_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_checkpoint("tiny", tmp_path, "fp32", 512, layers=4)
+    workspace = read_workspace_config(tmp_path / "config.ini")
+    config = workspace.engine_config((OPTIONS | {"device": "cpu"}).get)
+    runner = ModelRunner(workspace.model_config(), config, tmp_path)
+    num_layers: list[int] = []
+    own = Decoder.hidden_states
+
+    def hidden_states(self, *args):  # type: ignore[no-untyped-def]
+        num_layers.append(len(self.weights.layers))
+        return own(self, *args)
+
+    monkeypatch.setattr(Decoder, "hidden_states", hidden_states)
+    runner.warm_up(config)
+    assert set(num_layers) == {2}
+    num_layers.clear()
+    engine = Engine(workspace.model_config(), config, runner, overlap=False)
+    engine.add("test", GenerateRequest(0, (5, 6, 7), SamplingParams(max_new_tokens=2)))
+    while engine.has_work:
+        engine.step()
+    assert set(num_layers) == {4}
 
 
 @pytest.mark.gpu
@@ -167,24 +188,71 @@ def test_triton_compiles_nothing_while_requests_are_served(
     assert not compiled
 
 
-@pytest.mark.parametrize(("codes", "is_marked"), [((0, 0), True), ((0, 3), False)])
-def test_only_compilation_that_succeeded_leaves_a_mark(tmp_path: Path, codes: tuple[int, ...], is_marked: bool) -> None:
+@pytest.mark.parametrize(("code", "is_marked"), [(0, True), (3, False)])
+def test_only_compilation_that_succeeded_leaves_a_mark(tmp_path: Path, code: int, is_marked: bool) -> None:
     mark = tmp_path / "cache" / "turbotriton-0"
-    processes = [subprocess.Popen([sys.executable, "-c", f"raise SystemExit({code})"]) for code in codes]
-    Precompilation(processes, mark).wait()
+    Precompilation(subprocess.Popen([sys.executable, "-c", f"raise SystemExit({code})"]), mark).wait()
     assert mark.exists() == is_marked
 
 
 def test_a_process_that_hangs_is_ended_and_the_engine_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precompile, "MAX_SECONDS", 0.2)
-    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    Precompilation([process], tmp_path / "mark").wait()
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+    Precompilation(process, tmp_path / "mark").wait()
     assert process.returncode != 0
     assert not (tmp_path / "mark").exists()
 
 
+def tiny(folder: Path, **options: str):  # type: ignore[no-untyped-def]
+    make_checkpoint("tiny", folder, "fp32", 64)
+    workspace = read_workspace_config(folder / "config.ini")
+    return workspace.model_config(), workspace.engine_config(options.get), folder
+
+
+def started(precompilation: Precompilation) -> "subprocess.Popen[bytes] | None":
+    assert precompilation._starting is not None
+    precompilation._starting.join()
+    return precompilation._process
+
+
 def test_a_cpu_starts_no_process(tmp_path: Path) -> None:
-    make_checkpoint("tiny", tmp_path, "fp32", 64)
-    workspace = read_workspace_config(tmp_path / "config.ini")
-    config = workspace.engine_config({"device": "cpu"}.get)
-    assert Precompilation.start(workspace.model_config(), config, tmp_path)._processes == []
+    assert started(Precompilation.start(*tiny(tmp_path, device="cpu"))) is None
+
+
+@pytest.fixture
+def as_with_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
+    """How many processes each compilation has that is started. It sleeps."""
+    asked: list[int] = []
+
+    def start_process(weights_dir: Path, num_processes: int) -> "subprocess.Popen[bytes]":
+        asked.append(num_processes)
+        return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(precompile, "gpu_to_compile_for", lambda engine: Gpu("a GPU", 1 << 36))
+    monkeypatch.setattr(precompile, "start_process", start_process)
+    monkeypatch.setattr(precompile.os, "sched_getaffinity", lambda pid: range(16))
+    return asked
+
+
+def test_what_was_compiled_before_starts_no_process(tmp_path: Path, as_with_a_gpu: list[int]) -> None:
+    model = tiny(tmp_path)
+    first = Precompilation.start(*model)
+    process = started(first)
+    assert process is not None
+    first.end()  # as a load that fails does
+    assert process.returncode is not None
+    mark = precompile.mark_path(*model[:2], "a GPU")
+    mark.parent.mkdir()
+    mark.touch()
+    assert started(Precompilation.start(*model)) is None
+    assert precompile.mark_path(*model[:2], "another GPU") != mark
+    assert as_with_a_gpu == [14]  # of 16 cores
+
+
+def test_no_process_is_started_where_the_gpu_may_lack_memory(
+    tmp_path: Path, as_with_a_gpu: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precompile, "gpu_to_compile_for", lambda engine: Gpu("a GPU", precompile.CONTEXT_BYTES))
+    assert started(Precompilation.start(*tiny(tmp_path))) is None
+    assert as_with_a_gpu == []
