@@ -131,11 +131,12 @@ def launch_all(monkeypatch, capability, dtype, head_dim, num_heads=32, num_kv_he
         qkv = empty((num_heads + 2 * num_kv_heads) * head_dim, hidden).t()
         angles = empty(num_rows, head_dim // 2, dtype=FP32)
         skinny_qkv.norm_qkv_rotary_store(x, x, gain, 1e-5, qkv, None, angles, angles, None, cache, cache, slots[:num_rows])
-    monkeypatch.setattr(narrow, "num_sms", lambda device: 132)
     for num_rows in (8, 64, 128) if takes_narrow(capability, dtype) else ():
         narrow.gate_up(empty(num_rows, hidden), empty(2 * 14336, hidden).t())
         narrow.linear(empty(num_rows, 14336), empty(hidden, 14336).t())
-        assert isinstance(narrow.split_linear(empty(num_rows, 14336), empty(hidden, 14336).t()), SplitSums)
+        with monkeypatch.context() as device:
+            device.setattr(narrow, "num_sms", lambda device: 132)
+            assert isinstance(narrow.split_linear(empty(num_rows, 14336), empty(hidden, 14336).t()), SplitSums)
     bans = empty(17, dtype=torch.int64)
     greedy.greedy_sample(empty(16, 128256), bans, bans)
     stage.stage_decode(bans, bans, lens, tables, empty(16, head_dim // 2, dtype=FP32), 1.0, 64)
