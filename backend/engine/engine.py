@@ -280,7 +280,7 @@ def load_engine(weights_dir: Path, override: Callable[[str], str | None] = lambd
     workspace = read_workspace_config(weights_dir / "config.ini").with_model_options(override)
     model, config = workspace.model_config(), workspace.engine_config(override)
     is_reference = override("backend") == "pytorch"
-    precompilation = Precompilation() if is_reference else Precompilation.start(model, config, weights_dir)
+    precompilation = Precompilation() if is_reference else Precompilation.start(model, config, weights_dir, override)
     with quick_imports():
         from turbotriton.backend.runner.model_runner import ModelRunner
 

@@ -22,14 +22,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from turbotriton.contract import env
 from turbotriton.contract.errors import ServerError, TurbotritonError
-from turbotriton.contract.ini import EngineConfig, ModelConfig, read_workspace_config
+from turbotriton.contract.ini import MODEL_OPTIONS, EngineConfig, ModelConfig, read_workspace_config
 
 from .cuda_driver import Gpu, device_index, open_gpu
 from .quick_imports import quick_imports
@@ -78,14 +78,25 @@ class Precompilation:
         self._starting: threading.Thread | None = None
 
     @classmethod
-    def start(cls, model: ModelConfig, engine: EngineConfig, weights_dir: Path) -> "Precompilation":
-        """Returns at once; a thread makes the GPU's context, and starts the process unless all was compiled before or memory may lack."""
+    def start(
+        cls,
+        model: ModelConfig,
+        engine: EngineConfig,
+        weights_dir: Path,
+        override: Callable[[str], str | None] = lambda name: None,
+    ) -> "Precompilation":
+        """Returns at once; a thread makes the GPU's context, and starts the process unless all was compiled before or memory may lack.
+
+        override: what made `model` and `engine` other than config.ini says, as for `load_engine`.
+        """
+        names = (*MODEL_OPTIONS, *(field.name for field in dataclasses.fields(EngineConfig)))
+        options = {name: text for name in names if (text := override(name)) is not None}
         started = cls()
-        started._starting = threading.Thread(target=started._start, args=(model, engine, weights_dir), daemon=True)
+        started._starting = threading.Thread(target=started._start, args=(model, engine, weights_dir, options), daemon=True)
         started._starting.start()
         return started
 
-    def _start(self, model: ModelConfig, engine: EngineConfig, weights_dir: Path) -> None:
+    def _start(self, model: ModelConfig, engine: EngineConfig, weights_dir: Path, options: Mapping[str, str]) -> None:
         gpu = gpu_to_compile_for(engine)
         if gpu is None:
             return
@@ -93,7 +104,7 @@ class Precompilation:
         num_processes = 0 if mark.exists() else num_processes_for(model, engine, gpu.free_bytes)
         if num_processes:
             logger.info("no kernel was compiled for this model yet: %d processes do it while the weights load", num_processes)
-            self._mark, self._process = mark, start_process(weights_dir, num_processes)
+            self._mark, self._process = mark, start_process(weights_dir, num_processes, options)
 
     def wait(self) -> None:
         """What failed is said, and compiled by the engine."""
@@ -157,7 +168,7 @@ def main() -> int:
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     try:
-        workspace = read_workspace_config(args.weights / "config.ini")
+        workspace = read_workspace_config(args.weights / "config.ini").with_model_options(env.engine_option)
         model, engine = workspace.model_config(), workspace.engine_config(env.engine_option)
         with ThreadPoolExecutor(1) as beside, quick_imports():
             gpu = beside.submit(gpu_to_compile_for, engine)

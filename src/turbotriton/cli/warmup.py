@@ -42,8 +42,12 @@ def run(args: argparse.Namespace) -> int:
     options = {name: str(value) for name in ENGINE_FLAGS if (value := getattr(args, name)) is not None}
     check_engine_options(options)
     weights = find_weights_dir(args.workspace)
-    workspace = read_workspace_config(weights / "config.ini")
-    model, engine = workspace.model_config(), workspace.engine_config(lambda name: options.get(name) or env.engine_option(name))
+
+    def option(name: str) -> str | None:
+        return options.get(name) or env.engine_option(name)
+
+    workspace = read_workspace_config(weights / "config.ini").with_model_options(option)
+    model, engine = workspace.model_config(), workspace.engine_config(option)
     gpu = gpu_to_compile_for(engine)
     if gpu is None:
         raise ConfigError(f"kernels are compiled on a CUDA GPU; device is {engine.device!r}, and there is none")

@@ -19,6 +19,7 @@ from pathlib import Path
 from .errors import ConfigError, WorkspaceError
 
 __all__ = [
+    "MODEL_OPTIONS",
     "EngineConfig",
     "LlamaSection",
     "ModelConfig",
@@ -36,6 +37,7 @@ WEIGHT_TYPES = (*FLOAT_TYPES, "int4", "int8", "fp8")
 #: 0: KV in compute_dtype;  8, 4: that many bits, a scale a token and head (4 with scale files in the workspace: docs/weights.md)
 QUANT_POLICIES = (0, 4, 8, 16)
 COMPUTE_DTYPES = ("auto", "fp16", "bf16", "fp32")
+MODEL_OPTIONS = ("rope_scaling_factor", "use_logn_attn")  # what a user may change of the model itself
 ROPE_SCALING_TYPES = ("none", "linear", "dynamic", "qwen", "llama3", "yarn")
 
 
@@ -286,8 +288,7 @@ class WorkspaceConfig:
 
     def with_model_options(self, override: Callable[[str], str | None]) -> "WorkspaceConfig":
         """With what a user may change of the model itself: rope_scaling_factor (0: nothing) and use_logn_attn. Raises ConfigError."""
-        names = ("rope_scaling_factor", "use_logn_attn")
-        given = {name: _parse(name, LlamaSection, text) for name in names if (text := override(name))}
+        given = {name: _parse(name, LlamaSection, text) for name in MODEL_OPTIONS if (text := override(name))}
         ours = self.turbotriton
         if not given.get("rope_scaling_factor"):
             given.pop("rope_scaling_factor", None)

@@ -220,12 +220,12 @@ def test_a_cpu_starts_no_process(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def as_with_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
-    """How many processes each compilation has that is started. It sleeps."""
-    asked: list[int] = []
+def as_with_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[int, dict[str, str]]]:
+    """How many processes each compilation has that is started, and which options. It sleeps."""
+    asked: list[tuple[int, dict[str, str]]] = []
 
-    def start_process(weights_dir: Path, num_processes: int) -> "subprocess.Popen[bytes]":
-        asked.append(num_processes)
+    def start_process(weights_dir: Path, num_processes: int, options: dict[str, str]) -> "subprocess.Popen[bytes]":
+        asked.append((num_processes, options))
         return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
@@ -235,9 +235,9 @@ def as_with_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
     return asked
 
 
-def test_what_was_compiled_before_starts_no_process(tmp_path: Path, as_with_a_gpu: list[int]) -> None:
+def test_what_was_compiled_before_starts_no_process(tmp_path: Path, as_with_a_gpu: list[tuple[int, dict[str, str]]]) -> None:
     model = tiny(tmp_path)
-    first = Precompilation.start(*model)
+    first = Precompilation.start(*model, {"max_batch_size": "7", "use_logn_attn": "1", "backend": "turbomind"}.get)
     process = started(first)
     assert process is not None
     first.end()  # as a load that fails does
@@ -247,11 +247,11 @@ def test_what_was_compiled_before_starts_no_process(tmp_path: Path, as_with_a_gp
     mark.touch()
     assert started(Precompilation.start(*model)) is None
     assert precompile.mark_path(*model[:2], "another GPU") != mark
-    assert as_with_a_gpu == [14]  # of 16 cores
+    assert as_with_a_gpu == [(14, {"max_batch_size": "7", "use_logn_attn": "1"})]  # of 16 cores
 
 
 def test_no_process_is_started_where_the_gpu_may_lack_memory(
-    tmp_path: Path, as_with_a_gpu: list[int], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, as_with_a_gpu: list[tuple[int, dict[str, str]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(precompile, "gpu_to_compile_for", lambda engine: Gpu("a GPU", precompile.CONTEXT_BYTES))
     assert started(Precompilation.start(*tiny(tmp_path))) is None
