@@ -12,7 +12,7 @@ import time
 import torch
 
 from turbotriton.backend.model.decoder import Decoder
-from turbotriton.backend.ops.operands import LinearWeight
+from turbotriton.backend.ops.operands import LinearWeight, QuantizedRows
 
 __all__ = ["load_library_kernels", "product_rows"]
 
@@ -58,14 +58,14 @@ def load_library_kernels(decoder: Decoder, device: torch.device, dtype: torch.dt
         return widest[: num_rows * columns].view(num_rows, columns)
 
     for num_rows in reversed(product_rows(max_tokens)):  # falling: a block that torch had for one holds what comes after it
-        residual = stream[:num_rows]
-        ops.down_projection(zeros(num_rows, heads), layer.output, residual)
-        ops.down_projection(zeros(num_rows, config.inter_size), layer.down, residual)
-        ops.down_projection(zeros(num_rows, config.inter_size), layer.down)  # the last layer's
-        x = zeros(num_rows, hidden)
+        residual, x = stream[:num_rows], zeros(num_rows, hidden)
         ops.lm_head(x, x, layer.qkv.norm, layer.qkv.qkv)  # its product is what comes after the norm of a layer, too
+        ops.down_projection(zeros(num_rows, heads), layer.output, residual)
+        activated: torch.Tensor | QuantizedRows = zeros(num_rows, config.inter_size)
         if _is_by_library(x, layer.gate_up):  # more than half of all that is multiplied here
-            ops.norm_gate_up_silu(x, x, layer.ffn_norm, layer.gate_up)
+            activated, _ = ops.norm_gate_up_silu(x, x, layer.ffn_norm, layer.gate_up)
+        ops.down_projection(activated, layer.down, residual)
+        ops.down_projection(activated, layer.down)  # the last layer's
     most = min(max_sampled, max_tokens)
     for num_rows in sorted({*range(1, min(most, EVERY_SAMPLED) + 1), *product_rows(most)}, reverse=True):
         x = zeros(num_rows, hidden)

@@ -160,10 +160,12 @@ def test_two_layers_of_a_model_agree_with_products_in_one_piece(num_rows, dtype,
     stream = residual.clone()
     projected = ops.output_projection(attended, output, stream)
     assert isinstance(projected, SplitSums if num_rows <= 256 else Added)
-    y = (attended.flatten(1).double() @ output.weight.double()).to(dtype)
+    y = attended.flatten(1).double() @ output.weight.double()
     eps = torch.finfo(dtype).eps
+    if num_rows <= 256:
+        y = y.to(dtype).double()  # Added has one rounding, of the sum
     activated, r = ops.norm_gate_up_silu(projected, stream, norm, gate_up)
-    assert_close(r, y.double() + residual.double(), max_error=2 * eps, rms_error=eps)
+    assert_close(r, y + residual.double(), max_error=(0.6 if num_rows > 256 else 4) * eps, rms_error=0.6 * eps)
     after = ops.down_projection(activated, down)
     assert isinstance(after, SplitSums if num_rows <= 256 else torch.Tensor)
     assert_close(whole(after), activated.double() @ down.weight.double(), max_error=2 * eps, rms_error=0.6 * eps)

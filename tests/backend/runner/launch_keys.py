@@ -77,6 +77,7 @@ def noted_launches(monkeypatch: Any) -> Iterator[set[tuple[Any, ...]]]:
     """The runner of a "cpu" device takes the CUDA column; `clear()` what is yielded to start anew."""
     from triton.runtime.jit import JITFunction
 
+    from turbotriton.backend.ops import triton_column
     from turbotriton.backend.ops.deterministic_column import DETERMINISTIC
     from turbotriton.backend.ops.kernels import fast_launch
     from turbotriton.backend.ops.triton_column import TRITON
@@ -95,6 +96,7 @@ def noted_launches(monkeypatch: Any) -> Iterator[set[tuple[Any, ...]]]:
         patch.setattr(fast_launch, "TAKEN", ())  # every launch goes there
         patch.setattr(torch, "empty", torch.zeros)  # nothing is computed: ids must still be ids
         patch.setattr(torch, "empty_like", torch.zeros_like)
+        patch.setattr(triton_column, "is_hopper", lambda device: True)
         patch.setattr(model_runner, "ops_for", lambda device, *, deterministic: DETERMINISTIC if deterministic else TRITON)
         patch.setattr(model_runner, "DecodeGraphs", EagerGraphs)
         patch.setattr(model_runner, "PromptGraphs", EagerPromptGraphs)

@@ -17,12 +17,15 @@ from turbotriton.backend.model.decoder import Decoder
 from turbotriton.backend.runner import model_runner, precompile
 from turbotriton.backend.runner.all_steps import run_all_steps
 from turbotriton.backend.runner.cuda_driver import Gpu
+from turbotriton.backend.runner.library_kernels import load_library_kernels
 from turbotriton.backend.runner.model_runner import ModelRunner
 from turbotriton.backend.runner.precompile import Precompilation
+from turbotriton.backend.runner.weights import DTYPES
 from turbotriton.contract.ini import read_workspace_config
 from turbotriton.contract.wire import GenerateRequest, SamplingParams
 
 OPTIONS = {"max_batch_size": "20", "session_len": "512", "cache_max_entry_count": "300"}
+MOST_TOKENS = 300  # of a product before serving
 PROMPTS = (1, 2, 3, 5, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 128, 129, 300, 500)
 WAYS = (
     {"ignore_eos": True},
@@ -93,6 +96,11 @@ def load_as_on_a_gpu(model, config, folder):  # type: ignore[no-untyped-def]
             if isinstance(runner._kv.k[0], torch.Tensor):
                 runner._prompt_graphs = model_runner.PromptGraphs(*parts[:3], config.session_len, torch.device("cpu"))
     runner.warm_up(config)
+    if not config.deterministic:
+        with torch.inference_mode():
+            load_library_kernels(
+                runner._decoder, torch.device("cpu"), DTYPES[runner.compute_dtype], MOST_TOKENS, config.max_batch_size
+            )
     return runner
 
 
