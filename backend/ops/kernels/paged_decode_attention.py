@@ -23,9 +23,10 @@ import math
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .fast_launch import launch
-from .launch import chosen, has_pdl, launch_options, num_sms, wait_for_previous
+from .launch import ask_for, chosen, has_pdl, launch_options, num_sms, wait_for_previous
 from .split_sum import is_last_of, workspace
 from .tuning import decode_attention_config, next_power_of_2
 
@@ -49,6 +50,14 @@ def _key_range(context_lens_ptr, sequence, SLIDING_WINDOW: tl.constexpr, BLOCK_N
 def _split_tokens(num_keys, num_splits, MIN_SPLIT: tl.constexpr, BLOCK_N: tl.constexpr):
     """Keys a split: whole tiles, at least MIN_SPLIT keys."""
     return tl.maximum(tl.cdiv(tl.cdiv(num_keys, num_splits), BLOCK_N) * BLOCK_N, MIN_SPLIT)
+
+
+@triton.jit
+def _ask_for_rows(block_ptr, rows, BLOCK_D: tl.constexpr):
+    """rows: [n], offsets of rows of BLOCK_D elements."""
+    LINE: tl.constexpr = 1024 // block_ptr.dtype.element_ty.primitive_bitwidth
+    lines = tl.arange(0, (BLOCK_D + LINE - 1) // LINE) * LINE
+    ask_for(block_ptr + rows[:, None] + lines[None, :])
 
 
 @triton.jit
@@ -126,9 +135,13 @@ def _split_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    wait_for_previous(PDL)
+    if EARLY and PDL:  # lengths, tables and earlier keys are older than the kernel before this one: see launch.py
+        gdc_launch_dependents()
+    else:
+        wait_for_previous(PDL)
     kv_head = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     sequence = tl.program_id(2).to(tl.int64)
@@ -151,6 +164,12 @@ def _split_kernel(
     v_head_ptr = v_cache_ptr + kv_head * stride_v_head
     ONE_BLOCK: tl.constexpr = BLOCK_SIZE % BLOCK_N == 0  # a tile lies in one block, read an iteration ahead
     next_block = tl.load(table_ptr + tl.minimum(start, tl.maximum(end - 1, 0)) // BLOCK_SIZE) if ONE_BLOCK else 0
+    if EARLY and PDL:
+        if ONE_BLOCK:
+            row = start % BLOCK_SIZE + offs_n
+            _ask_for_rows(k_head_ptr + next_block.to(tl.int64) * stride_k_block, row * stride_k_token, BLOCK_D)
+            _ask_for_rows(v_head_ptr + next_block.to(tl.int64) * stride_v_block, row * stride_v_token, BLOCK_D)
+        gdc_wait()
     mask_q = (offs_g < GROUP_SIZE)[:, None] & mask_d[None, :]
     heads = kv_head * GROUP_SIZE + offs_g
     q = tl.load(q_ptr + sequence * stride_q_row + heads[:, None] * stride_q_head + offs_d[None, :], mask=mask_q, other=0.0)
@@ -285,6 +304,7 @@ def paged_decode_attention(
         BLOCK_N=config.block_n,
         BLOCK_D=config.block_d,
         NUM_STAGES=config.num_stages,
+        EARLY=config.is_early,
         num_warps=config.num_warps,
         **launch_options(has_pdl(q.device)),
     )

@@ -193,3 +193,24 @@ def test_programs_of_the_main_attention_tile_that_are_one_wave_share_a_multiproc
     )
     assert 5 * compiled.metadata.shared <= SHARED_LIMIT_BYTES[90]
     assert 5 * resource_usage(compiled.asm["cubin"], tmp_path)["REG"] * 32 * arguments["num_warps"] <= 65536
+
+
+@pytest.mark.parametrize("head_dim", [128, 80])
+def test_few_programs_of_attention_ask_for_their_first_keys_before_they_wait(head_dim, launches, monkeypatch, tmp_path):
+    attention = importlib.import_module(f"{PACKAGE}.paged_decode_attention")
+    monkeypatch.setattr(attention, "has_pdl", lambda device: True)
+    monkeypatch.setattr(attention, "num_sms", lambda device: 132)
+    cache = torch.empty((4, 8, 64, head_dim), dtype=BF16)
+    for batch in (16, 17):
+        tables, lens = torch.empty((batch, 128), dtype=torch.int32), torch.empty(batch, dtype=torch.int32)
+        attention.paged_decode_attention(torch.empty((batch, 32, head_dim), dtype=BF16), cache, cache, tables, lens, 0.1)
+    compiled = []
+    for kernel, arguments in launches:
+        options = {"num_warps": arguments["num_warps"]}
+        compiled.append(triton.compile(source_of(kernel, arguments), target=GPUTarget("cuda", 90, 32), options=options))
+        assert resource_usage(compiled[-1].asm["cubin"], tmp_path)["STACK"] == 0
+    early, late = compiled
+    before, _, after = early.asm["ptx"].partition("griddepcontrol.wait")
+    assert "prefetch.global.L2" in before
+    assert "prefetch.global.L2" not in after
+    assert "prefetch.global.L2" not in late.asm["ptx"]
