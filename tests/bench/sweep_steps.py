@@ -7,8 +7,8 @@
 
 A step is what the engine's graphs hold: from slots and positions to logits, without the draw. It is captured once for each batch and
 choice, and replayed over random keys and values of every context. Choices take turns in each round; what counts is the median of the
-rounds. A choice names constants and fields of configurations in backend/ops/kernels/tuning.py and hopper_tuning.py; all its parts, joined
-by commas, hold at once. Without a GPU the reference ops run, and there is nothing to choose.
+rounds. A choice names constants and fields of configurations in tuning.py, attention_tuning.py and hopper_tuning.py of
+backend/ops/kernels; all its parts, joined by commas, hold at once. Without a GPU the reference ops run, and there is nothing to choose.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from make_checkpoint import LARGEST
 from triton.errors import TritonError
 
 from turbotriton.backend.capacity import GPUS, ModelShape, decode_step_s
-from turbotriton.backend.ops.kernels import hopper_tuning, tuning
+from turbotriton.backend.ops.kernels import attention_tuning, hopper_tuning, tuning
 from turbotriton.backend.ops.kernels.fast_launch import forget_launches
 from turbotriton.backend.ops.operands import KvPages, QuantizedPages
 from turbotriton.backend.runner.decode_graphs import decode_forward
@@ -41,7 +41,7 @@ from turbotriton.contract.wire import SamplingParams
 PEAK = GPUS["h200"]
 WARM_UP, REPLAYS = 3, 10
 KERNELS = "turbotriton.backend.ops."
-CHOICES = vars(hopper_tuning) | vars(tuning)
+CHOICES = vars(attention_tuning) | vars(hopper_tuning) | vars(tuning)
 
 
 @contextlib.contextmanager
@@ -56,7 +56,9 @@ def chosen(choice: str) -> Iterator[None]:
         name, _, text = part.partition("=")
         function, _, field = name.partition(".")
         if function not in CHOICES or bool(field) != callable(CHOICES[function]):
-            raise ValueError(f"{name} is no constant and no field of a configuration of {tuning.__name__} or hopper_tuning")
+            raise ValueError(
+                f"{name} is no constant and no field of a configuration of tuning, attention_tuning or hopper_tuning"
+            )
         value = json.loads(text)
         if field:
             fields.setdefault(function, {})[field] = value

@@ -18,8 +18,8 @@ import torch
 import w4a16_choices
 from triton.errors import TritonError
 
+from turbotriton.backend.ops.kernels import attention_tuning, hopper_tuning, hopper_w4a16_linear, tuning
 from turbotriton.backend.ops.kernels import hopper_gate_up as gate_up_module
-from turbotriton.backend.ops.kernels import hopper_tuning, hopper_w4a16_linear, tuning
 from turbotriton.backend.ops.kernels import narrow_linear as narrow_module
 from turbotriton.backend.ops.kernels import paged_decode_attention as attention_module
 from turbotriton.backend.ops.kernels import paged_prefill_attention as prefill_module
@@ -147,7 +147,7 @@ def narrows(rows: int) -> None:
 
 
 def attentions() -> None:
-    original = tuning.decode_attention_config
+    original = attention_tuning.decode_attention_config
     for batch, context, heads in [
         (1, 640, 16),
         (1, 32768, 32),
@@ -210,10 +210,10 @@ def prefills() -> None:
         (64, 128, 5, 4),
     ]
     configs = {
-        f"{m} x {n}, stages {stages}, warps {warps}": tuning.PrefillAttentionConfig(m, n, 128, warps, stages)
+        f"{m} x {n}, stages {stages}, warps {warps}": attention_tuning.PrefillAttentionConfig(m, n, 128, warps, stages)
         for m, n, stages, warps in choices
     }
-    original = tuning.prefill_attention_config, prefill_module.takes_hopper_prefill, hopper_tuning.HOPPER_PREFILL_STAGES
+    original = attention_tuning.prefill_attention_config, prefill_module.takes_hopper_prefill, hopper_tuning.HOPPER_PREFILL_STAGES
     for heads, lengths in [(16, [4096, 4096]), (32, [4096, 4096]), (32, [64 + 61 * i for i in range(16)])]:
         blocks = [-(-length // 64) for length in lengths]
         k, v = randn(sum(blocks), 8, 64, 128), randn(sum(blocks), 8, 64, 128)

@@ -25,10 +25,11 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .attention_tuning import decode_attention_config
 from .fast_launch import launch
 from .launch import ask_for, chosen, has_pdl, launch_options, num_sms, wait_for_previous
 from .split_sum import is_last_of, workspace
-from .tuning import decode_attention_config, next_power_of_2
+from .tuning import next_power_of_2
 
 __all__ = ["paged_decode_attention"]
 

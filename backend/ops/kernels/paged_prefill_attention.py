@@ -28,11 +28,11 @@ import torch
 import triton
 import triton.language as tl
 
+from .attention_tuning import prefill_attention_config
 from .fast_launch import launch
 from .hopper_prefill_attention import hopper_prefill_attention
 from .hopper_tuning import HOPPER_PREFILL_STAGES, takes_hopper_prefill
 from .launch import chosen
-from .tuning import prefill_attention_config
 
 __all__ = ["paged_prefill_attention"]
 

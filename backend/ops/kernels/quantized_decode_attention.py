@@ -37,6 +37,7 @@ import triton.language as tl
 
 from turbotriton.backend.ops.operands import QuantizedPages, StaticInt8Pages
 
+from .attention_tuning import quantized_decode_attention_config
 from .fast_launch import launch
 from .fast_math import fast_exp2, fast_log2
 from .launch import has_pdl, launch_options, num_sms, wait_for_previous
@@ -53,7 +54,7 @@ from .quantized_words import (
     widened,
 )
 from .split_sum import is_last_of, workspace
-from .tuning import next_power_of_2, quantized_decode_attention_config
+from .tuning import next_power_of_2
 
 __all__ = ["quantized_decode_attention"]
 

@@ -1,19 +1,16 @@
-"""The rules of tuning.py: what a tile must never depend on, and what must fit. No triton here."""
+"""The rules of tuning.py and attention_tuning.py: what a tile must never depend on, and what must fit. No triton here."""
 
 import itertools
 
 import pytest
 
-from turbotriton.backend.ops.kernels.tuning import (
+from turbotriton.backend.ops.kernels.attention_tuning import (
     MAX_SPLITS,
     MIN_SPLIT_TOKENS,
     decode_attention_config,
-    next_power_of_2,
     prefill_attention_config,
-    rms_norm_config,
-    rotary_config,
-    silu_and_mul_config,
 )
+from turbotriton.backend.ops.kernels.tuning import next_power_of_2, rms_norm_config, rotary_config, silu_and_mul_config
 
 H200_SMS = 132
 TILE = ("block_g", "block_n", "block_d", "min_split_tokens", "num_warps", "num_stages")
@@ -93,3 +90,8 @@ def test_a_group_larger_than_the_prefill_tile_widens_it():
 
 def test_groups_are_padded_to_the_rows_of_a_matrix_instruction():
     assert [attention(group_size=size).block_g for size in (1, 4, 16, 17)] == [16, 16, 16, 32]
+
+
+def test_attention_asks_early_where_its_programs_fill_a_third_of_the_device_and_leave_none_over():
+    early = [batch for batch in range(1, 300) if attention(batch=batch).is_early]
+    assert early == list(range(6, 17))
