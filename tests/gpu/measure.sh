@@ -84,7 +84,7 @@ way() {
 }
 sound() {
     run "$python" -m pytest -q -m "gpu and not multigpu" -p no:cacheprovider -n 12 tests/backend
-    run "$python" -m pytest -q -m gpu -p no:cacheprovider --durations=5 tests/backend/engine/test_random_requests.py
+    run "$python" -m pytest -q -m gpu -p no:cacheprovider -n 2 --durations=5 tests/backend/engine/test_random_requests.py
     run bash tests/gpu/check_kernels.sh
 }
 
