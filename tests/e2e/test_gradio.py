@@ -91,6 +91,7 @@ def test_closing_the_tab_returns_the_blocks(browser: Any, page_url: str, demo_se
     wait_idle(demo_server)
 
 
+@pytest.mark.slow
 def test_a_stopped_server_is_named_and_answers_again_when_it_is_back(browser: Any, demo_workspace: Path) -> None:
     with TritonServer(demo_workspace / "model_repository") as server, chat_page_server(server.grpc_url) as url:
         chat = ChatPage(browser, url)

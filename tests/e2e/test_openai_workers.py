@@ -105,6 +105,7 @@ def test_an_answer_is_cancelled_by_a_request_to_any_worker(url: str, demo_server
             assert lines[-1]["finish_reason"] == "stop"
 
 
+@pytest.mark.slow
 def test_the_qos_gate_is_one_for_all_workers(url: str, demo_server: TritonServer) -> None:
     """One answer at a time, whichever worker has it. Answers take longer than it is between two of the engine's reports."""
     before = by_worker(url)
