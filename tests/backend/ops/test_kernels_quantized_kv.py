@@ -259,7 +259,7 @@ def test_prefill_is_attention_over_the_stored_values(
     assert_close(found, torch.cat(wanted), **bounds)
 
 
-@pytest.mark.parametrize("kind", ["8", "4"])
+@pytest.mark.parametrize("kind", [pytest.param("8", marks=pytest.mark.slow), "4"])
 def test_scores_and_scales_of_any_size_stay_in_range(target, kind, assert_close, guarded_outputs):
     """Scores that climb by hundreds from tile to tile, values whose scales differ by eight orders, one without a range."""
     case = Case(4, 2, 64, 16, (200, 70))
