@@ -281,15 +281,15 @@ def load_engine(weights_dir: Path, override: Callable[[str], str | None] = lambd
     model, config = workspace.model_config(), workspace.engine_config(override)
     is_reference = override("backend") == "pytorch"
     precompilation = Precompilation() if is_reference else Precompilation.start(model, config, weights_dir, override)
-    with quick_imports():
-        from turbotriton.backend.runner.model_runner import ModelRunner
-
-        from .guided import Grammars, MaskFiller, find_tokenizer
-    tokenizer = find_tokenizer(weights_dir)
-    guides = None
-    if tokenizer is not None:
-        guides = Guides(Grammars(tokenizer, model.vocab_size, model.eos_token_ids), MaskFiller(model.vocab_size))
     try:
+        with quick_imports():
+            from turbotriton.backend.runner.model_runner import ModelRunner
+
+            from .guided import Grammars, MaskFiller, find_tokenizer
+        tokenizer = find_tokenizer(weights_dir)
+        guides = None
+        if tokenizer is not None:
+            guides = Guides(Grammars(tokenizer, model.vocab_size, model.eos_token_ids), MaskFiller(model.vocab_size))
         runner = ModelRunner(model, config, weights_dir, reference_ops=is_reference, before_kv_cache=precompilation.wait)
     except BaseException:
         precompilation.end()

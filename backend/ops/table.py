@@ -137,7 +137,7 @@ class NormGateUpSilu(Protocol):
 
 class DownProjection(Protocol):
     """x: [num_tokens, inter_size], as the column's norm_gate_up_silu gives it -> x W_down: [num_tokens, hidden]. The next op adds it to
-    the residual and normalises; as of OutputProjection, a column may leave it more or less of that."""
+    the residual and normalises; of a column's SplitSums and Added OutputProjection says what they are."""
 
     def __call__(
         self, x: torch.Tensor | QuantizedRows, weight: LinearWeight, residual: torch.Tensor | None = None

@@ -6,6 +6,7 @@ norm before and the activation after in the same launch.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import TypeGuard
 
 import torch
@@ -70,6 +71,7 @@ from .table import REFERENCE
 
 __all__ = ["TRITON", "is_hopper_gate_up"]
 
+NormAndLayer = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 EIGHT_BIT = (W8A8Weight, Fp8Weight)  # a union would be made anew at each question
 
 
@@ -153,6 +155,25 @@ def output_projection(attended: torch.Tensor, weight: LinearWeight, residual: to
     return down_projection(attended.flatten(1), weight, residual)
 
 
+def _joined(
+    functions: tuple[NormAndLayer, NormAndLayer, NormAndLayer],
+    x: Projected,
+    residual: torch.Tensor | None,
+    norm: NormWeight,
+    weight: LinearWeight,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """A norm and a layer in one launch, by a function for one row on Hopper, few rows, or 4 bits; None: there is none for these."""
+    of_row, of_few, of_4_bits = functions
+    if not isinstance(x, torch.Tensor):
+        return None
+    if _is_skinny(weight, x) and _norm_fits(x):
+        function = of_row if hopper_row_linear.takes(x, weight.weight) else of_few
+        return function(x, residual, norm.weight, norm.eps, weight.weight, weight.bias)
+    if isinstance(weight, W4A16Tiles) and hopper_row_w4a16.takes(x, weight):
+        return of_4_bits(x, residual, norm.weight, norm.eps, weight)
+    return None
+
+
 def norm_linear(
     x: Projected, residual: torch.Tensor | None, norm: NormWeight, weight: LinearWeight
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -160,12 +181,9 @@ def norm_linear(
         x, residual = (x.total, None) if isinstance(x, Added) else (whole(x), residual)
         rows, residual = rms_norm_rows(x, norm.weight, norm.eps, residual, weight.weight.dtype)
         return w8a8_linear(rows, weight), residual
-    if isinstance(x, torch.Tensor):
-        if _is_skinny(weight, x) and _norm_fits(x):
-            of_few = hopper_row_linear.norm_linear if hopper_row_linear.takes(x, weight.weight) else skinny_linear.norm_linear
-            return of_few(x, residual, norm.weight, norm.eps, weight.weight, weight.bias)
-        if isinstance(weight, W4A16Tiles) and hopper_row_w4a16.takes(x, weight):
-            return hopper_row_w4a16.norm_linear(x, residual, norm.weight, norm.eps, weight)
+    functions = hopper_row_linear.norm_linear, skinny_linear.norm_linear, hopper_row_w4a16.norm_linear
+    if (joined := _joined(functions, x, residual, norm, weight)) is not None:
+        return joined
     y, residual = rms_norm(x, norm.weight, norm.eps, residual)
     return linear(y, weight), residual
 
@@ -219,12 +237,9 @@ def norm_gate_up_silu(
     if isinstance(weight, EIGHT_BIT):  # all of a model's layers are stored alike: down_projection is 8 bit too
         gate_up, residual = norm_linear(x, residual, norm, weight)
         return silu_and_mul_rows(gate_up, weight.weight.dtype), residual
-    if isinstance(x, torch.Tensor):
-        if _is_skinny(weight, x) and _norm_fits(x):
-            of_few = hopper_row_linear.norm_gate_up if hopper_row_linear.takes(x, weight.weight) else skinny_linear.norm_gate_up
-            return of_few(x, residual, norm.weight, norm.eps, weight.weight, weight.bias)
-        if isinstance(weight, W4A16Tiles) and hopper_row_w4a16.takes(x, weight):
-            return hopper_row_w4a16.norm_gate_up(x, residual, norm.weight, norm.eps, weight)
+    functions = hopper_row_linear.norm_gate_up, skinny_linear.norm_gate_up, hopper_row_w4a16.norm_gate_up
+    if (joined := _joined(functions, x, residual, norm, weight)) is not None:
+        return joined
     y, residual = rms_norm(x, norm.weight, norm.eps, residual)
     if isinstance(weight, W4A16Tiles) and x.shape[0] <= MAX_W4A16_ROWS:
         return w4a16_gate_up(y, weight), residual

@@ -60,9 +60,7 @@ class DecodeGraphs:
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         pool = None
         few_layers, few_kv = two_layers(decoder, kv)
-        for size in reversed(
-            self._buckets
-        ):  # compiles and loads what the buckets need, before captures that drop torch's free memory
+        for size in reversed(self._buckets):  # compiles and loads all kernels, before captures that drop torch's free memory
             decode_forward(few_layers, slots, few_kv, self._inputs[size])
         torch.cuda.synchronize(device)
         for size in reversed(self._buckets):

@@ -12,7 +12,7 @@ import time
 import torch
 
 from turbotriton.backend.model.decoder import Decoder
-from turbotriton.backend.ops.operands import LinearWeight, QuantizedRows
+from turbotriton.backend.ops.operands import Added, LinearWeight, QuantizedRows
 
 __all__ = ["load_library_kernels", "product_rows"]
 
@@ -64,8 +64,8 @@ def load_library_kernels(decoder: Decoder, device: torch.device, dtype: torch.dt
         activated: torch.Tensor | QuantizedRows = zeros(num_rows, config.inter_size)
         if _is_by_library(x, layer.gate_up):  # more than half of all that is multiplied here
             activated, _ = ops.norm_gate_up_silu(x, x, layer.ffn_norm, layer.gate_up)
-        ops.down_projection(activated, layer.down, residual)
-        ops.down_projection(activated, layer.down)  # the last layer's
+        if isinstance(ops.down_projection(activated, layer.down, residual), Added):
+            ops.down_projection(activated, layer.down)  # of the last layer, which adds nothing
     most = min(max_sampled, max_tokens)
     for num_rows in sorted({*range(1, min(most, EVERY_SAMPLED) + 1), *product_rows(most)}, reverse=True):
         x = zeros(num_rows, hidden)

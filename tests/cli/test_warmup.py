@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -38,8 +39,10 @@ def mark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return path
 
 
-def start(code: str, started: list[tuple[int, dict[str, str]]]):  # type: ignore[no-untyped-def]
-    def start_process(weights, num_processes, options):  # type: ignore[no-untyped-def]
+def start(
+    code: str, started: list[tuple[int, dict[str, str]]]
+) -> Callable[[Path, int, dict[str, str]], "subprocess.Popen[bytes]"]:
+    def start_process(weights: Path, num_processes: int, options: dict[str, str]) -> "subprocess.Popen[bytes]":
         started.append((num_processes, options))
         return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True)
 

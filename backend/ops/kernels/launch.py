@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-__all__ = ["ask_for", "chosen", "has_pdl", "is_hopper", "launch_options", "num_sms", "shared_memory_bytes", "wait_for_previous"]
+__all__ = ["chosen", "has_pdl", "is_hopper", "launch_options", "num_sms", "shared_memory_bytes", "wait_for_previous"]
 
 CPU_NUM_SMS = 4  # for the interpreter: enough to give several splits
 CPU_SHARED_BYTES = 227 << 10  # the same: what the chip has that is tuned for
@@ -28,12 +28,6 @@ def wait_for_previous(PDL: tl.constexpr):
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-
-
-@triton.jit
-def ask_for(ptrs):
-    """Brings the 128 bytes that each pointer lies in to the L2 cache; nothing waits for them. Not for the interpreter."""
-    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [ptrs], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @functools.cache

@@ -27,7 +27,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .attention_tuning import decode_attention_config
 from .fast_launch import launch
-from .launch import ask_for, chosen, has_pdl, launch_options, num_sms, wait_for_previous
+from .launch import chosen, has_pdl, launch_options, num_sms, wait_for_previous
 from .split_sum import is_last_of, workspace
 from .tuning import next_power_of_2
 
@@ -55,10 +55,11 @@ def _split_tokens(num_keys, num_splits, MIN_SPLIT: tl.constexpr, BLOCK_N: tl.con
 
 @triton.jit
 def _ask_for_rows(block_ptr, rows, BLOCK_D: tl.constexpr):
-    """rows: [n], offsets of rows of BLOCK_D elements."""
+    """Brings rows of BLOCK_D elements, at offsets [n] of a block, to the L2 cache; nothing waits for them. Not for the interpreter."""
     LINE: tl.constexpr = 1024 // block_ptr.dtype.element_ty.primitive_bitwidth
     lines = tl.arange(0, (BLOCK_D + LINE - 1) // LINE) * LINE
-    ask_for(block_ptr + rows[:, None] + lines[None, :])
+    ptrs = block_ptr + rows[:, None] + lines[None, :]
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [ptrs], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit

@@ -1,6 +1,7 @@
 """The fused units of the decoder layer in plain torch. The contracts are the Protocols of `ops/table.py`.
 
-Units that hold a primitive take it as a keyword, so another column binds its kernel there and keeps the rest.
+Units that hold a primitive take it as a keyword, so another column binds its kernel there and keeps the rest. Projections leave the
+residual to the next unit, as their contract allows.
 """
 
 from collections.abc import Callable

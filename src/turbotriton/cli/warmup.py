@@ -73,8 +73,8 @@ def _watch(process: "subprocess.Popen[bytes]") -> None:
     assert process.stdout is not None
     try:
         with tqdm(total=int(process.stdout.readline() or 0), desc="compiling", unit="kernel") as bar:
-            while done := process.stdout.read1(4096):  # type: ignore[attr-defined]
-                bar.update(len(done))
+            while process.stdout.read(1):
+                bar.update()
         code = process.wait()
     finally:
         end_process(process)

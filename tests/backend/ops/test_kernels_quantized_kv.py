@@ -233,7 +233,7 @@ CHUNKS = [
 
 
 @pytest.mark.parametrize("scratch_blocks", [1, 1000], ids=["a_row_at_a_time", "all_rows_at_once"])
-@pytest.mark.parametrize("kind", ["8", "4", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("fp8", "static"))])
+@pytest.mark.parametrize("kind", [*KINDS[:2], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[2:])])
 @pytest.mark.parametrize("chunks", CHUNKS, ids=["odd", "window"])
 def test_prefill_is_attention_over_the_stored_values(
     target, chunks, kind, scratch_blocks, assert_close, guarded_outputs, monkeypatch

@@ -12,7 +12,7 @@ from tests.backend.workspace import write_workspace
 from tests.checkpoints import make_tensors
 
 from turbotriton.backend.ops.kernels import hopper_gate_up
-from turbotriton.backend.ops.operands import DenseWeight
+from turbotriton.backend.ops.operands import Added, DenseWeight
 from turbotriton.backend.ops.triton_column import is_hopper_gate_up
 from turbotriton.backend.runner import library_kernels
 from turbotriton.backend.runner.library_kernels import load_library_kernels, product_rows
@@ -37,6 +37,7 @@ def test_every_linear_layer_meets_every_number_of_rows(folder, monkeypatch):
     def down_projection(x, weight, residual=None):
         met[names[id(weight)] + ("" if residual is not None else " of the last layer")].append(x.shape[0])
         assert residual is None or residual.shape == (x.shape[0], weight.weight.shape[1])
+        return x if residual is None else Added(residual)
         assert x.shape[1] == weight.weight.shape[0]
 
     def norm_gate_up_silu(x, residual, norm, weight):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from turbotriton.backend.runner.library_kernels import load_library_kernels
 from turbotriton.backend.runner.model_runner import ModelRunner
 from turbotriton.backend.runner.precompile import Precompilation
 from turbotriton.backend.runner.weights import DTYPES
-from turbotriton.contract.ini import read_workspace_config
+from turbotriton.contract.ini import EngineConfig, ModelConfig, read_workspace_config
 from turbotriton.contract.wire import GenerateRequest, SamplingParams
 
 OPTIONS = {"max_batch_size": "20", "session_len": "512", "cache_max_entry_count": "300"}
@@ -118,7 +119,6 @@ CASES = [
     pytest.param("fp8", {"quant_policy": "8"}, id="weights_fp8"),
     pytest.param("bf16", {"deterministic": "1"}, id="deterministic"),
     pytest.param("bf16", {"cuda_graphs": "0"}, id="no_graphs"),
-    pytest.param("bf16", {"deterministic": "1"}, id="deterministic"),
 ]
 
 
@@ -166,7 +166,7 @@ def test_steps_before_serving_run_two_layers_and_serving_runs_all(tmp_path: Path
     num_layers: list[int] = []
     own = Decoder.hidden_states
 
-    def hidden_states(self, *args):  # type: ignore[no-untyped-def]
+    def hidden_states(self: Decoder, *args: Any) -> Any:
         num_layers.append(len(self.weights.layers))
         return own(self, *args)
 
@@ -211,7 +211,7 @@ def test_a_process_that_hangs_is_ended_and_the_engine_goes_on(tmp_path: Path, mo
     assert not (tmp_path / "mark").exists()
 
 
-def tiny(folder: Path, **options: str):  # type: ignore[no-untyped-def]
+def tiny(folder: Path, **options: str) -> tuple[ModelConfig, EngineConfig, Path]:
     make_checkpoint("tiny", folder, "fp32", 64)
     workspace = read_workspace_config(folder / "config.ini")
     return workspace.model_config(), workspace.engine_config(options.get), folder
