@@ -32,6 +32,7 @@ __all__ = [
     "W4A16Tiles",
     "W4A16Weight",
     "W8A8Weight",
+    "parts_of",
     "stream_after",
     "whole",
 ]
@@ -39,7 +40,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class SplitSums:
-    """What a linear layer gives before its last sum, which is left to the norm that reads it: y = round(sum of parts).
+    """What a linear layer gives before its last sum, which is left to what reads it, a norm or rotary: y = round(sum of parts).
 
     parts: [num_parts, num_tokens, features], fp32, contiguous; they are added in their order
     dtype: the compute dtype, that of y
@@ -76,7 +77,7 @@ class Added:
         return self.total.dtype
 
 
-#: What stands between a layer's projection and the norm after it, [num_tokens, features], and where the norm is still to add it.
+#: What stands between a linear layer and what comes next, [num_tokens, features]; a projection may have added it to the stream, too.
 Unadded = torch.Tensor | SplitSums
 Projected = Unadded | Added
 
@@ -84,6 +85,14 @@ Projected = Unadded | Added
 def whole(x: Unadded) -> torch.Tensor:
     """x after its last sum, [num_tokens, features] in the compute dtype."""
     return x[:] if isinstance(x, SplitSums) else x
+
+
+def parts_of(x: Unadded) -> tuple[torch.Tensor, int]:
+    """(what a kernel reads of x that adds it up itself, number of parts): the tensor itself is one part."""
+    if isinstance(x, torch.Tensor):
+        return x, 1
+    assert x.parts.is_contiguous(), "parts must be contiguous"
+    return x.parts, x.parts.shape[0]
 
 
 def stream_after(x: Projected, residual: torch.Tensor | None) -> torch.Tensor:

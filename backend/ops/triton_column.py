@@ -20,7 +20,7 @@ from .kernels import (
     skinny_linear,
     skinny_qkv,
 )
-from .kernels.hopper_tuning import MIN_HOPPER_GATE_UP_ROWS
+from .kernels.hopper_tuning import is_for_hopper_gate_up
 from .kernels.launch import is_hopper, shared_memory_bytes
 from .kernels.paged_decode_attention import paged_decode_attention
 from .kernels.paged_prefill_attention import paged_prefill_attention
@@ -61,6 +61,7 @@ from .operands import (
     Projected,
     QkvWeights,
     QuantizedRows,
+    Unadded,
     W4A16Tiles,
     W8A8Weight,
     whole,
@@ -69,7 +70,7 @@ from .reference import units
 from .reference.attention import attention
 from .table import REFERENCE
 
-__all__ = ["TRITON", "is_hopper_gate_up"]
+__all__ = ["TRITON", "is_by_library"]
 
 NormAndLayer = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 EIGHT_BIT = (W8A8Weight, Fp8Weight)  # a union would be made anew at each question
@@ -98,12 +99,19 @@ def _is_narrow(weight: LinearWeight, x: torch.Tensor) -> TypeGuard[DenseWeight]:
     if not _fits_narrow(weight, x, MAX_NARROW_ROWS):
         return False
     k, n = weight.weight.shape
-    return k > n or n > MANY_OUTPUTS or x.shape[0] <= MAX_NARROW_ROWS_OF_ANY
+    return k >= n or n > MANY_OUTPUTS or x.shape[0] <= MAX_NARROW_ROWS_OF_ANY
 
 
-def is_hopper_gate_up(weight: LinearWeight, x: torch.Tensor) -> TypeGuard[DenseWeight]:
+def _is_hopper_gate_up(weight: LinearWeight, x: torch.Tensor) -> TypeGuard[DenseWeight]:
     """Enough rows for the gated layer of prompts, where the device and the weight are what it takes."""
-    return isinstance(weight, DenseWeight) and x.shape[0] >= MIN_HOPPER_GATE_UP_ROWS and hopper_gate_up.takes(x, weight.weight)
+    return isinstance(weight, DenseWeight) and is_for_hopper_gate_up(x.shape[0]) and hopper_gate_up.takes(x, weight.weight)
+
+
+def is_by_library(weight: LinearWeight, x: torch.Tensor, *, gated: bool = False) -> bool:
+    """Whether a layer of a norm may be cuBLAS's; a kernel of ours is loaded once for all numbers of rows."""
+    if gated:
+        return not (_fits_narrow(weight, x, MAX_NARROW_GATED_ROWS) or _is_hopper_gate_up(weight, x))
+    return not _is_narrow(weight, x)
 
 
 def _turns_whole(batch: AttentionBatch, k_cache: torch.Tensor) -> bool:
@@ -188,6 +196,17 @@ def norm_linear(
     return linear(y, weight), residual
 
 
+def _norm_linear_before_rotary(
+    x: Projected, residual: torch.Tensor | None, norm: NormWeight, weight: LinearWeight
+) -> tuple[Unadded, torch.Tensor]:
+    """`norm_linear` whose last sums are left to rotary."""
+    if not isinstance(weight, DenseWeight) or (isinstance(x, torch.Tensor) and _is_skinny(weight, x)):
+        return norm_linear(x, residual, norm, weight)
+    y, residual = rms_norm(x, norm.weight, norm.eps, residual)
+    is_narrow = _is_narrow(weight, y)
+    return narrow_linear.split_linear(y, weight.weight, weight.bias) if is_narrow else linear(y, weight), residual
+
+
 def norm_qkv_rotary_store(
     x: Projected,
     residual: torch.Tensor | None,
@@ -224,7 +243,7 @@ def norm_qkv_rotary_store(
         batch,
         k_cache,
         v_cache,
-        norm_linear=norm_linear,
+        norm_linear=norm_linear if weights.q_norm is not None else _norm_linear_before_rotary,
         rms_norm=rms_norm,
         rotary_store_kv=rotary_store_kv,
         rotary_store_quantized_kv=rotary_store_quantized_kv,
@@ -245,7 +264,7 @@ def norm_gate_up_silu(
         return w4a16_gate_up(y, weight), residual
     if _fits_narrow(weight, y, MAX_NARROW_GATED_ROWS):
         return narrow_linear.gate_up(y, weight.weight, weight.bias), residual
-    if is_hopper_gate_up(weight, y):
+    if _is_hopper_gate_up(weight, y):
         return hopper_gate_up.gate_up(y, weight.weight, weight.bias), residual
     return silu_and_mul(linear(y, weight)), residual
 

@@ -37,13 +37,12 @@ def product_rows(most: int) -> list[int]:
     return sorted(row for row in rows if row <= most)
 
 
-def _is_by_library(x: torch.Tensor, gate_up: LinearWeight) -> bool:
-    """Whether gate and up of these rows may be cuBLAS's: a kernel of ours is loaded once for all numbers of rows."""
+def _is_by_library(weight: LinearWeight, x: torch.Tensor, *, gated: bool = False) -> bool:
     if x.device.type != "cuda":
         return True
-    from turbotriton.backend.ops.triton_column import is_hopper_gate_up
+    from turbotriton.backend.ops.triton_column import is_by_library
 
-    return not is_hopper_gate_up(gate_up, x)
+    return is_by_library(weight, x, gated=gated)
 
 
 def load_library_kernels(decoder: Decoder, device: torch.device, dtype: torch.dtype, max_tokens: int, max_sampled: int) -> None:
@@ -59,10 +58,11 @@ def load_library_kernels(decoder: Decoder, device: torch.device, dtype: torch.dt
 
     for num_rows in reversed(product_rows(max_tokens)):  # falling: a block that torch had for one holds what comes after it
         residual, x = stream[:num_rows], zeros(num_rows, hidden)
-        ops.lm_head(x, x, layer.qkv.norm, layer.qkv.qkv)  # its product is what comes after the norm of a layer, too
+        if _is_by_library(layer.qkv.qkv, x):
+            ops.lm_head(x, x, layer.qkv.norm, layer.qkv.qkv)  # its product is what comes after the norm of a layer, too
         ops.down_projection(zeros(num_rows, heads), layer.output, residual)
         activated: torch.Tensor | QuantizedRows = zeros(num_rows, config.inter_size)
-        if _is_by_library(x, layer.gate_up):  # more than half of all that is multiplied here
+        if _is_by_library(layer.gate_up, x, gated=True):  # more than half of all that is multiplied here
             activated, _ = ops.norm_gate_up_silu(x, x, layer.ffn_norm, layer.gate_up)
         if isinstance(ops.down_projection(activated, layer.down, residual), Added):
             ops.down_projection(activated, layer.down)  # of the last layer, which adds nothing

@@ -82,7 +82,7 @@ def test_a_choice_holds_inside_its_block_for_every_kernel(monkeypatch: pytest.Mo
     from sweep_steps import chosen
 
     from turbotriton.backend.ops import triton_column
-    from turbotriton.backend.ops.kernels import hopper_row_linear, narrow_linear, tuning
+    from turbotriton.backend.ops.kernels import hopper_row_linear, hopper_tuning, narrow_linear, tuning
 
     shape = (32, 4096, 4096, 2, 132)
     before = narrow_linear.narrow_linear_config(*shape)
@@ -94,7 +94,7 @@ def test_a_choice_holds_inside_its_block_for_every_kernel(monkeypatch: pytest.Mo
     assert triton_column.MAX_NARROW_ROWS == tuning.MAX_NARROW_ROWS > 0
     with chosen("hopper_row_config.num_stages=3,MIN_HOPPER_GATE_UP_ROWS=512"):
         assert hopper_row_linear.hopper_row_config(4096).num_stages == 3
-        assert triton_column.MIN_HOPPER_GATE_UP_ROWS == 512
+        assert hopper_tuning.MIN_HOPPER_GATE_UP_ROWS == 512
     for wrong in ("no_such_config.block_k=1", "MAX_NARROW_ROWS.x=1", "narrow_linear_config=1"):
         with pytest.raises(ValueError, match="no constant and no field"), chosen(wrong):
             pass

@@ -95,7 +95,7 @@ def dense_linears(m: Maker) -> None:
         narrow_linear.linear(m.zeros(num_rows, k), m.weight(k, n), m.zeros(n))
         narrow_linear.gate_up(m.zeros(num_rows, k), m.weight(k, 2 * n))
     if m.dtype is torch.bfloat16:  # the parts are fp32 in both
-        narrow_linear.split_linear(m.zeros(33, 1100), m.weight(1100, 130))
+        narrow_linear.split_linear(m.zeros(33, 1100), m.weight(1100, 130), m.zeros(130))
     if m.device == "cpu" or torch.cuda.get_device_capability() == (9, 0):
         for num_rows, k, n in ((1, 72, 8), (200, 200, 136)):
             hopper_gate_up.gate_up(m.zeros(num_rows, k), m.weight(k, 2 * n), m.zeros(2 * n))
@@ -181,7 +181,8 @@ def stores(m: Maker) -> None:
             skinny_qkv.norm_qkv_rotary_store(
                 m.zeros(num_tokens, 72), None, m.zeros(72), 1e-5, weight, None, *rest[1:], k_cache, v_cache, slots
             )
-        rotary_store_kv.rotary_store_kv(*rest, k_cache, v_cache, slots, num_heads, num_kv_heads)
+        x = qkv if num_tokens == 7 else SplitSums(m.zeros(2, *qkv.shape, dtype=torch.float32), m.dtype)
+        rotary_store_kv.rotary_store_kv(x, *rest[1:], k_cache, v_cache, slots, num_heads, num_kv_heads)
         for kind in ("8", "4", "fp8", "static"):
             k, v = quantised_pages(m, kind, 2, num_kv_heads, 5, head_dim)
             rotary_store_quantized_kv.rotary_store_quantized_kv(*rest, k, v, slots, num_heads, num_kv_heads)

@@ -15,6 +15,7 @@ __all__ = [
     "hopper_w4a16_tiles",
     "hopper_w8a8_config",
     "hopper_w8a8_tiles",
+    "is_for_hopper_gate_up",
     "takes_hopper_gate_up",
     "takes_hopper_prefill",
     "takes_hopper_row",
@@ -26,8 +27,9 @@ __all__ = [
 #: Of `hopper_prefill_attention`, whose program has a multiprocessor to itself; 3 to 6 are within 2 % of each other.
 HOPPER_PREFILL_STAGES = 6
 #: Dense layers with a gate have a kernel of their own again from so many rows on, where the chip is Hopper's: one of the token counts that
-#: a runner warms up with. It joins SiLU to cuBLAS's speed (H200: docs/perf-log.md).
-MIN_HOPPER_GATE_UP_ROWS = 256
+#: a runner warms up with. It joins SiLU to cuBLAS's speed. A few rows of its third row block take as long as all: 320 take 133 us where
+#: cuBLAS and SiLU take 120, 384 as long as those, 448 182 where they take 288 (8B, H200: docs/perf-log.md).
+MIN_HOPPER_GATE_UP_ROWS, HOPPER_GATE_UP_GAP = 256, range(257, 353)
 #: So many rows of 4 bit weights and more are `hopper_w4a16_linear`'s on sm_90: a layer of 256 takes 194 us where the plain kernel has 239
 #: (8B, H200: docs/perf-log.md).
 MIN_HOPPER_W4A16_ROWS = 33
@@ -102,6 +104,11 @@ def takes_hopper_row_w4a16(num_rows: int, k: int, n: int, group_size: int, *, is
 def takes_hopper_gate_up(k: int, inter: int, element_bytes: int, *, is_hopper: bool) -> bool:
     """What `hopper_gate_up` is written for: 16 bit, rows of x, W and y at multiples of 16 bytes."""
     return is_hopper and element_bytes == 2 and k % 8 == 0 and inter % 8 == 0
+
+
+def is_for_hopper_gate_up(num_rows: int) -> bool:
+    """Where it is faster."""
+    return num_rows >= MIN_HOPPER_GATE_UP_ROWS and num_rows not in HOPPER_GATE_UP_GAP
 
 
 def takes_hopper_prefill(

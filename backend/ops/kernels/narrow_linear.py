@@ -7,8 +7,8 @@ padded to 16 or more, are the short side:
     BLOCK_N     |             |                        NUM_SPLITS programs share the columns of W; sums in fp32
                 +-------------+-------- ...
 
-Programs that share a tile add up what they have in a workspace (split_sum.py), or leave it to the norm that comes next (SplitSums): the
-last of them would wait for the others, and its parts for the L2 cache.
+Programs that share a tile add up what they have in a workspace (split_sum.py), or leave it to what comes next, a norm or rotary
+(SplitSums): the last of them would wait for the others, and its parts for the L2 cache.
 """
 
 import torch
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from turbotriton.backend.ops.operands import Projected, SplitSums
+from turbotriton.backend.ops.operands import SplitSums, Unadded
 
 from .fast_launch import launch
 from .launch import has_pdl, launch_options, num_sms
@@ -54,7 +54,7 @@ def _narrow_linear_kernel(
     if PDL:
         gdc_launch_dependents()
     dtype: tl.constexpr = y_ptr.dtype.element_ty
-    tl.static_assert(not (GATED or HAS_BIAS) or not LEAVES_PARTS, "gates and biases come after the sum")
+    tl.static_assert(not GATED or not LEAVES_PARTS, "gates come after the sum")
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = tl.arange(0, BLOCK_K)
@@ -95,7 +95,8 @@ def _narrow_linear_kernel(
     if is_last:
         mask_n = offs_n < N
         if HAS_BIAS:
-            acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
+            adds_bias = mask_n & (offs_n * 0 + split == 0) if LEAVES_PARTS else mask_n
+            acc += tl.load(bias_ptr + offs_n, mask=adds_bias, other=0.0).to(tl.float32)[:, None]
         if GATED:
             if HAS_BIAS:
                 acc_up += tl.load(bias_ptr + N + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
@@ -117,13 +118,13 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return _linear(x, weight, bias, gated=False)
 
 
-def split_linear(x: torch.Tensor, weight: torch.Tensor) -> Projected:
-    """As `linear` without a bias; where several programs share a tile's inputs, what each of them has, not yet added up."""
+def split_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Unadded:
+    """As `linear`; where several programs share a tile's inputs, what each of them has, not yet added up. The first part has the bias."""
     config = _config(x, weight, gated=False)
     if config.num_splits == 1 or x.shape[0] == 0:
-        return linear(x, weight)
+        return linear(x, weight, bias)
     parts = torch.empty((config.num_splits, x.shape[0], weight.shape[1]), dtype=torch.float32, device=x.device)
-    _launch(x, weight, None, parts, None, None, config, gated=False)
+    _launch(x, weight, bias, parts, None, None, config, gated=False)
     return SplitSums(parts, x.dtype)
 
 

@@ -17,10 +17,11 @@ import torch
 import triton
 import triton.language as tl
 
-from turbotriton.backend.ops.operands import Added, Projected, SplitSums
+from turbotriton.backend.ops.operands import Added, Projected, SplitSums, parts_of
 
 from .fast_launch import launch
 from .launch import chosen, has_pdl, launch_options, wait_for_previous
+from .split_sum import load_sum
 from .tuning import ceil_div, rms_norm_config
 
 __all__ = ["rms_norm"]
@@ -52,11 +53,7 @@ def _rms_norm_kernel(
     mask = (offs_m < num_tokens) & mask_n
 
     dtype: tl.constexpr = y_ptr.dtype.element_ty
-    x_ptrs = x_ptr + offs_m * stride_x_row + offs_n
-    r = tl.load(x_ptrs, mask=mask, other=0.0)
-    for part in tl.static_range(1, NUM_PARTS):
-        r += tl.load(x_ptrs + part * num_tokens.to(tl.int64) * HIDDEN, mask=mask, other=0.0)
-    r = r.to(dtype)
+    r = load_sum(x_ptr + offs_m * stride_x_row + offs_n, mask, num_tokens.to(tl.int64) * HIDDEN, NUM_PARTS, dtype)
     weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + offs_m * stride_residual_row + offs_n, mask=mask, other=0.0)
@@ -81,13 +78,11 @@ def rms_norm(
     """
     num_tokens, hidden = x.shape
     config = chosen(rms_norm_config, hidden)
-    dtype, num_parts = x.dtype, 1
+    dtype = x.dtype
     if isinstance(x, Added):
         x, residual = x.total, None
-    elif isinstance(x, SplitSums):
-        assert residual is not None, "sums are split beside a residual only"
-        x, num_parts = x.parts, x.parts.shape[0]
-        assert x.is_contiguous(), "parts must be contiguous"
+    assert residual is not None or not isinstance(x, SplitSums), "sums are split beside a residual only"
+    x, num_parts = parts_of(x)
     assert x.stride(-1) == 1 or hidden == 1, "x must be contiguous inside a row"
     assert residual is None or residual.stride(1) == 1 or hidden == 1, "residual must be contiguous inside a row"
     y = torch.empty((num_tokens, hidden), dtype=dtype, device=x.device)

@@ -14,8 +14,11 @@ import torch
 import triton
 import triton.language as tl
 
+from turbotriton.backend.ops.operands import Unadded, parts_of
+
 from .fast_launch import launch
 from .launch import chosen, has_pdl, launch_options, wait_for_previous
+from .split_sum import load_sum
 from .tuning import ceil_div, rotary_config
 
 __all__ = ["rotary_store_kv"]
@@ -48,6 +51,7 @@ def _rotary_store_kv_kernel(
     stride_v_block,
     stride_v_head,
     stride_v_token,
+    NUM_PARTS: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -68,6 +72,8 @@ def _rotary_store_kv_kernel(
     offs_half = tl.arange(0, BLOCK_HALF)[None, :]
     mask_half = offs_half < HALF
     row_ptr = qkv_ptr + token * stride_qkv_row
+    stride_part = tl.num_programs(0).to(tl.int64) * (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM
+    dtype: tl.constexpr = q_out_ptr.dtype.element_ty
     scale = 1.0
 
     # Where this block of heads comes from (source, kind) and where it goes to (target).
@@ -94,8 +100,8 @@ def _rotary_store_kv_kernel(
         mask_h = heads < tl.where(slot >= 0, NUM_KV_HEADS, 0)
 
     mask = mask_h & mask_half
-    a = tl.load(source_ptr + offs_half, mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(source_ptr + HALF + offs_half, mask=mask, other=0.0).to(tl.float32)
+    a = load_sum(source_ptr + offs_half, mask, stride_part, NUM_PARTS, dtype).to(tl.float32)
+    b = load_sum(source_ptr + HALF + offs_half, mask, stride_part, NUM_PARTS, dtype).to(tl.float32)
     if head_block < NUM_Q_BLOCKS + NUM_KV_BLOCKS:
         cos = tl.load(cos_ptr + token * stride_cos_row + offs_half, mask=mask_half, other=0.0)
         sin = tl.load(sin_ptr + token * stride_sin_row + offs_half, mask=mask_half, other=0.0)
@@ -105,12 +111,12 @@ def _rotary_store_kv_kernel(
     if BLOCK_REST > 0:
         offs_rest = 2 * HALF + tl.arange(0, BLOCK_REST)[None, :]
         mask_rest = mask_h & (offs_rest < HEAD_DIM)
-        rest = tl.load(source_ptr + offs_rest, mask=mask_rest, other=0.0).to(tl.float32) * scale
+        rest = load_sum(source_ptr + offs_rest, mask_rest, stride_part, NUM_PARTS, dtype).to(tl.float32) * scale
         tl.store(target_ptr + offs_rest, rest.to(target_ptr.dtype.element_ty), mask=mask_rest)
 
 
 def rotary_store_kv(
-    qkv: torch.Tensor,
+    qkv: Unadded,
     cos: torch.Tensor,
     sin: torch.Tensor,
     q_scale: torch.Tensor | None,
@@ -122,7 +128,8 @@ def rotary_store_kv(
 ) -> torch.Tensor:
     """Launch on the current device and stream. k_cache and v_cache are modified at the slots.
 
-    qkv: [num_tokens, (num_heads + 2 num_kv_heads) * head_dim], fp16|bf16|fp32, rows of any stride, contiguous inside a row
+    qkv: [num_tokens, (num_heads + 2 num_kv_heads) * head_dim], fp16|bf16|fp32, rows of any stride, contiguous inside a row; or
+        SplitSums of that
     cos, sin: [num_tokens, rotary_dim / 2], fp32, contiguous inside a row      q_scale: [num_tokens], fp32, or None
     k_cache, v_cache: [num_blocks, num_kv_heads, block_size, head_dim], qkv's dtype, strided but for the last dim
     slot_mapping: [num_tokens], int64: block * block_size + offset; -1 stores nothing. Two tokens never share a slot
@@ -130,21 +137,22 @@ def rotary_store_kv(
     Returns q': [num_tokens, num_heads, head_dim], new, contiguous, in qkv's dtype. num_tokens may be 0.
     Raises ConfigError when head_dim > 256 or rotary_dim is odd or larger than head_dim.
     """
-    num_tokens = qkv.shape[0]
+    num_tokens, dtype = qkv.shape[0], qkv.dtype
+    x, num_parts = parts_of(qkv)
     block_size, head_dim = k_cache.shape[2:]
     half = cos.shape[1]
     config = chosen(rotary_config, num_heads, num_kv_heads, head_dim, 2 * half)
     assert qkv.shape[1] == (num_heads + 2 * num_kv_heads) * head_dim, f"qkv has {qkv.shape[1]} columns"
-    assert k_cache.dtype == v_cache.dtype == qkv.dtype, "the cache has qkv's dtype"
-    assert 1 == qkv.stride(1) == cos.stride(1) == sin.stride(1) == k_cache.stride(3) == v_cache.stride(3) or half == 1
-    q = torch.empty((num_tokens, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
+    assert k_cache.dtype == v_cache.dtype == dtype, "the cache has qkv's dtype"
+    assert 1 == x.stride(-1) == cos.stride(1) == sin.stride(1) == k_cache.stride(3) == v_cache.stride(3) or half == 1
+    q = torch.empty((num_tokens, num_heads, head_dim), dtype=dtype, device=x.device)
     if num_tokens == 0:
         return q
     num_head_blocks = ceil_div(num_heads, config.block_h) + 2 * ceil_div(num_kv_heads, config.block_h)
     launch(
         _rotary_store_kv_kernel,
         (num_tokens, num_head_blocks),
-        qkv,
+        x,
         cos,
         sin,
         q_scale,
@@ -152,13 +160,14 @@ def rotary_store_kv(
         q,
         k_cache,
         v_cache,
-        qkv.stride(0),
+        x.stride(-2),
         cos.stride(0),
         sin.stride(0),
         0 if q_scale is None else q_scale.stride(0),
         slot_mapping.stride(0),
         *k_cache.stride()[:3],
         *v_cache.stride()[:3],
+        NUM_PARTS=num_parts,
         NUM_HEADS=num_heads,
         NUM_KV_HEADS=num_kv_heads,
         HEAD_DIM=head_dim,
@@ -169,6 +178,6 @@ def rotary_store_kv(
         BLOCK_HALF=config.block_half,
         BLOCK_REST=config.block_rest,
         num_warps=config.num_warps,
-        **launch_options(has_pdl(qkv.device)),
+        **launch_options(has_pdl(x.device)),
     )
     return q

@@ -15,10 +15,11 @@ import torch
 import triton
 import triton.language as tl
 
-from turbotriton.backend.ops.operands import QuantizedPages, StaticInt8Pages
+from turbotriton.backend.ops.operands import QuantizedPages, StaticInt8Pages, Unadded, parts_of
 
 from .fast_launch import launch
 from .launch import has_pdl, launch_options, wait_for_previous
+from .split_sum import load_sum
 from .tuning import ceil_div, next_power_of_2, rotary_config
 
 __all__ = ["rotary_store_quantized_kv"]
@@ -27,16 +28,18 @@ Pages = QuantizedPages | StaticInt8Pages
 
 
 @triton.jit
-def _rotated(head_ptr, dims, mask, cos_ptr, sin_ptr, ROTARY_HALF: tl.constexpr, ROTATE: tl.constexpr):
+def _rotated(
+    head_ptr, dims, mask, cos_ptr, sin_ptr, ROTARY_HALF: tl.constexpr, ROTATE: tl.constexpr,
+    stride_part, NUM_PARTS: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
     """fp32 values of the dims, [BLOCK_H, BLOCK_HALF]; with ROTATE the first 2 ROTARY_HALF turned."""
-    x = tl.load(head_ptr + dims, mask=mask, other=0.0).to(tl.float32)
+    x = load_sum(head_ptr + dims, mask, stride_part, NUM_PARTS, dtype).to(tl.float32)
     if ROTATE:
         turns = mask & (dims < 2 * ROTARY_HALF)
         is_first = dims < ROTARY_HALF
         pair = tl.where(is_first, dims, dims - ROTARY_HALF)
-        partner = tl.load(head_ptr + tl.where(is_first, dims + ROTARY_HALF, dims - ROTARY_HALF), mask=turns, other=0.0).to(
-            tl.float32
-        )
+        others = head_ptr + tl.where(is_first, dims + ROTARY_HALF, dims - ROTARY_HALF)
+        partner = load_sum(others, turns, stride_part, NUM_PARTS, dtype).to(tl.float32)
         cos = tl.load(cos_ptr + pair, mask=turns, other=1.0)
         sin = tl.load(sin_ptr + pair, mask=turns, other=0.0)
         x = x * cos + tl.where(is_first, -partner, partner) * sin
@@ -98,6 +101,7 @@ def _rotary_store_quantized_kv_kernel(
     stride_v_params_block,
     stride_v_params_head,
     stride_v_params_token,
+    NUM_PARTS: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -124,6 +128,8 @@ def _rotary_store_quantized_kv_kernel(
     mask_lo = offs_half < HALF
     mask_hi = offs_half + HALF < HEAD_DIM
     row_ptr = qkv_ptr + token * stride_qkv_row
+    stride_part = tl.num_programs(0).to(tl.int64) * (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM
+    dtype: tl.constexpr = q_out_ptr.dtype.element_ty
     cos_row_ptr = cos_ptr + token * stride_cos_row
     sin_row_ptr = sin_ptr + token * stride_sin_row
 
@@ -131,8 +137,8 @@ def _rotary_store_quantized_kv_kernel(
         heads = head_block * BLOCK_H + offs_h
         mask_h = heads < NUM_HEADS
         head_ptr = row_ptr + heads * HEAD_DIM
-        lo = _rotated(head_ptr, offs_half, mask_h & mask_lo, cos_row_ptr, sin_row_ptr, ROTARY_HALF, True)
-        hi = _rotated(head_ptr, offs_half + HALF, mask_h & mask_hi, cos_row_ptr, sin_row_ptr, ROTARY_HALF, True)
+        lo = _rotated(head_ptr, offs_half, mask_h & mask_lo, cos_row_ptr, sin_row_ptr, ROTARY_HALF, True, stride_part, NUM_PARTS, dtype)
+        hi = _rotated(head_ptr, offs_half + HALF, mask_h & mask_hi, cos_row_ptr, sin_row_ptr, ROTARY_HALF, True, stride_part, NUM_PARTS, dtype)
         if HAS_Q_SCALE:
             factor = tl.load(q_scale_ptr + token)
             lo *= factor
@@ -152,8 +158,8 @@ def _rotary_store_quantized_kv_kernel(
         heads = kv_block * BLOCK_H + offs_h
         mask_h = heads < NUM_KV_HEADS
         head_ptr = row_ptr + (NUM_HEADS + heads) * HEAD_DIM
-        lo = _rotated(head_ptr, offs_half, mask_h & mask_lo, cos_row_ptr, sin_row_ptr, ROTARY_HALF, True)
-        hi = _rotated(head_ptr, offs_half + HALF, mask_h & mask_hi, cos_row_ptr, sin_row_ptr, ROTARY_HALF, True)
+        lo = _rotated(head_ptr, offs_half, mask_h & mask_lo, cos_row_ptr, sin_row_ptr, ROTARY_HALF, True, stride_part, NUM_PARTS, dtype)
+        hi = _rotated(head_ptr, offs_half + HALF, mask_h & mask_hi, cos_row_ptr, sin_row_ptr, ROTARY_HALF, True, stride_part, NUM_PARTS, dtype)
         data_ptr = k_data_ptr
         scale_ptr = k_scale_ptr
         zero_ptr = k_zero_ptr
@@ -162,14 +168,14 @@ def _rotary_store_quantized_kv_kernel(
         heads = (kv_block - NUM_KV_BLOCKS) * BLOCK_H + offs_h
         mask_h = heads < NUM_KV_HEADS
         head_ptr = row_ptr + (NUM_HEADS + NUM_KV_HEADS + heads) * HEAD_DIM
-        lo = _rotated(head_ptr, offs_half, mask_h & mask_lo, cos_row_ptr, sin_row_ptr, ROTARY_HALF, False)
-        hi = _rotated(head_ptr, offs_half + HALF, mask_h & mask_hi, cos_row_ptr, sin_row_ptr, ROTARY_HALF, False)
+        lo = _rotated(head_ptr, offs_half, mask_h & mask_lo, cos_row_ptr, sin_row_ptr, ROTARY_HALF, False, stride_part, NUM_PARTS, dtype)
+        hi = _rotated(head_ptr, offs_half + HALF, mask_h & mask_hi, cos_row_ptr, sin_row_ptr, ROTARY_HALF, False, stride_part, NUM_PARTS, dtype)
         data_ptr = v_data_ptr
         scale_ptr = v_scale_ptr
         zero_ptr = v_zero_ptr
         params = block * stride_v_params_block + heads * stride_v_params_head + offset * stride_v_params_token
-    lo = lo.to(qkv_ptr.dtype.element_ty).to(tl.float32)
-    hi = hi.to(qkv_ptr.dtype.element_ty).to(tl.float32)
+    lo = lo.to(dtype).to(tl.float32)
+    hi = hi.to(dtype).to(tl.float32)
 
     mask_k = mask_h & (heads * 0 + kv_block < NUM_KV_BLOCKS)
     if HAS_OFFSET:
@@ -227,7 +233,7 @@ def _rotary_store_quantized_kv_kernel(
 
 
 def rotary_store_quantized_kv(
-    qkv: torch.Tensor,
+    qkv: Unadded,
     cos: torch.Tensor,
     sin: torch.Tensor,
     q_scale: torch.Tensor | None,
@@ -239,7 +245,8 @@ def rotary_store_quantized_kv(
 ) -> torch.Tensor:
     """Launch on the current device and stream. k_cache and v_cache are modified at the slots.
 
-    qkv: [num_tokens, (num_heads + 2 num_kv_heads) * head_dim], fp16|bf16|fp32, rows of any stride, contiguous inside a row
+    qkv: [num_tokens, (num_heads + 2 num_kv_heads) * head_dim], fp16|bf16|fp32, rows of any stride, contiguous inside a row; or
+        SplitSums of that
     cos, sin: [num_tokens, rotary_dim / 2], fp32, contiguous inside a row      q_scale: [num_tokens], fp32, contiguous, or None
     k_cache, v_cache: pages of one class, data of the same strides; QuantizedPages hold params of qkv's dtype, values' in one part
     slot_mapping: [num_tokens], int64, contiguous: block * block_size + offset; -1 stores nothing. Two tokens never share a slot
@@ -247,7 +254,8 @@ def rotary_store_quantized_kv(
     Returns q': [num_tokens, num_heads, head_dim], new, contiguous, in qkv's dtype. num_tokens may be 0.
     Raises ConfigError when head_dim > 256 or rotary_dim is odd or larger than head_dim.
     """
-    num_tokens = qkv.shape[0]
+    num_tokens, dtype = qkv.shape[0], qkv.dtype
+    x, num_parts = parts_of(qkv)
     block_size, width = k_cache.data.shape[2:]
     static = isinstance(k_cache, StaticInt8Pages)
     bits = k_cache.bits if isinstance(k_cache, QuantizedPages) else 8
@@ -255,8 +263,8 @@ def rotary_store_quantized_kv(
     config = rotary_config(num_heads, num_kv_heads, head_dim, 2 * cos.shape[1])
     assert qkv.shape[1] == (num_heads + 2 * num_kv_heads) * head_dim, f"qkv has {qkv.shape[1]} columns"
     assert k_cache.data.stride() == v_cache.data.stride(), "keys and values are stored alike"
-    assert 1 == qkv.stride(1) == k_cache.data.stride(3) == slot_mapping.stride(0)
-    q = torch.empty((num_tokens, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
+    assert 1 == x.stride(-1) == k_cache.data.stride(3) == slot_mapping.stride(0)
+    q = torch.empty((num_tokens, num_heads, head_dim), dtype=dtype, device=x.device)
     if num_tokens == 0:
         return q
     offset = None
@@ -275,7 +283,7 @@ def rotary_store_quantized_kv(
     launch(
         _rotary_store_quantized_kv_kernel,
         (num_tokens, ceil_div(num_heads, config.block_h) + 2 * ceil_div(num_kv_heads, config.block_h)),
-        qkv,
+        x,
         cos,
         sin,
         q_scale,
@@ -285,11 +293,12 @@ def rotary_store_quantized_kv(
         v_cache.data,
         *parts,
         offset,
-        qkv.stride(0),
+        x.stride(-2),
         cos.stride(0),
         sin.stride(0),
         *k_cache.data.stride()[:3],
         *param_strides,
+        NUM_PARTS=num_parts,
         NUM_HEADS=num_heads,
         NUM_KV_HEADS=num_kv_heads,
         HEAD_DIM=head_dim,
@@ -304,6 +313,6 @@ def rotary_store_quantized_kv(
         BLOCK_H=config.block_h,
         BLOCK_HALF=next_power_of_2((head_dim + 1) // 2),
         num_warps=config.num_warps,
-        **launch_options(has_pdl(qkv.device)),
+        **launch_options(has_pdl(x.device)),
     )
     return q

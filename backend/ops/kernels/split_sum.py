@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["is_last_of", "sum_of_splits", "workspace"]
+__all__ = ["is_last_of", "load_sum", "sum_of_splits", "workspace"]
 
 WORKSPACE_ELEMENTS = 9 << 20  # fp32: 36 MiB
 NUM_COUNTERS = 4096
@@ -21,6 +21,15 @@ def workspace(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """(fp32 parts [WORKSPACE_ELEMENTS], int32 counters [NUM_COUNTERS], zero between launches)."""
     parts = torch.zeros(WORKSPACE_ELEMENTS, dtype=torch.float32, device=device)
     return parts, torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device)
+
+
+@triton.jit
+def load_sum(ptrs, mask, stride_part, NUM_PARTS: tl.constexpr, dtype: tl.constexpr):
+    """What an operand that may be SplitSums has there, rounded to the dtype: NUM_PARTS parts added up in their order."""
+    x = tl.load(ptrs, mask=mask, other=0.0)
+    for part in tl.static_range(1, NUM_PARTS):
+        x += tl.load(ptrs + part * stride_part, mask=mask, other=0.0)
+    return x.to(dtype)
 
 
 @triton.jit

@@ -193,14 +193,15 @@ def rms_norm_config(hidden: int) -> RmsNormConfig:
 
 
 def rotary_config(num_heads: int, num_kv_heads: int, head_dim: int, rotary_dim: int) -> RotaryConfig:
-    """All kv heads of a token in one program where 4096 elements allow it; q heads in several programs of that size."""
+    """All kv heads of a token in one program where 4096 elements allow it; q heads in several programs of that size, of 16 heads at
+    least: 8,192 tokens of the 8B take 55.6 us by 16, 57.5 by 32 and 62.2 by 8 (H200: docs/perf-log.md)."""
     if not 2 <= rotary_dim <= head_dim <= MAX_HEAD_DIM or rotary_dim % 2:
         raise ConfigError(
             f"rotary_dim {rotary_dim} with head_dim {head_dim}: need an even rotary_dim <= head_dim <= {MAX_HEAD_DIM}; "
             "run on the reference ops"
         )
     heads_that_fit = 4096 // next_power_of_2(head_dim)
-    block_h = clamp(next_power_of_2(num_kv_heads), min(4, next_power_of_2(num_heads)), heads_that_fit)
+    block_h = min(max(next_power_of_2(num_kv_heads), min(16, next_power_of_2(num_heads))), heads_that_fit)
     rest = head_dim - rotary_dim
     num_warps = clamp(block_h * next_power_of_2(head_dim) // 512, 1, 8)
     return RotaryConfig(block_h, next_power_of_2(rotary_dim // 2), next_power_of_2(rest) if rest else 0, num_warps)
@@ -242,10 +243,13 @@ def narrow_linear_config(
             return NarrowLinearConfig(block_m, 128, block_k, 1, num_warps=8, num_stages=num_stages)
         block_k, num_stages = (128, 4) if block_m < 64 else (64, 6)
         return NarrowLinearConfig(block_m, 64, block_k, 1, num_warps=4, num_stages=num_stages)
+    if block_m >= 64 and n > MANY_OUTPUTS:
+        return NarrowLinearConfig(block_m, 128, 64, 1, num_warps=8, num_stages=6)
     tiles = ceil_div(n, 64) * ceil_div(num_rows, block_m)
     places = (1 if block_m >= 64 else 2) * num_sms
     num_splits = clamp(next_power_of_2(places // tiles + 1) // 2, 1, 4)
-    return NarrowLinearConfig(block_m, 64, 128, num_splits, num_warps=4, num_stages=4)
+    block_k, num_stages = (64, 8) if block_m >= 64 else (128, 3 if n > k else 4)
+    return NarrowLinearConfig(block_m, 64, block_k, num_splits, num_warps=4, num_stages=num_stages)
 
 
 def num_product_parts(num_rows: int, n: int, k: int) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..operands import AttentionBatch, KvPages, LinearWeight, NormWeight, Projected, QkvWeights, QuantizedRows
+from ..operands import AttentionBatch, KvPages, LinearWeight, NormWeight, Projected, QkvWeights, QuantizedRows, Unadded
 from .kv_pages import page_shape, rotary_store_quantized_kv
 from .linear import linear
 from .primitives import rms_norm, rotary_store_kv, silu_and_mul
@@ -27,6 +27,7 @@ __all__ = [
 RmsNorm = Callable[[Projected, torch.Tensor, float, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
 Linear = Callable[[torch.Tensor, LinearWeight], torch.Tensor]
 NormLinear = Callable[[Projected, torch.Tensor | None, NormWeight, LinearWeight], tuple[torch.Tensor, torch.Tensor]]
+UnaddedNormLinear = Callable[[Projected, torch.Tensor | None, NormWeight, LinearWeight], tuple[Unadded, torch.Tensor]]
 RotaryStoreKv = Callable[..., torch.Tensor]
 
 
@@ -50,7 +51,7 @@ def norm_qkv_rotary_store(
     k_cache: KvPages,
     v_cache: KvPages,
     *,
-    norm_linear: NormLinear = norm_linear,
+    norm_linear: UnaddedNormLinear = norm_linear,
     rms_norm: RmsNorm = rms_norm,
     rotary_store_kv: RotaryStoreKv = rotary_store_kv,
     rotary_store_quantized_kv: RotaryStoreKv = rotary_store_quantized_kv,
@@ -59,6 +60,7 @@ def norm_qkv_rotary_store(
     _, num_kv_heads, _, head_dim = page_shape(k_cache)
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
     if weights.q_norm is not None and weights.k_norm is not None:
+        assert isinstance(qkv, torch.Tensor), "only rotary adds up"
         heads = qkv.view(qkv.shape[0], -1, head_dim)
         for gain, part in (
             (weights.q_norm, heads[:, :num_heads]),

@@ -16,6 +16,7 @@ from tests.backend.runner.launch_keys import _argument_key
 
 from turbotriton.backend.ops import triton_column
 from turbotriton.backend.ops.kernels import hopper_gate_up as module
+from turbotriton.backend.ops.kernels import hopper_tuning
 from turbotriton.backend.ops.kernels.hopper_gate_up import gate_up
 from turbotriton.backend.ops.operands import DenseWeight, NormWeight
 
@@ -179,7 +180,7 @@ def test_neither_rows_nor_the_layer_choose_another_compiled_kernel(monkeypatch):
 )
 def test_what_it_does_not_take_is_a_product_and_silu(x_shape, columns, dtype, is_hopper, is_taken, monkeypatch):
     monkeypatch.setattr(module, "is_hopper", lambda device: is_hopper)
-    monkeypatch.setattr(triton_column, "MIN_HOPPER_GATE_UP_ROWS", 512)
+    monkeypatch.setattr(hopper_tuning, "MIN_HOPPER_GATE_UP_ROWS", 512)
     asked = []
     monkeypatch.setattr(module, "gate_up", lambda x, weight, bias: asked.append("gate_up") or x)
     monkeypatch.setattr(triton_column, "rms_norm", lambda x, weight, eps, residual: (x, residual))

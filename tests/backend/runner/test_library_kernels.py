@@ -11,9 +11,9 @@ from tests.backend.runner.test_weights import HF
 from tests.backend.workspace import write_workspace
 from tests.checkpoints import make_tensors
 
+from turbotriton.backend.ops import triton_column
 from turbotriton.backend.ops.kernels import hopper_gate_up
 from turbotriton.backend.ops.operands import Added, DenseWeight
-from turbotriton.backend.ops.triton_column import is_hopper_gate_up
 from turbotriton.backend.runner import library_kernels
 from turbotriton.backend.runner.library_kernels import load_library_kernels, product_rows
 from turbotriton.backend.runner.model_runner import ModelRunner
@@ -58,19 +58,25 @@ def test_every_linear_layer_meets_every_number_of_rows(folder, monkeypatch):
     assert met.pop("head") == [7, 6, 5, 4, 3, 2, 1]
     assert all(rows == product_rows(100)[::-1] for rows in met.values())
     met = {name: [] for name in (*met, "head")}
-    monkeypatch.setattr(library_kernels, "_is_by_library", lambda x, gate_up: gate_up is layer.gate_up and x.shape[0] < 50)
+    monkeypatch.setattr(library_kernels, "_is_by_library", lambda weight, x, gated=False: (x.shape[0] < 50) == gated)
     load_library_kernels(decoder, torch.device("cpu"), torch.float32, max_tokens=100, max_sampled=7)
-    assert met["gate_up"] == [rows for rows in product_rows(100)[::-1] if rows < 50]  # a kernel of ours has the others
-    assert met["qkv"] == met["output"] == met["down"] == product_rows(100)[::-1]
+    assert met["gate_up"] == [rows for rows in product_rows(100)[::-1] if rows < 50]  # kernels of ours have the others
+    assert met["qkv"] == [rows for rows in product_rows(100)[::-1] if rows >= 50]
+    assert met["output"] == met["down"] == product_rows(100)[::-1]
 
 
-def test_gate_and_up_are_no_librarys_from_so_many_rows_on(monkeypatch):
+def test_which_layers_after_a_norm_are_the_librarys(monkeypatch):
     monkeypatch.setattr(hopper_gate_up, "is_hopper", lambda device: True)
+    monkeypatch.setattr(triton_column, "shared_memory_bytes", lambda device: 227 << 10)
     weight = DenseWeight(torch.zeros(1024, 512, dtype=torch.bfloat16).t())
-    few, enough = (torch.zeros(rows, 512, dtype=torch.bfloat16) for rows in (255, 256))
-    assert is_hopper_gate_up(weight, enough)
-    assert not is_hopper_gate_up(weight, few)
-    assert not is_hopper_gate_up(DenseWeight(weight.weight.contiguous()), enough)
+
+    def rows_by_library(weight, *, gated):
+        found = (torch.zeros(rows, 512, dtype=torch.bfloat16) for rows in (48, 49, 128, 129, 255, 256, 300, 353))
+        return [x.shape[0] for x in found if triton_column.is_by_library(weight, x, gated=gated)]
+
+    assert rows_by_library(weight, gated=True) == [129, 255, 300]
+    assert rows_by_library(weight, gated=False) == [49, 128, 129, 255, 256, 300, 353]
+    assert len(rows_by_library(DenseWeight(weight.weight.contiguous()), gated=True)) == 8
 
 
 @pytest.mark.parametrize(("max_tokens", "max_sampled"), [(20, 3), (4, 64), (300, 300)])
