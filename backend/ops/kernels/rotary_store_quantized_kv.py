@@ -20,7 +20,7 @@ from turbotriton.backend.ops.operands import QuantizedPages, StaticInt8Pages, Un
 from .fast_launch import launch
 from .launch import has_pdl, launch_options, wait_for_previous
 from .split_sum import load_sum
-from .tuning import ceil_div, next_power_of_2, rotary_config
+from .tuning import QUANTIZED_ROTARY_LEAST_HEADS, ceil_div, next_power_of_2, rotary_config
 
 __all__ = ["rotary_store_quantized_kv"]
 
@@ -260,7 +260,7 @@ def rotary_store_quantized_kv(
     static = isinstance(k_cache, StaticInt8Pages)
     bits = k_cache.bits if isinstance(k_cache, QuantizedPages) else 8
     head_dim = width * 8 // bits
-    config = rotary_config(num_heads, num_kv_heads, head_dim, 2 * cos.shape[1])
+    config = rotary_config(num_heads, num_kv_heads, head_dim, 2 * cos.shape[1], least_heads=QUANTIZED_ROTARY_LEAST_HEADS)
     assert qkv.shape[1] == (num_heads + 2 * num_kv_heads) * head_dim, f"qkv has {qkv.shape[1]} columns"
     assert k_cache.data.stride() == v_cache.data.stride(), "keys and values are stored alike"
     assert 1 == x.stride(-1) == k_cache.data.stride(3) == slot_mapping.stride(0)

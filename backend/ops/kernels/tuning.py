@@ -157,6 +157,9 @@ MANY_OUTPUTS = 65536
 #: Dense layers of at most so many rows that nothing else takes, and whose norm adds up parts, are products of parts of the inputs.
 MAX_SPLIT_PRODUCT_ROWS = 256
 MAX_QUANTIZED_ROW = 65536
+#: Heads of a rotary program: 8,192 tokens of the 8B take 55.6 us by 16, 57.5 by 32 and 62.2 by 8, over 8 bit pages 109 by 16 and 69 by 8,
+#: whose programs have more to do for a head (H200: docs/perf-log.md).
+ROTARY_LEAST_HEADS, QUANTIZED_ROTARY_LEAST_HEADS = 16, 4
 #: e4m3 with at most so many rows has our kernel, beyond them cuBLAS's: a layer of 64 rows takes 88 us against 103, of 256 rows 155 against
 #: 121 (H200: docs/perf-log.md).
 MAX_OWN_FP8_ROWS = 64
@@ -192,16 +195,18 @@ def rms_norm_config(hidden: int) -> RmsNormConfig:
     return RmsNormConfig(block_m, block_n, num_warps=clamp(block_m * block_n // 512, 1, 16))
 
 
-def rotary_config(num_heads: int, num_kv_heads: int, head_dim: int, rotary_dim: int) -> RotaryConfig:
-    """All kv heads of a token in one program where 4096 elements allow it; q heads in several programs of that size, of 16 heads at
-    least: 8,192 tokens of the 8B take 55.6 us by 16, 57.5 by 32 and 62.2 by 8 (H200: docs/perf-log.md)."""
+def rotary_config(
+    num_heads: int, num_kv_heads: int, head_dim: int, rotary_dim: int, *, least_heads: int = ROTARY_LEAST_HEADS
+) -> RotaryConfig:
+    """All kv heads of a token in one program where 4096 elements allow it; q heads in several programs of that size, at least
+    `least_heads` of them in each."""
     if not 2 <= rotary_dim <= head_dim <= MAX_HEAD_DIM or rotary_dim % 2:
         raise ConfigError(
             f"rotary_dim {rotary_dim} with head_dim {head_dim}: need an even rotary_dim <= head_dim <= {MAX_HEAD_DIM}; "
             "run on the reference ops"
         )
     heads_that_fit = 4096 // next_power_of_2(head_dim)
-    block_h = min(max(next_power_of_2(num_kv_heads), min(16, next_power_of_2(num_heads))), heads_that_fit)
+    block_h = min(max(next_power_of_2(num_kv_heads), min(least_heads, next_power_of_2(num_heads))), heads_that_fit)
     rest = head_dim - rotary_dim
     num_warps = clamp(block_h * next_power_of_2(head_dim) // 512, 1, 8)
     return RotaryConfig(block_h, next_power_of_2(rotary_dim // 2), next_power_of_2(rest) if rest else 0, num_warps)
