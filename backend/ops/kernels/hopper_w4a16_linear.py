@@ -49,6 +49,7 @@ _SIGMOID = gl.constexpr(
 _ROUND_BF16 = gl.constexpr(
     "{ .reg .b32 both; cvt.rn.bf16x2.f32 both, $3, $2; shl.b32 $0, both, 16; and.b32 $1, both, 0xFFFF0000; }"
 )
+WARPS = gl.constexpr(8)  # that compute, in two groups
 FETCH_REGISTERS = gl.constexpr(40)  # a thread; what is left of 3 x 128 threads of 168 goes to the groups that compute
 ROWS = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)  # of x
 WORDS = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
@@ -203,7 +204,6 @@ def _compute(
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_M - HIGH, 16])
     CHUNK: gl.constexpr = 32 if BLOCK_M > 128 else 16
     CHUNK_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, CHUNK, 16])
-    PART: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 32, 1], [1, 8, 1], [2, 1, 0])
     NUM_CHUNKS: gl.constexpr = BLOCK_M // CHUNK
     num_row_blocks, num_turns, _share, begin, end = work
     _x_tiles, _high_tiles, _words_tiles, _params_tiles, _full, free = rings
@@ -239,7 +239,7 @@ def _compute(
                 _store(chunk, bias_ptr, y_ptr, begin_n, begin_m + index * CHUNK, num_rows, N, HAS_BIAS, GATED, S)
         else:
             slot = 2 * program + (first == 0).to(gl.int32)
-            seen = leave_part(acc, high, parts_ptr, counters_ptr + tile, slot, S, BLOCK_M, CHUNK, PART)
+            seen = leave_part(acc, high, parts_ptr, counters_ptr + tile, slot, S, BLOCK_M, CHUNK, WARPS)
             seen_first = gl.where(tile == first_tile, seen, seen_first)
     for tile in range(first_tile, end_tile, gl.maximum(end_tile - 1 - first_tile, 1)):
         if (begin > tile * num_turns) | (end < (tile + 1) * num_turns):
@@ -250,7 +250,7 @@ def _compute(
             for index in range(NUM_CHUNKS):
                 if chunks >> index & 1 != 0:
                     sums = sum_of_parts(
-                        parts_ptr, index, first_slot, sharer, num_parts, gl.float32, S, BLOCK_M, CHUNK, CHUNK_LAYOUT, PART
+                        parts_ptr, index, first_slot, sharer, num_parts, gl.float32, S, BLOCK_M, CHUNK, CHUNK_LAYOUT, WARPS
                     )
                     _store(sums, bias_ptr, y_ptr, begin_n, begin_m + index * CHUNK, num_rows, N, HAS_BIAS, GATED, S)
 
@@ -347,7 +347,7 @@ def linear(x: torch.Tensor, weight: W4A16Tiles, config: HopperTiles) -> torch.Te
         S=strips,
         NUM_STAGES=config.num_stages,
         PATIENCE=PATIENCE,
-        num_warps=8,
+        num_warps=WARPS.value,
         **launch_options(has_pdl(x.device)),
     )
     return y
