@@ -147,10 +147,13 @@ def empty_operands(num_rows, k, n, dtype, *, bias=False):
 
 
 @pytest.mark.parametrize("num_sms", [78, 114, 132])
-@pytest.mark.parametrize("num_rows", [129, 160, 161, 193, 256, 257, 512])
-def test_tiles_fit_what_there_is(num_rows, num_sms):
+@pytest.mark.parametrize(
+    ("num_rows", "block_m"),
+    [(129, 160), (160, 160), (161, 192), (193, 256), (256, 256), (257, 160), (321, 192), (385, 256), (512, 256)],
+)
+def test_tiles_fit_what_there_is(num_rows, block_m, num_sms):
     config = hopper_w8a8_config(num_rows, num_sms)
-    assert config.block_m <= 256, "more than 128 registers of sums"
+    assert config.block_m == block_m
     assert 3 <= config.x_stages <= config.weight_stages
     ring_bytes = 128 * (config.x_stages * config.block_m + config.weight_stages * HOPPER_INT8_BLOCK_N)
     assert ring_bytes <= SHARED_LIMIT_BYTES[90] - (11 << 10)
@@ -194,6 +197,7 @@ GPU_SHAPES = [
     Shape(150, 4096, 4096),
     Shape(176, 4096, 4096, bias=True),
     Shape(512, 1024, 1152),
+    Shape(321, 1024, 1152),
     Shape(256, 256, 28672),  # more tiles than multiprocessors: whole ones first
     Shape(300, 384, 27648 - 64, bias=True),
 ]
