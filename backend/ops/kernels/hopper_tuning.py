@@ -6,6 +6,7 @@ from .tuning import MAX_PARTS, MIN_DOT_ROWS, ceil_div, clamp, next_power_of_2
 
 __all__ = [
     "HopperGateUpConfig",
+    "HopperInt8Tiles",
     "HopperRowConfig",
     "HopperTiles",
     "hopper_gate_up_config",
@@ -33,9 +34,14 @@ MIN_HOPPER_GATE_UP_ROWS, HOPPER_GATE_UP_GAP = 256, range(257, 353)
 #: So many rows of 4 bit weights and more are `hopper_w4a16_linear`'s on sm_90: a layer of 256 takes 194 us where the plain kernel has 239
 #: (8B, H200: docs/perf-log.md).
 MIN_HOPPER_W4A16_ROWS = 33
-#: Rows of int8 that are `hopper_w8a8_linear`'s on sm_90: a layer of 160, 256 and 512 takes 112, 147 and 261 us where the plain kernel has
-#: 178, 168 and 282, of 128 rows 120 where that has 108 (8B, H200: docs/perf-log.md).
+#: Rows of int8 that are `hopper_w8a8_linear`'s on sm_90: with tiles of 128 outputs a layer of 160, 256 and 512 took 112, 147 and 261 us
+#: where the plain kernel has 178, 168 and 282, of 128 rows 120 where that has 108 (8B, H200: docs/perf-log.md). Tiles of 192 outputs, which
+#: it has now, are not timed yet.
 MIN_HOPPER_W8A8_ROWS, MAX_HOPPER_W8A8_ROWS = 129, 512
+HOPPER_INT8_BLOCK_N = 192  # outputs of its tiles
+
+#: What the rings of `hopper_w8a8_linear` may take: 11 KiB stay for its barriers and the layouts of what it stores.
+HOPPER_INT8_RING_BYTES = 216 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +57,18 @@ class HopperRowConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class HopperInt8Tiles:
+    """Of HOPPER_INT8_BLOCK_N outputs."""
+
+    block_m: int  # rows of x a program, padded: 160, 192 or 256
+    x_stages: int  # steps of 128 inputs that x has room for
+    weight_stages: int  # and W, at least as many
+    num_programs: int  # at most
+
+
+@dataclass(frozen=True, slots=True)
 class HopperTiles:
-    """Of the kernels that share their tiles (hopper_shares.py)."""
+    """Of 4 bit weights, whose programs share their tiles (hopper_shares.py)."""
 
     block_m: int  # rows of x a program, padded: a power of two, 160 or 192
     strips: int  # of 16 outputs a warp, of eight
@@ -140,18 +156,24 @@ def hopper_w4a16_tiles(block_m: int, strips: int, num_sms: int) -> HopperTiles:
 
 
 def takes_hopper_w8a8(num_rows: int, n: int, k: int, *, is_hopper: bool) -> bool:
-    """What `hopper_w8a8_linear` is written for: whole tiles of 128 outputs and steps of 128 inputs."""
-    return is_hopper and MIN_HOPPER_W8A8_ROWS <= num_rows <= MAX_HOPPER_W8A8_ROWS and n % 128 == 0 and k % 128 == 0
+    """What `hopper_w8a8_linear` is written for: groups of 64 outputs and steps of 128 inputs."""
+    return is_hopper and MIN_HOPPER_W8A8_ROWS <= num_rows <= MAX_HOPPER_W8A8_ROWS and n % 64 == 0 and k % 128 == 0
 
 
-def hopper_w8a8_config(num_rows: int, num_sms: int) -> HopperTiles:
-    """Tiles of 128 outputs; num_rows: more than 128, as `takes_hopper_w8a8` has it."""
-    return hopper_w8a8_tiles(_rows_of_hopper_tile(num_rows), num_sms)
+def hopper_w8a8_config(num_rows: int, num_sms: int) -> HopperInt8Tiles:
+    """num_rows: more than 128, as `takes_hopper_w8a8` has it. As few row blocks as can be, since each reads W, and no more rows in them than
+    must be."""
+    return hopper_w8a8_tiles(_rows_of_hopper_tile(ceil_div(num_rows, ceil_div(num_rows, 256))), num_sms)
 
 
-def hopper_w8a8_tiles(block_m: int, num_sms: int) -> HopperTiles:
-    """The most stages and programs for such tiles: a step of 128 inputs takes 128 bytes of each row and output."""
-    return _hopper_tiles(block_m, 1, 128 * (block_m + 128), num_sms)
+def hopper_w8a8_tiles(block_m: int, num_sms: int) -> HopperInt8Tiles:
+    """The most stages and programs for such tiles: a step takes 128 bytes of each row and output. What equal numbers of stages leave goes
+    to W, which comes from memory where x comes from the L2 cache."""
+    x_bytes, weight_bytes = 128 * block_m, 128 * HOPPER_INT8_BLOCK_N
+    x_stages = HOPPER_INT8_RING_BYTES // (x_bytes + weight_bytes)
+    weight_stages = (HOPPER_INT8_RING_BYTES - x_stages * x_bytes) // weight_bytes
+    most_programs = MAX_PARTS // (2 * HOPPER_INT8_BLOCK_N * block_m)
+    return HopperInt8Tiles(block_m, x_stages, weight_stages, min(num_sms, most_programs))
 
 
 def _rows_of_hopper_tile(num_rows: int) -> int:
