@@ -161,8 +161,8 @@ def takes_hopper_w8a8(num_rows: int, n: int, k: int, *, is_hopper: bool) -> bool
 
 
 def hopper_w8a8_config(num_rows: int, num_sms: int) -> HopperInt8Tiles:
-    """num_rows: more than 128, as `takes_hopper_w8a8` has it. As few row blocks as can be, since each reads W, and no more rows in them than
-    must be."""
+    """num_rows: more than 128, as `takes_hopper_w8a8` has it. As few row blocks as can be, since each reads W, and no more rows in them
+    than must be."""
     return hopper_w8a8_tiles(_rows_of_hopper_tile(ceil_div(num_rows, ceil_div(num_rows, 256))), num_sms)
 
 

@@ -220,7 +220,6 @@ def _compute(
     CHUNK_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, CHUNK, 16])
     NUM_CHUNKS: gl.constexpr = BLOCK_M // CHUNK
     num_row_blocks, num_turns, _share, begin, end = work
-    _x_tiles, _high_tiles, _words_tiles, _params_tiles, _full, free = rings
     program = gl.program_id(0)
     parts_ptr += GROUP * OUT * BLOCK_M * 2 * gl.num_programs(0)
     counters_ptr += GROUP * num_row_blocks * (N // (NUM_GROUPS * OUT))

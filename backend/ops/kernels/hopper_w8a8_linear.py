@@ -8,13 +8,13 @@ three groups of four warps that only multiply, each 64 outputs of a tile of 192 
     group 1    y^T[ 64 .. 127, BLOCK_M] += W[ 64 .. 127, 128] x^T[128, BLOCK_M]
     group 2    y^T[128 .. 191, BLOCK_M] += W[128 .. 191, 128] x^T[128, BLOCK_M]
 
-What passes through the L2 cache bounds such a product: W once for all rows up to 256, and x once for every 192 outputs. More outputs are not
-to be had: a thread has 160 registers, and its sums take 128. They are two products, LOW rows and the others, since triton knows no int8
-product of 256 rows.
+What passes through the L2 cache bounds such a product: W once for all rows up to 256, and x once for every 192 outputs. More outputs are
+not to be had: a thread has 160 registers, and its sums take 128. They are two products, LOW rows and the others, since triton knows no
+int8 product of 256 rows.
 
-Step number n of a program, over all its tiles, has x in stage n % X_STAGES and W in stage n % W_STAGES. `full`, one barrier a stage of W, is
-completed by the bytes of both. At `free`, one a stage of x, the groups arrive when their products of the step have ended, which they wait
-for at once: three groups keep the matrix unit busy by turns, and the next bytes are asked for as early as can be.
+Step number n of a program, over all its tiles, has x in stage n % X_STAGES and W in stage n % W_STAGES. `full`, one barrier a stage of W,
+is completed by the bytes of both. At `free`, one a stage of x, the groups arrive when their products of the step have ended, which they
+wait for at once: three groups keep the matrix unit busy by turns, and the next bytes are asked for as early as can be.
 
 A program first takes whole tiles, as many as all programs can have; those that remain are shared as hopper_shares.py says, each group with
 parts and counters of its own. Outputs past the last are zeros in a tile that is fetched; a group that has only such stores nothing.

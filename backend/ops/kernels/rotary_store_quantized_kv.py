@@ -137,8 +137,21 @@ def _rotary_store_quantized_kv_kernel(
         heads = head_block * BLOCK_H + offs_h
         mask_h = heads < NUM_HEADS
         head_ptr = row_ptr + heads * HEAD_DIM
-        lo = _rotated(head_ptr, offs_half, mask_h & mask_lo, cos_row_ptr, sin_row_ptr, ROTARY_HALF, True, stride_part, NUM_PARTS, dtype)
-        hi = _rotated(head_ptr, offs_half + HALF, mask_h & mask_hi, cos_row_ptr, sin_row_ptr, ROTARY_HALF, True, stride_part, NUM_PARTS, dtype)
+        lo = _rotated(
+            head_ptr, offs_half, mask_h & mask_lo, cos_row_ptr, sin_row_ptr, ROTARY_HALF, True, stride_part, NUM_PARTS, dtype
+        )
+        hi = _rotated(
+            head_ptr,
+            offs_half + HALF,
+            mask_h & mask_hi,
+            cos_row_ptr,
+            sin_row_ptr,
+            ROTARY_HALF,
+            True,
+            stride_part,
+            NUM_PARTS,
+            dtype,
+        )
         if HAS_Q_SCALE:
             factor = tl.load(q_scale_ptr + token)
             lo *= factor
@@ -158,8 +171,21 @@ def _rotary_store_quantized_kv_kernel(
         heads = kv_block * BLOCK_H + offs_h
         mask_h = heads < NUM_KV_HEADS
         head_ptr = row_ptr + (NUM_HEADS + heads) * HEAD_DIM
-        lo = _rotated(head_ptr, offs_half, mask_h & mask_lo, cos_row_ptr, sin_row_ptr, ROTARY_HALF, True, stride_part, NUM_PARTS, dtype)
-        hi = _rotated(head_ptr, offs_half + HALF, mask_h & mask_hi, cos_row_ptr, sin_row_ptr, ROTARY_HALF, True, stride_part, NUM_PARTS, dtype)
+        lo = _rotated(
+            head_ptr, offs_half, mask_h & mask_lo, cos_row_ptr, sin_row_ptr, ROTARY_HALF, True, stride_part, NUM_PARTS, dtype
+        )
+        hi = _rotated(
+            head_ptr,
+            offs_half + HALF,
+            mask_h & mask_hi,
+            cos_row_ptr,
+            sin_row_ptr,
+            ROTARY_HALF,
+            True,
+            stride_part,
+            NUM_PARTS,
+            dtype,
+        )
         data_ptr = k_data_ptr
         scale_ptr = k_scale_ptr
         zero_ptr = k_zero_ptr
@@ -168,8 +194,21 @@ def _rotary_store_quantized_kv_kernel(
         heads = (kv_block - NUM_KV_BLOCKS) * BLOCK_H + offs_h
         mask_h = heads < NUM_KV_HEADS
         head_ptr = row_ptr + (NUM_HEADS + NUM_KV_HEADS + heads) * HEAD_DIM
-        lo = _rotated(head_ptr, offs_half, mask_h & mask_lo, cos_row_ptr, sin_row_ptr, ROTARY_HALF, False, stride_part, NUM_PARTS, dtype)
-        hi = _rotated(head_ptr, offs_half + HALF, mask_h & mask_hi, cos_row_ptr, sin_row_ptr, ROTARY_HALF, False, stride_part, NUM_PARTS, dtype)
+        lo = _rotated(
+            head_ptr, offs_half, mask_h & mask_lo, cos_row_ptr, sin_row_ptr, ROTARY_HALF, False, stride_part, NUM_PARTS, dtype
+        )
+        hi = _rotated(
+            head_ptr,
+            offs_half + HALF,
+            mask_h & mask_hi,
+            cos_row_ptr,
+            sin_row_ptr,
+            ROTARY_HALF,
+            False,
+            stride_part,
+            NUM_PARTS,
+            dtype,
+        )
         data_ptr = v_data_ptr
         scale_ptr = v_scale_ptr
         zero_ptr = v_zero_ptr

@@ -313,12 +313,11 @@ def w4a16_splits(tiles: int, places: int, k: int, block_k: int) -> int:
 
 
 def quantize_rows_config(n: int) -> QuantizeRowsConfig:
-    """A whole row a program: 16 elements a thread, of rows of more than 8192 up to 128. With 32 of a row of 4096 too few loads are under way:
-    `rms_norm_rows` takes twice the time of `rms_norm` then. 16 are not timed yet."""
+    """A whole row a program, at most 128 elements a thread. 8 to 64 elements a thread are equally fast (H200: docs/perf-log.md)."""
     if not 1 <= n <= MAX_QUANTIZED_ROW:
         raise ConfigError(f"{n} columns are outside [1, {MAX_QUANTIZED_ROW}], what the kernel of 8 bit rows takes")
     block_n = next_power_of_2(n)
-    return QuantizeRowsConfig(block_n, num_warps=clamp(block_n // 512, 1, 16))
+    return QuantizeRowsConfig(block_n, num_warps=clamp(block_n // 1024, 1, 16))
 
 
 def w8a8_linear_config(num_rows: int, n: int, k: int, num_sms: int, *, has_descriptors: bool) -> W8A8LinearConfig:
