@@ -229,8 +229,10 @@ def ops_for(device: torch.device, *, deterministic: bool = False) -> OpTable:
     if device.type != "cuda":
         return DETERMINISTIC_REFERENCE if deterministic else REFERENCE
     from .deterministic_column import DETERMINISTIC
+    from .kernels.compiled import name_kernels
     from .triton_column import TRITON
 
+    name_kernels()
     column = DETERMINISTIC if deterministic else TRITON
     logger.info("ops on the plain torch reference: %s", ", ".join(reference_ops(column)))
     return column

@@ -1,6 +1,7 @@
 """Launches that are only noted, and forked processes that compile what they want. Triton's driver is a stand-in; nothing is launched."""
 
 import os
+import subprocess
 import sys
 import types
 import warnings
@@ -139,3 +140,23 @@ def test_a_forked_process_that_dies_is_an_error(monkeypatch):
     with pytest.raises(ServerError, match=r"codes \[9, 9\]"):
         compile_all(variants, 2)
     assert sys.stdout is not None  # the parent goes on
+
+
+NAMES = """
+import sys, torch
+from triton.runtime.jit import JITCallable
+from turbotriton.backend.ops.table import ops_for
+ops_for(torch.device("cuda"))
+modules = [sys.modules[name] for name in sys.modules if name.startswith("turbotriton.backend.ops.kernels.")]
+kernels = [value for module in modules for value in vars(module).values() if isinstance(value, JITCallable)]
+print(len(kernels), [kernel.__name__ for kernel in kernels if kernel.hash is None])
+"""
+
+
+def test_all_kernels_have_their_keys_before_any_is_launched():
+    """In whichever order a process launches them then, triton 3.6 finds what another has compiled."""
+    environment = {"PYTHONPATH": os.pathsep.join(sys.path), "PATH": os.environ["PATH"]}
+    done = subprocess.run([sys.executable, "-c", NAMES], env=environment, capture_output=True, text=True, check=True)
+    number, unnamed = done.stdout.split(" ", 1)
+    assert int(number) > 100
+    assert unnamed == "[]\n"
