@@ -61,8 +61,7 @@ class HopperInt8Tiles:
     """Of HOPPER_INT8_BLOCK_N outputs."""
 
     block_m: int  # rows of x a program, padded: 160, 192 or 256
-    x_stages: int  # steps of 128 inputs that x has room for
-    weight_stages: int  # and W, at least as many
+    num_stages: int  # steps of 128 inputs that a program has room for
     num_programs: int  # at most
 
 
@@ -167,13 +166,9 @@ def hopper_w8a8_config(num_rows: int, num_sms: int) -> HopperInt8Tiles:
 
 
 def hopper_w8a8_tiles(block_m: int, num_sms: int) -> HopperInt8Tiles:
-    """The most stages and programs for such tiles: a step takes 128 bytes of each row and output. What equal numbers of stages leave goes
-    to W, which comes from memory where x comes from the L2 cache."""
-    x_bytes, weight_bytes = 128 * block_m, 128 * HOPPER_INT8_BLOCK_N
-    x_stages = HOPPER_INT8_RING_BYTES // (x_bytes + weight_bytes)
-    weight_stages = (HOPPER_INT8_RING_BYTES - x_stages * x_bytes) // weight_bytes
-    most_programs = MAX_PARTS // (2 * HOPPER_INT8_BLOCK_N * block_m)
-    return HopperInt8Tiles(block_m, x_stages, weight_stages, min(num_sms, most_programs))
+    """The most stages and programs for such tiles: a step takes 128 bytes of each row and output."""
+    num_stages = HOPPER_INT8_RING_BYTES // (128 * (block_m + HOPPER_INT8_BLOCK_N))
+    return HopperInt8Tiles(block_m, num_stages, min(num_sms, MAX_PARTS // (2 * HOPPER_INT8_BLOCK_N * block_m)))
 
 
 def _rows_of_hopper_tile(num_rows: int) -> int:

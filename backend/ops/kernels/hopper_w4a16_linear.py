@@ -72,33 +72,37 @@ def _fetch(
     x_desc, high_desc, words_desc, params_desc, work, rings,
     GROUP_SIZE: gl.constexpr, BLOCK_M: gl.constexpr, HIGH: gl.constexpr, S: gl.constexpr, NUM_STAGES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """The one warp that brings x, words and params. Weights of the first steps are asked for before the wait for the kernel before."""
+    """The one warp that brings x, words and params. Weights of the first tile that find room at once are asked for before the wait for the
+    kernel before. Nothing is divided in a step: that alone took as long as the groups have for it."""
     BLOCK_N: gl.constexpr = NUM_GROUPS * 16 * WARPS * S
     BYTES: gl.constexpr = BLOCK_M * 128 + BLOCK_N * (32 + 4)
     x_tiles, high_tiles, _words_tiles, _params_tiles, full, free = rings
     num_row_blocks, num_turns, _share, begin, end = work
-    first = 2 * begin
-    num_steps = 2 * (end - begin)
-    for number in range(gl.minimum(num_steps, NUM_STAGES)):
-        column = (first + number) // (2 * num_turns) // num_row_blocks * BLOCK_N
-        step = (first + number) % (2 * num_turns)
+    first_tile = begin // num_turns
+    end_tile = (end + num_turns - 1) // num_turns
+    first_step = 2 * (begin - first_tile * num_turns)
+    num_early = gl.minimum(2 * gl.minimum(end - first_tile * num_turns, num_turns) - first_step, NUM_STAGES)
+    for number in range(num_early):
         mbarrier.expect(full.index(number), BYTES)
-        _fetch_weights(words_desc, params_desc, column, step, number, rings, GROUP_SIZE, S)
+        column = first_tile // num_row_blocks * BLOCK_N
+        _fetch_weights(words_desc, params_desc, column, first_step + number, number, rings, GROUP_SIZE, S)
     if PDL:
         gdc_wait()
-    for number in range(num_steps):
-        stage = number % NUM_STAGES
-        tile = (first + number) // (2 * num_turns)
-        step = (first + number) % (2 * num_turns)
-        if number >= NUM_STAGES:
-            column = tile // num_row_blocks * BLOCK_N
-            mbarrier.wait(free.index(stage), (number // NUM_STAGES & 1) ^ 1)
-            mbarrier.expect(full.index(stage), BYTES)
-            _fetch_weights(words_desc, params_desc, column, step, stage, rings, GROUP_SIZE, S)
-        row = tile % num_row_blocks * BLOCK_M
-        load_tile(x_desc, [row, step * 64], full.index(stage), x_tiles.index(stage))
-        if HIGH:
-            load_tile(high_desc, [row + BLOCK_M - HIGH, step * 64], full.index(stage), high_tiles.index(stage))
+    number = 0
+    for tile in range(first_tile, end_tile):
+        column, row = tile // num_row_blocks * BLOCK_N, tile % num_row_blocks * BLOCK_M
+        first = gl.maximum(begin - tile * num_turns, 0)
+        last = gl.minimum(end - tile * num_turns, num_turns)
+        for step in range(2 * first, 2 * last):
+            stage = number % NUM_STAGES
+            if number >= num_early:
+                mbarrier.wait(free.index(stage), (number // NUM_STAGES & 1) ^ 1)  # the first round passes at once
+                mbarrier.expect(full.index(stage), BYTES)
+                _fetch_weights(words_desc, params_desc, column, step, stage, rings, GROUP_SIZE, S)
+            load_tile(x_desc, [row, step * 64], full.index(stage), x_tiles.index(stage))
+            if HIGH:
+                load_tile(high_desc, [row + BLOCK_M - HIGH, step * 64], full.index(stage), high_tiles.index(stage))
+            number += 1
 
 
 @gluon.jit

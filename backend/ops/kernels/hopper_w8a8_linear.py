@@ -1,8 +1,7 @@
 """y = x W + b over int8 weights and rows, as `w8a8_linear`, for Hopper and batches of decodes. In Gluon: a warp that only fetches, and
 three groups of four warps that only multiply, each 64 outputs of a tile of 192 by all of its rows, up to 256.
 
-    fetching   | x of step 0, 1, .. into a ring of X_STAGES      TMA; a step: 128 inputs; on into the next tile
-               | W of step 0, 1, .. into a ring of W_STAGES      further ahead, since W comes from farther away
+    fetching   | x, W of step 0 | of step 1 | ...            TMA into a ring of NUM_STAGES steps of 128 inputs, on into the next tile
 
     group 0    y^T[  0 ..  63, BLOCK_M] += W[  0 ..  63, 128] x^T[128, BLOCK_M]      int32; x of a step is fetched once for all three
     group 1    y^T[ 64 .. 127, BLOCK_M] += W[ 64 .. 127, 128] x^T[128, BLOCK_M]
@@ -12,9 +11,9 @@ What passes through the L2 cache bounds such a product: W once for all rows up t
 not to be had: a thread has 160 registers, and its sums take 128. They are two products, LOW rows and the others, since triton knows no
 int8 product of 256 rows.
 
-Step number n of a program, over all its tiles, has x in stage n % X_STAGES and W in stage n % W_STAGES. `full`, one barrier a stage of W,
-is completed by the bytes of both. At `free`, one a stage of x, the groups arrive when their products of the step have ended, which they
-wait for at once: three groups keep the matrix unit busy by turns, and the next bytes are asked for as early as can be.
+A stage has two barriers: `full`, which its bytes complete, and `free`, at which the groups arrive when their products of the step have
+ended, which they wait for at once: three groups keep the matrix unit busy by turns, and the next bytes are asked for as early as can be.
+Step number n of a program, over all its tiles, lies in stage n % NUM_STAGES.
 
 A program first takes whole tiles, as many as all programs can have; those that remain are shared as hopper_shares.py says, each group with
 parts and counters of its own. Outputs past the last are zeros in a tile that is fetched; a group that has only such stores nothing.
@@ -63,13 +62,9 @@ def _locate(number, work):
 
 
 @gluon.jit
-def _fetch_weight(weight_desc, number, work, rings, BLOCK_M: gl.constexpr, W_STAGES: gl.constexpr):
-    """W of step `number`. The bytes that complete its stage are those of x too."""
+def _fetch_weight(weight_desc, column, turn, stage, rings, BLOCK_M: gl.constexpr):
+    """W of a step, for each group its own. The bytes that complete its stage are those of x too."""
     _x_tiles, _high_tiles, weight_tiles, full, _free = rings
-    num_row_blocks, _num_turns, _num_whole, _share, _begin, _end = work
-    tile, turn = _locate(number, work)
-    column = tile // num_row_blocks * BLOCK_N
-    stage = number % W_STAGES
     mbarrier.expect(full.index(stage), (BLOCK_M + BLOCK_N) * 128)
     for group in gl.static_range(NUM_GROUPS):
         place = weight_tiles.index(stage * NUM_GROUPS + group)
@@ -77,44 +72,43 @@ def _fetch_weight(weight_desc, number, work, rings, BLOCK_M: gl.constexpr, W_STA
 
 
 @gluon.jit
-def _fetch(
-    x_desc, high_desc, weight_desc, work, rings,
-    BLOCK_M: gl.constexpr, X_STAGES: gl.constexpr, W_STAGES: gl.constexpr, PDL: gl.constexpr,
-):  # fmt: skip
-    """The one warp that brings x and W. W of the first steps is asked for before the wait for the kernel before."""
+def _fetch(x_desc, high_desc, weight_desc, work, rings, BLOCK_M: gl.constexpr, NUM_STAGES: gl.constexpr, PDL: gl.constexpr):
+    """The one warp that brings x and W. W of the first tile that finds room at once is asked for before the wait for the kernel before.
+    Nothing is divided in a step: that alone would take as long as the groups have for it."""
     x_tiles, high_tiles, _weight_tiles, full, free = rings
     num_row_blocks, num_turns, num_whole, _share, begin, end = work
     num_steps = num_whole * num_turns + end - begin
-    for number in range(gl.minimum(num_steps, W_STAGES)):
-        _fetch_weight(weight_desc, number, work, rings, BLOCK_M, W_STAGES)
+    tile, first = _locate(begin * 0, work)
+    num_early = gl.minimum(gl.minimum(num_steps, num_turns - first), NUM_STAGES)
+    for number in range(num_early):
+        _fetch_weight(weight_desc, tile // num_row_blocks * BLOCK_N, first + number, number, rings, BLOCK_M)
     if PDL:
         gdc_wait()
-    for number in range(num_steps):
-        stage = number % X_STAGES
-        if number >= X_STAGES:
-            mbarrier.wait(free.index(stage), (number // X_STAGES & 1) ^ 1)
-        tile, turn = _locate(number, work)
-        row = tile % num_row_blocks * BLOCK_M
-        ready = full.index(number % W_STAGES)
-        load_tile(x_desc, [row, turn * 128], ready, x_tiles.index(stage))
-        load_tile(high_desc, [row + LOW, turn * 128], ready, high_tiles.index(stage))
-        ahead = number - X_STAGES + W_STAGES  # its stage was that of the step whose end was waited for
-        if (number >= X_STAGES) & (ahead < num_steps):
-            _fetch_weight(weight_desc, ahead, work, rings, BLOCK_M, W_STAGES)
+    number = begin * 0
+    while number < num_steps:
+        tile, first = _locate(number, work)
+        column, row = tile // num_row_blocks * BLOCK_N, tile % num_row_blocks * BLOCK_M
+        for turn in range(first, gl.minimum(first + num_steps - number, num_turns)):
+            stage = number % NUM_STAGES
+            if number >= num_early:
+                mbarrier.wait(free.index(stage), (number // NUM_STAGES & 1) ^ 1)  # the first round passes at once
+                _fetch_weight(weight_desc, column, turn, stage, rings, BLOCK_M)
+            load_tile(x_desc, [row, turn * 128], full.index(stage), x_tiles.index(stage))
+            load_tile(high_desc, [row + LOW, turn * 128], full.index(stage), high_tiles.index(stage))
+            number += 1
 
 
 @gluon.jit
-def _step(acc, high, number, rings, GROUP: gl.constexpr, X_STAGES: gl.constexpr, W_STAGES: gl.constexpr):
+def _step(acc, high, number, rings, GROUP: gl.constexpr, NUM_STAGES: gl.constexpr):
     """The products of step `number`."""
     x_tiles, high_tiles, weight_tiles, full, free = rings
-    x_stage = number % X_STAGES
-    stage = number % W_STAGES
-    mbarrier.wait(full.index(stage), number // W_STAGES & 1)
+    stage = number % NUM_STAGES
+    mbarrier.wait(full.index(stage), number // NUM_STAGES & 1)
     weight = weight_tiles.index(stage * NUM_GROUPS + GROUP)
-    acc = warpgroup_mma(weight, x_tiles.index(x_stage).permute((1, 0)), acc, is_async=True)
-    high = warpgroup_mma(weight, high_tiles.index(x_stage).permute((1, 0)), high, is_async=True)
+    acc = warpgroup_mma(weight, x_tiles.index(stage).permute((1, 0)), acc, is_async=True)
+    high = warpgroup_mma(weight, high_tiles.index(stage).permute((1, 0)), high, is_async=True)
     acc, high = warpgroup_mma_wait(0, [acc, high])
-    mbarrier.arrive(free.index(x_stage), count=1)
+    mbarrier.arrive(free.index(stage), count=1)
     return acc, high
 
 
@@ -142,7 +136,7 @@ def _store(chunk, x_scale_ptr, scale_ptr, bias_ptr, y_ptr, begin_n, begin_m, num
 @gluon.jit
 def _compute(
     x_scale_ptr, scale_ptr, bias_ptr, y_ptr, parts_ptr, counters_ptr, num_rows, N, work, rings,
-    GROUP: gl.constexpr, HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr, X_STAGES: gl.constexpr, W_STAGES: gl.constexpr,
+    GROUP: gl.constexpr, HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr, NUM_STAGES: gl.constexpr,
     PATIENCE: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Four warps: outputs 64 GROUP to 64 GROUP + 63 of each tile."""
@@ -166,7 +160,7 @@ def _compute(
         acc = gl.zeros([GROUP_N, LOW], gl.int32, LOW_LAYOUT)
         high = gl.zeros([GROUP_N, BLOCK_M - LOW], gl.int32, HIGH_LAYOUT)
         for _ in range(num_here):
-            acc, high = _step(acc, high, number, rings, GROUP, X_STAGES, W_STAGES)
+            acc, high = _step(acc, high, number, rings, GROUP, NUM_STAGES)
             number += 1
         begin_n = tile // num_row_blocks * BLOCK_N + GROUP * GROUP_N
         begin_m = tile % num_row_blocks * BLOCK_M
@@ -215,21 +209,19 @@ def _hopper_w8a8_kernel(
     K,
     HAS_BIAS: gl.constexpr,
     BLOCK_M: gl.constexpr,
-    X_STAGES: gl.constexpr,
-    W_STAGES: gl.constexpr,
+    NUM_STAGES: gl.constexpr,
     PATIENCE: gl.constexpr,
     PDL: gl.constexpr,
 ):
     if PDL:
         gdc_launch_dependents()
-    x_tiles = gl.allocate_shared_memory(x_desc.dtype, [X_STAGES, LOW, 128], x_desc.layout)
-    high_tiles = gl.allocate_shared_memory(x_desc.dtype, [X_STAGES, BLOCK_M - LOW, 128], high_desc.layout)
-    weight_tiles = gl.allocate_shared_memory(weight_desc.dtype, [W_STAGES * NUM_GROUPS, GROUP_N, 128], weight_desc.layout)
-    full = gl.allocate_shared_memory(gl.int64, [W_STAGES, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [X_STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(W_STAGES):
+    x_tiles = gl.allocate_shared_memory(x_desc.dtype, [NUM_STAGES, LOW, 128], x_desc.layout)
+    high_tiles = gl.allocate_shared_memory(x_desc.dtype, [NUM_STAGES, BLOCK_M - LOW, 128], high_desc.layout)
+    weight_tiles = gl.allocate_shared_memory(weight_desc.dtype, [NUM_STAGES * NUM_GROUPS, GROUP_N, 128], weight_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(NUM_STAGES):
         mbarrier.init(full.index(stage), count=1)
-    for stage in gl.static_range(X_STAGES):
         mbarrier.init(free.index(stage), count=NUM_GROUPS)
     fence_async_shared()
     num_row_blocks = (num_rows + BLOCK_M - 1) // BLOCK_M
@@ -243,12 +235,12 @@ def _hopper_w8a8_kernel(
     gl.warp_specialize(
         [
             (_compute, (x_scale_ptr, scale_ptr, bias_ptr, y_ptr, parts_ptr, counters_ptr, num_rows, N, work, rings,
-                        0, HAS_BIAS, BLOCK_M, X_STAGES, W_STAGES, PATIENCE, PDL)),
+                        0, HAS_BIAS, BLOCK_M, NUM_STAGES, PATIENCE, PDL)),
             (_compute, (x_scale_ptr, scale_ptr, bias_ptr, y_ptr, parts_ptr, counters_ptr, num_rows, N, work, rings,
-                        1, HAS_BIAS, BLOCK_M, X_STAGES, W_STAGES, PATIENCE, PDL)),
+                        1, HAS_BIAS, BLOCK_M, NUM_STAGES, PATIENCE, PDL)),
             (_compute, (x_scale_ptr, scale_ptr, bias_ptr, y_ptr, parts_ptr, counters_ptr, num_rows, N, work, rings,
-                        2, HAS_BIAS, BLOCK_M, X_STAGES, W_STAGES, PATIENCE, PDL)),
-            (_fetch, (x_desc, high_desc, weight_desc, work, rings, BLOCK_M, X_STAGES, W_STAGES, PDL)),
+                        2, HAS_BIAS, BLOCK_M, NUM_STAGES, PATIENCE, PDL)),
+            (_fetch, (x_desc, high_desc, weight_desc, work, rings, BLOCK_M, NUM_STAGES, PDL)),
         ],
         [WARPS, WARPS, 1],
         [COMPUTE_REGISTERS, COMPUTE_REGISTERS, FETCH_REGISTERS],
@@ -285,8 +277,7 @@ def linear(x: QuantizedRows, weight: W8A8Weight, config: HopperInt8Tiles) -> tor
         k,
         HAS_BIAS=weight.bias is not None,
         BLOCK_M=config.block_m,
-        X_STAGES=config.x_stages,
-        W_STAGES=config.weight_stages,
+        NUM_STAGES=config.num_stages,
         PATIENCE=PATIENCE,
         num_warps=WARPS.value,
         **launch_options(has_pdl(device)),
