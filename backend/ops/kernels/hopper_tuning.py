@@ -6,7 +6,6 @@ from .tuning import MAX_PARTS, MIN_DOT_ROWS, ceil_div, clamp, next_power_of_2
 
 __all__ = [
     "HopperGateUpConfig",
-    "HopperInt8Tiles",
     "HopperRowConfig",
     "HopperTiles",
     "hopper_gate_up_config",
@@ -34,14 +33,9 @@ MIN_HOPPER_GATE_UP_ROWS, HOPPER_GATE_UP_GAP = 256, range(257, 353)
 #: So many rows of 4 bit weights and more are `hopper_w4a16_linear`'s on sm_90: a layer of 256 takes 194 us where the plain kernel has 239
 #: (8B, H200: docs/perf-log.md).
 MIN_HOPPER_W4A16_ROWS = 33
-#: Rows of int8 that are `hopper_w8a8_linear`'s on sm_90: with tiles of 128 outputs a layer of 160, 256 and 512 took 112, 147 and 261 us
-#: where the plain kernel has 178, 168 and 282, of 128 rows 120 where that has 108 (8B, H200: docs/perf-log.md). Tiles of 192 outputs, which
-#: it has now, are not timed yet.
+#: Rows of int8 that are `hopper_w8a8_linear`'s on sm_90: a layer of 160, 256 and 512 takes 112, 147 and 236 us where the plain kernel has
+#: 178, 168 and 282, of 128 rows 120 where that has 108 (8B, H200: docs/perf-log.md).
 MIN_HOPPER_W8A8_ROWS, MAX_HOPPER_W8A8_ROWS = 129, 512
-HOPPER_INT8_BLOCK_N = 192  # outputs of its tiles
-
-#: What the rings of `hopper_w8a8_linear` may take: 11 KiB stay for its barriers and the layouts of what it stores.
-HOPPER_INT8_RING_BYTES = 216 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,17 +51,8 @@ class HopperRowConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class HopperInt8Tiles:
-    """Of HOPPER_INT8_BLOCK_N outputs."""
-
-    block_m: int  # rows of x a program, padded: 160, 192 or 256
-    num_stages: int  # steps of 128 inputs that a program has room for
-    num_programs: int  # at most
-
-
-@dataclass(frozen=True, slots=True)
 class HopperTiles:
-    """Of 4 bit weights, whose programs share their tiles (hopper_shares.py)."""
+    """Of the kernels that share their tiles (hopper_shares.py)."""
 
     block_m: int  # rows of x a program, padded: a power of two, 160 or 192
     strips: int  # of 16 outputs a warp, of eight
@@ -142,10 +127,10 @@ def takes_hopper_w4a16(num_rows: int, n: int, k: int, num_sms: int, *, is_hopper
     return is_hopper and is_faster and n % 128 == 0 and k % 128 == 0
 
 
-def hopper_w4a16_config(num_rows: int, n: int, num_sms: int) -> HopperTiles:
-    """n must be a multiple of 128. Tiles of 128 outputs and up to 256 rows, or 256 outputs and up to 64. Measured on an H200."""
-    block_m = _rows_of_hopper_tile(num_rows)
-    return hopper_w4a16_tiles(block_m, 2 if n % 256 == 0 and block_m <= 64 else 1, num_sms)
+def hopper_w4a16_config(num_rows: int, num_sms: int) -> HopperTiles:
+    """Tiles of 128 outputs and up to 256 rows: of 256 outputs the four layers of 64 rows take 94 us where they
+    take 92, of 128 rows 141 where they take 122 (8B, H200: docs/perf-log.md)."""
+    return hopper_w4a16_tiles(_rows_of_hopper_tile(num_rows), 1, num_sms)
 
 
 def hopper_w4a16_tiles(block_m: int, strips: int, num_sms: int) -> HopperTiles:
@@ -155,20 +140,19 @@ def hopper_w4a16_tiles(block_m: int, strips: int, num_sms: int) -> HopperTiles:
 
 
 def takes_hopper_w8a8(num_rows: int, n: int, k: int, *, is_hopper: bool) -> bool:
-    """What `hopper_w8a8_linear` is written for: groups of 64 outputs and steps of 128 inputs."""
-    return is_hopper and MIN_HOPPER_W8A8_ROWS <= num_rows <= MAX_HOPPER_W8A8_ROWS and n % 64 == 0 and k % 128 == 0
+    """What `hopper_w8a8_linear` is written for: whole tiles of 128 outputs and steps of 128 inputs."""
+    return is_hopper and MIN_HOPPER_W8A8_ROWS <= num_rows <= MAX_HOPPER_W8A8_ROWS and n % 128 == 0 and k % 128 == 0
 
 
-def hopper_w8a8_config(num_rows: int, num_sms: int) -> HopperInt8Tiles:
-    """num_rows: more than 128, as `takes_hopper_w8a8` has it. As few row blocks as can be, since each reads W, and no more rows in them
-    than must be."""
+def hopper_w8a8_config(num_rows: int, num_sms: int) -> HopperTiles:
+    """Tiles of 128 outputs; num_rows: more than 128, as `takes_hopper_w8a8` has it. As few row blocks as can be, since each reads W, and no
+    more rows in them than must be."""
     return hopper_w8a8_tiles(_rows_of_hopper_tile(ceil_div(num_rows, ceil_div(num_rows, 256))), num_sms)
 
 
-def hopper_w8a8_tiles(block_m: int, num_sms: int) -> HopperInt8Tiles:
-    """The most stages and programs for such tiles: a step takes 128 bytes of each row and output."""
-    num_stages = HOPPER_INT8_RING_BYTES // (128 * (block_m + HOPPER_INT8_BLOCK_N))
-    return HopperInt8Tiles(block_m, num_stages, min(num_sms, MAX_PARTS // (2 * HOPPER_INT8_BLOCK_N * block_m)))
+def hopper_w8a8_tiles(block_m: int, num_sms: int) -> HopperTiles:
+    """The most stages and programs for such tiles: a step of 128 inputs takes 128 bytes of each row and output."""
+    return _hopper_tiles(block_m, 1, 128 * (block_m + 128), num_sms)
 
 
 def _rows_of_hopper_tile(num_rows: int) -> int:

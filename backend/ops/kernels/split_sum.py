@@ -12,7 +12,7 @@ import triton.language as tl
 
 __all__ = ["is_last_of", "load_sum", "sum_of_splits", "workspace"]
 
-WORKSPACE_ELEMENTS = 13 << 20  # fp32, 52 MiB: 132 programs of `hopper_w8a8_linear` leave two parts of 192 x 256 numbers each
+WORKSPACE_ELEMENTS = 9 << 20  # fp32: 36 MiB
 NUM_COUNTERS = 4096
 
 

@@ -165,7 +165,7 @@ ROTARY_LEAST_HEADS, QUANTIZED_ROTARY_LEAST_HEADS = 16, 4
 MAX_OWN_FP8_ROWS = 64
 #: e4m3 sums of cuBLAS stay in the matrix unit's own accumulators, as ours do.
 FP8_FAST_ACCUMULATION = True
-MAX_PARTS = 13 << 20  # fp32 numbers of split sums, what split_sum.workspace has
+MAX_PARTS = 9 << 20  # fp32 numbers of split sums, what split_sum.workspace has
 #: More rows than these: the weights are dequantised for one linear layer at a time, and torch multiplies. It is as fast from 2,048 rows on;
 #: 1,024 is the last number of tokens that a runner warms up with.
 MAX_W4A16_ROWS = 1023
