@@ -136,6 +136,18 @@ def test_the_way_through_tritonserver_is_measured_beside_the_engine_in_process(t
             assert any(label.startswith("door") for label in found[way]["cpu_s"]), run.stdout
 
 
+def test_half_of_the_prompts_does_not_depend_on_who_came_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(HERE)
+    from bench_serving import half_of_prompts
+
+    steps = ((10.0, (900, 60, 40)), (20.0, (1000,)), (30.0, (500, 500)), (40.0, (1000,)))
+    firsts = [(at, tokens) for at, prompts in steps for tokens in prompts]
+    assert half_of_prompts(firsts) == half_of_prompts(firsts[::-1]) == 20.0
+    assert half_of_prompts([(3.0, 7)]) == 3.0
+    with pytest.raises(ValueError, match="no prompts"):
+        half_of_prompts([])
+
+
 def test_a_trace_is_read_back_into_rows_and_keys_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(HERE)
     from bench_engine import lengths_of
