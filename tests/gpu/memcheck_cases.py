@@ -140,7 +140,7 @@ def quantised_linears(m: Maker) -> None:
         for num_rows, k, n, group_size, gated in ((3, 256, 256, 128, False), (130, 384, 128, 64, True)):
             words, params = m.zeros(n // 16, k // 64, 32, 4, dtype=torch.int32), m.zeros(k // group_size, n, dtype=torch.int32)
             weight = W4A16Tiles(words, params, m.zeros(n), m.dtype, gated)
-            hopper_w4a16_linear.linear(m.zeros(num_rows, k), weight, hopper_w4a16_config(num_rows, num_sms=132))
+            hopper_w4a16_linear.linear(m.zeros(num_rows, k), weight, hopper_w4a16_config(num_rows, n, num_sms=132))
         for num_rows, k, n in ((130, 384, 128), (180, 256, 256), (300, 128, 128)):
             int8 = W8A8Weight(m.zeros(n, k, dtype=torch.int8).t(), m.zeros(n, dtype=torch.float32), m.zeros(n))
             rows = quantize_rows.quantize_rows(m.zeros(num_rows, k), torch.int8)

@@ -8,8 +8,8 @@ the part that comes last, so programs need not run together.
     turns       tile 0: 0 1 2 3 | tile 1: 0 1 2 3 | tile 2: 0 1 2 3
     programs            0 0 0 1           1 1 2 2           2 3 3 3
 
-A tile's sums are [128 S outputs, rows] over eight warps, each with 16 of every 128 outputs. The matrix unit's widths are powers of two
-here: a tile of 160 or 192 rows is one of 128 and one of 32 or 64 beside it, `high`. A chunk is some of the rows, an eighth at least.
+A tile's sums are [16 WARPS S outputs, rows] over WARPS warps, each with 16 of every 16 WARPS outputs. The matrix unit's widths are powers
+of two here: a tile of 160 or 192 rows is one of 128 and one of 32 or 64 beside it, `high`. A chunk is some of the rows, an eighth at least.
 """
 
 from triton.experimental import gluon
@@ -59,53 +59,55 @@ def chunk_of(acc, high, index: gl.constexpr, CHUNK: gl.constexpr):
 
 
 @gluon.jit
-def _part_offsets(S: gl.constexpr, CHUNK: gl.constexpr, PART: gl.constexpr):
-    """Of a thread's numbers in a chunk, four after each other: [S CHUNK / 8, 256, 4]."""
+def _part_offsets(S: gl.constexpr, CHUNK: gl.constexpr, WARPS: gl.constexpr):
+    """Of a thread's numbers in a chunk, four after each other: [S CHUNK / 8, threads, 4]."""
+    PART: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 32, 1], [1, WARPS, 1], [2, 1, 0])
     i = gl.arange(0, S * CHUNK // 8, layout=gl.SliceLayout(1, gl.SliceLayout(2, PART)))
-    thread = gl.arange(0, 256, layout=gl.SliceLayout(0, gl.SliceLayout(2, PART)))
+    thread = gl.arange(0, 32 * WARPS, layout=gl.SliceLayout(0, gl.SliceLayout(2, PART)))
     j = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, PART)))
-    return (i * 1024)[:, None, None] + (thread * 4)[None, :, None] + j[None, None, :]
+    return (i * (128 * WARPS))[:, None, None] + (thread * 4)[None, :, None] + j[None, None, :]
 
 
 @gluon.jit
 def leave_part(
-    acc, high, parts_ptr, counter_ptr, slot, S: gl.constexpr, BLOCK_M: gl.constexpr, CHUNK: gl.constexpr, PART: gl.constexpr
+    acc, high, parts_ptr, counter_ptr, slot, S: gl.constexpr, BLOCK_M: gl.constexpr, CHUNK: gl.constexpr, WARPS: gl.constexpr
 ):
     """Stores a tile's sums as a part of it, and returns what its counter was before."""
-    part_ptr = parts_ptr + slot.to(gl.int64) * (128 * S * BLOCK_M) + _part_offsets(S, CHUNK, PART)
+    PART: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 32, 1], [1, WARPS, 1], [2, 1, 0])
+    part_ptr = parts_ptr + slot.to(gl.int64) * (16 * WARPS * S * BLOCK_M) + _part_offsets(S, CHUNK, WARPS)
     for index in gl.static_range(BLOCK_M // CHUNK):
-        numbers = gl.reshape(chunk_of(acc, high, index, CHUNK), (S, 8, 2, 8, CHUNK // 8, 4, 2))
-        numbers = gl.reshape(gl.permute(numbers, (0, 4, 1, 3, 5, 2, 6)), (S * CHUNK // 8, 256, 4))
-        gl.store(part_ptr + index * (128 * S * CHUNK), gl.convert_layout(numbers, PART, assert_trivial=True))
+        numbers = gl.reshape(chunk_of(acc, high, index, CHUNK), (S, WARPS, 2, 8, CHUNK // 8, 4, 2))
+        numbers = gl.reshape(gl.permute(numbers, (0, 4, 1, 3, 5, 2, 6)), (S * CHUNK // 8, 32 * WARPS, 4))
+        gl.store(part_ptr + index * (16 * WARPS * S * CHUNK), gl.convert_layout(numbers, PART, assert_trivial=True))
     thread_barrier()
     return gl.atomic_add(counter_ptr, 1, sem="acq_rel")
 
 
 @gluon.jit
-def _load_part(chunk_ptr, first_slot, sharer, part, num_parts, S: gl.constexpr, BLOCK_M: gl.constexpr):
+def _load_part(chunk_ptr, first_slot, sharer, part, num_parts, PART_SIZE: gl.constexpr):
     """A chunk of one part of a tile, past the L1 cache: zeros where there is no such part."""
     slot = gl.where(part == 0, first_slot, 2 * (sharer + part))
-    return gl.load(
-        chunk_ptr + slot.to(gl.int64) * (128 * S * BLOCK_M), mask=part < num_parts, other=0, cache_modifier=".cg"
-    )  # fmt: skip
+    return gl.load(chunk_ptr + slot.to(gl.int64) * PART_SIZE, mask=part < num_parts, other=0, cache_modifier=".cg")
 
 
 @gluon.jit
 def sum_of_parts(
     parts_ptr, index, first_slot, sharer, num_parts, dtype: gl.constexpr,
-    S: gl.constexpr, BLOCK_M: gl.constexpr, CHUNK: gl.constexpr, LAYOUT: gl.constexpr, PART: gl.constexpr,
+    S: gl.constexpr, BLOCK_M: gl.constexpr, CHUNK: gl.constexpr, LAYOUT: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """A chunk of all parts of a tile, added up in their order: [128 S, CHUNK]."""
-    chunk_ptr = parts_ptr + index * (128 * S * CHUNK) + _part_offsets(S, CHUNK, PART)
-    numbers = gl.zeros([S * CHUNK // 8, 256, 4], dtype, PART)
+    """A chunk of all parts of a tile, added up in their order: [16 WARPS S, CHUNK]."""
+    PART: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 32, 1], [1, WARPS, 1], [2, 1, 0])
+    PART_SIZE: gl.constexpr = 16 * WARPS * S * BLOCK_M
+    chunk_ptr = parts_ptr + index * (16 * WARPS * S * CHUNK) + _part_offsets(S, CHUNK, WARPS)
+    numbers = gl.zeros([S * CHUNK // 8, 32 * WARPS, 4], dtype, PART)
     for part in range(0, num_parts, 4):  # as many are asked for before the first is there
-        a = _load_part(chunk_ptr, first_slot, sharer, part, num_parts, S, BLOCK_M)
-        b = _load_part(chunk_ptr, first_slot, sharer, part + 1, num_parts, S, BLOCK_M)
-        c = _load_part(chunk_ptr, first_slot, sharer, part + 2, num_parts, S, BLOCK_M)
-        d = _load_part(chunk_ptr, first_slot, sharer, part + 3, num_parts, S, BLOCK_M)
+        a = _load_part(chunk_ptr, first_slot, sharer, part, num_parts, PART_SIZE)
+        b = _load_part(chunk_ptr, first_slot, sharer, part + 1, num_parts, PART_SIZE)
+        c = _load_part(chunk_ptr, first_slot, sharer, part + 2, num_parts, PART_SIZE)
+        d = _load_part(chunk_ptr, first_slot, sharer, part + 3, num_parts, PART_SIZE)
         numbers = numbers + a + b + c + d
-    sums = gl.permute(gl.reshape(numbers, (S, CHUNK // 8, 8, 8, 4, 2, 2)), (0, 2, 5, 3, 1, 4, 6))
-    return gl.convert_layout(gl.reshape(sums, (128 * S, CHUNK)), LAYOUT, assert_trivial=True)
+    sums = gl.permute(gl.reshape(numbers, (S, CHUNK // 8, WARPS, 8, 4, 2, 2)), (0, 2, 5, 3, 1, 4, 6))
+    return gl.convert_layout(gl.reshape(sums, (16 * WARPS * S, CHUNK)), LAYOUT, assert_trivial=True)
 
 
 @gluon.jit

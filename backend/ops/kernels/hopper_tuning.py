@@ -121,16 +121,16 @@ def takes_hopper_prefill(
 
 
 def takes_hopper_w4a16(num_rows: int, n: int, k: int, num_sms: int, *, is_hopper: bool) -> bool:
-    """What `hopper_w4a16_linear` is written for and faster at: tiles of 128 outputs, turns of 128 inputs, and up to 128 rows only layers
+    """What `hopper_w4a16_linear` is written for and faster at: tiles of 128 outputs, turns of 128 inputs, and of 65 to 128 rows only layers
     whose tiles do not fill the device by themselves."""
-    is_faster = num_rows >= MIN_HOPPER_W4A16_ROWS and (num_rows > 128 or n // 128 < num_sms)
+    is_faster = num_rows >= MIN_HOPPER_W4A16_ROWS and (not 64 < num_rows <= 128 or n // 128 < num_sms)
     return is_hopper and is_faster and n % 128 == 0 and k % 128 == 0
 
 
-def hopper_w4a16_config(num_rows: int, num_sms: int) -> HopperTiles:
-    """Tiles of 128 outputs and up to 256 rows: of 256 outputs the four layers of 64 rows take 94 us where they
-    take 92, of 128 rows 141 where they take 122 (8B, H200: docs/perf-log.md)."""
-    return hopper_w4a16_tiles(_rows_of_hopper_tile(num_rows), 1, num_sms)
+def hopper_w4a16_config(num_rows: int, n: int, num_sms: int) -> HopperTiles:
+    """n must be a multiple of 128. Tiles of 128 outputs and up to 256 rows, or 256 outputs and up to 64, which read x half as often."""
+    block_m = _rows_of_hopper_tile(num_rows)
+    return hopper_w4a16_tiles(block_m, 2 if n % 256 == 0 and block_m <= 64 else 1, num_sms)
 
 
 def hopper_w4a16_tiles(block_m: int, strips: int, num_sms: int) -> HopperTiles:

@@ -1,12 +1,12 @@
-"""y = x W + b over 4 bit weights, as `w4a16_linear`, for Hopper: a warp that only fetches, and two groups of four warps that widen the
-weights of a step while the matrix unit multiplies those of the step before. Written in Gluon, where waits are explicit: triton itself waits
-for a product whose left operand lies in registers before it goes on, so its widening runs beside none.
+"""y = x W + b over 4 bit weights, as `w4a16_linear`, for Hopper: a warp that only fetches, and two groups of four warps of which one widens
+weights while the matrix unit multiplies those of the other. Written in Gluon, where a group waits for nothing that the other does.
 
-    fetching     | x, words, params of step 0 | of step 1 | ...   TMA into a ring of NUM_STAGES steps of 64 inputs, on into the next tile
-    both groups  y^T[128 S, BLOCK_M] += W[128 S, 64] x^T[64, BLOCK_M]        W goes from words to registers, S strips of 16 outputs a warp
+    fetching   | x, words, params of step 0 | of step 1 | ...   TMA into a ring of NUM_STAGES steps of 64 inputs, on into the next tile
+    a group    y^T[64 S, BLOCK_M] += W[64 S, 64] x^T[64, BLOCK_M]            W goes from words to registers, S strips of 16 outputs a warp
 
-    widening     | 0 | 1 ------- | 2 ------- | 3 ------- |        at most two steps' products are under way: the registers of step n are
-    products         | 0 ------- | 1 ------- | 2 ------- | ...    written again for step n + 2, when those of step n have ended
+    group 0    | widen 0 | products 0 | widen 1 | products 1 | ...         A product whose left operand lies in registers is handed over
+    group 1              | widen 0 | products 0 | widen 1 | products 1     when the one before it begins, and its warps stand still until
+                                                                           then: a group by itself would widen beside hardly more than one
 
 The two products of a tile of 160 or 192 rows, 128 and HIGH more, multiply the same registers of weights.
 
@@ -49,9 +49,22 @@ _SIGMOID = gl.constexpr(
 _ROUND_BF16 = gl.constexpr(
     "{ .reg .b32 both; cvt.rn.bf16x2.f32 both, $3, $2; shl.b32 $0, both, 16; and.b32 $1, both, 0xFFFF0000; }"
 )
-FETCH_REGISTERS = gl.constexpr(40)  # a thread; what is left of 3 x 128 threads of 168 goes to the groups that compute
+NUM_GROUPS = gl.constexpr(2)
+WARPS = gl.constexpr(4)  # of a group
+COMPUTE_REGISTERS = gl.constexpr(232)  # a thread; a program is launched with 3 x 128 threads of 168
+FETCH_REGISTERS = gl.constexpr(40)
 ROWS = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)  # of x
 WORDS = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+
+
+@gluon.jit
+def _fetch_weights(words_desc, params_desc, column, step, stage, rings, GROUP_SIZE: gl.constexpr, S: gl.constexpr):
+    """Words and params of a step of the tile whose outputs begin at `column`, for each group its own."""
+    _x_tiles, _high_tiles, words_tiles, params_tiles, full, _free = rings
+    for group in gl.static_range(NUM_GROUPS):
+        first, place = column + group * (16 * WARPS * S), stage * NUM_GROUPS + group
+        load_tile(words_desc, [first // 16, step * 128], full.index(stage), words_tiles.index(place))
+        load_tile(params_desc, [step * 64 // GROUP_SIZE, first], full.index(stage), params_tiles.index(place))
 
 
 @gluon.jit
@@ -61,24 +74,23 @@ def _fetch(
 ):  # fmt: skip
     """The one warp that brings x, words and params. Weights of the first tile that find room at once are asked for before the wait for the
     kernel before. Nothing is divided in a step: that alone took as long as the groups have for it."""
-    BYTES: gl.constexpr = BLOCK_M * 128 + S * (4096 + 512)
-    x_tiles, high_tiles, words_tiles, params_tiles, full, free = rings
+    BLOCK_N: gl.constexpr = NUM_GROUPS * 16 * WARPS * S
+    BYTES: gl.constexpr = BLOCK_M * 128 + BLOCK_N * (32 + 4)
+    x_tiles, high_tiles, _words_tiles, _params_tiles, full, free = rings
     num_row_blocks, num_turns, _share, begin, end = work
     first_tile = begin // num_turns
     end_tile = (end + num_turns - 1) // num_turns
     first_step = 2 * (begin - first_tile * num_turns)
     num_early = gl.minimum(2 * gl.minimum(end - first_tile * num_turns, num_turns) - first_step, NUM_STAGES)
     for number in range(num_early):
-        strip = first_tile // num_row_blocks * (8 * S)
-        step = first_step + number
         mbarrier.expect(full.index(number), BYTES)
-        load_tile(words_desc, [strip, step * 128], full.index(number), words_tiles.index(number))
-        load_tile(params_desc, [step * 64 // GROUP_SIZE, strip * 16], full.index(number), params_tiles.index(number))
+        column = first_tile // num_row_blocks * BLOCK_N
+        _fetch_weights(words_desc, params_desc, column, first_step + number, number, rings, GROUP_SIZE, S)
     if PDL:
         gdc_wait()
     number = 0
     for tile in range(first_tile, end_tile):
-        strip, row = tile // num_row_blocks * (8 * S), tile % num_row_blocks * BLOCK_M
+        column, row = tile // num_row_blocks * BLOCK_N, tile % num_row_blocks * BLOCK_M
         first = gl.maximum(begin - tile * num_turns, 0)
         last = gl.minimum(end - tile * num_turns, num_turns)
         for step in range(2 * first, 2 * last):
@@ -86,8 +98,7 @@ def _fetch(
             if number >= num_early:
                 mbarrier.wait(free.index(stage), (number // NUM_STAGES & 1) ^ 1)  # the first round passes at once
                 mbarrier.expect(full.index(stage), BYTES)
-                load_tile(words_desc, [strip, step * 128], full.index(stage), words_tiles.index(stage))
-                load_tile(params_desc, [step * 64 // GROUP_SIZE, strip * 16], full.index(stage), params_tiles.index(stage))
+                _fetch_weights(words_desc, params_desc, column, step, stage, rings, GROUP_SIZE, S)
             load_tile(x_desc, [row, step * 64], full.index(stage), x_tiles.index(stage))
             if HIGH:
                 load_tile(high_desc, [row + BLOCK_M - HIGH, step * 64], full.index(stage), high_tiles.index(stage))
@@ -102,20 +113,20 @@ def _twice(half):
 
 @gluon.jit
 def _weights(words_tile, params_tile, S: gl.constexpr, dtype: gl.constexpr, layout: gl.constexpr):
-    """The weights of a step: [128 S, 64], as the matrix instruction's left operand."""
+    """The weights of a group's step: [64 S, 64], as the matrix instruction's left operand."""
     # [S, warps, outputs of 8, pairs of inputs, k32, m8]
     PAIR: gl.constexpr = [[0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 1, 0]]
     FOUR: gl.constexpr = [[0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 1, 0], [1, 0, 0, 0, 0, 0]]
     WORDS: gl.constexpr = gl.DistributedLinearLayout(
         FOUR if S == 2 else PAIR,
         [[0, 0, 0, 1, 0, 0], [0, 0, 0, 2, 0, 0], [0, 0, 1, 0, 0, 0], [0, 0, 2, 0, 0, 0], [0, 0, 4, 0, 0, 0]],
-        [[0, 1, 0, 0, 0, 0], [0, 2, 0, 0, 0, 0], [0, 4, 0, 0, 0, 0]],
+        [[0, 1, 0, 0, 0, 0], [0, 2, 0, 0, 0, 0]],
         [],
-        [S, 8, 8, 4, 2, 2],
+        [S, WARPS, 8, 4, 2, 2],
     )
-    words = words_tile.reshape([S, 8, 8, 4, 2, 2]).load(WORDS)
+    words = words_tile.reshape([S, WARPS, 8, 4, 2, 2]).load(WORDS)
     params_layout: gl.constexpr = gl.SliceLayout(3, gl.SliceLayout(4, WORDS))
-    params = params_tile.reshape([S, 8, 2, 8]).permute((0, 1, 3, 2)).load(params_layout)
+    params = params_tile.reshape([S, WARPS, 2, 8]).permute((0, 1, 3, 2)).load(params_layout)
     zeros = _spread(_twice(params), words)
     scales = _spread(_twice(params >> 16), words)
     if dtype == gl.bfloat16:
@@ -130,7 +141,7 @@ def _weights(words_tile, params_tile, S: gl.constexpr, dtype: gl.constexpr, layo
     a, b, c, d, e, f, g, h = parts
     # the assembly takes pairs of words (m8) and gives pairs of inputs (k1): [S, warps, 8, 4, k32, k1, k16, k8, m8]
     numbers = gl.join(gl.join(gl.join(a, b), gl.join(c, d)), gl.join(gl.join(e, f), gl.join(g, h)))
-    numbers = gl.reshape(gl.permute(numbers, (0, 1, 8, 2, 4, 6, 7, 3, 5)), (128 * S, 64))
+    numbers = gl.reshape(gl.permute(numbers, (0, 1, 8, 2, 4, 6, 7, 3, 5)), (16 * WARPS * S, 64))
     return gl.convert_layout(numbers, gl.DotOperandLayout(0, layout, 2), assert_trivial=True)
 
 
@@ -142,20 +153,22 @@ def _spread(params, words):
 
 @gluon.jit
 def _step(
-    acc, high, number, is_first, rings, HIGH: gl.constexpr, S: gl.constexpr, NUM_STAGES: gl.constexpr, layout: gl.constexpr
-):
-    """Issues the products of step `number`; those of the step before, of the same tile unless is_first, have ended."""
+    acc, high, number, rings,
+    GROUP: gl.constexpr, HIGH: gl.constexpr, S: gl.constexpr, NUM_STAGES: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """The products of step `number`."""
     x_tiles, high_tiles, words_tiles, params_tiles, full, free = rings
     stage = number % NUM_STAGES
     mbarrier.wait(full.index(stage), number // NUM_STAGES & 1)
-    a = _weights(words_tiles.index(stage), params_tiles.index(stage), S, x_tiles.dtype, layout)
+    place = stage * NUM_GROUPS + GROUP
+    a = _weights(words_tiles.index(place), params_tiles.index(place), S, x_tiles.dtype, layout)
     acc = warpgroup_mma(a, x_tiles.index(stage).permute((1, 0)), acc, is_async=True)
     if HIGH:
         high = warpgroup_mma(a, high_tiles.index(stage).permute((1, 0)), high, is_async=True)
-        acc, high = warpgroup_mma_wait(2, [acc, high])
+        acc, high = warpgroup_mma_wait(0, [acc, high])
     else:
-        acc = warpgroup_mma_wait(1, [acc])
-    mbarrier.arrive(free.index((number + NUM_STAGES - 1) % NUM_STAGES), count=1, pred=is_first == 0)
+        acc = warpgroup_mma_wait(0, [acc])
+    mbarrier.arrive(free.index(stage), count=1)
     return acc, high
 
 
@@ -170,21 +183,21 @@ def _rounded(numbers, dtype: gl.constexpr):
 
 @gluon.jit
 def _store(chunk, bias_ptr, y_ptr, begin_n, begin_m, num_rows, N, HAS_BIAS: gl.constexpr, GATED: gl.constexpr, S: gl.constexpr):
-    """Sums [128 S, CHUNK] of the outputs from begin_n on as rows of y from begin_m on."""
+    """Sums [64 S, CHUNK] of the outputs from begin_n on as rows of y from begin_m on."""
     CHUNK: gl.constexpr = chunk.shape[1]
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, CHUNK, 16])
-    OUT: gl.constexpr = 64 * S if GATED else 128 * S
-    ROWS: gl.constexpr = gl.BlockedLayout([8, 1], [OUT // 8, 256 // OUT], [1, 8], [0, 1])
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, CHUNK, 16])
+    OUT: gl.constexpr = (8 if GATED else 16) * WARPS * S
+    ROWS: gl.constexpr = gl.BlockedLayout([8, 1], [OUT // 8, 256 // OUT], [1, WARPS], [0, 1])
     dtype: gl.constexpr = y_ptr.dtype.element_ty
     chunk = gl.convert_layout(chunk, LAYOUT, assert_trivial=True)
     if HAS_BIAS:
-        offs = begin_n + gl.arange(0, 128 * S, layout=gl.SliceLayout(1, LAYOUT))
+        offs = begin_n + gl.arange(0, 16 * WARPS * S, layout=gl.SliceLayout(1, LAYOUT))
         if GATED:
             offs = offs // 16 * 8 + offs % 8 + offs // 8 % 2 * (N // 2)
         chunk += gl.load(bias_ptr + offs).to(gl.float32)[:, None]
     num_outputs = N
     if GATED:  # outputs 0..7 of a strip are gates, 8..15 the ups of the same columns
-        pairs = gl.permute(gl.reshape(chunk, (8 * S, 2, 8, CHUNK)), (0, 2, 3, 1))
+        pairs = gl.permute(gl.reshape(chunk, (WARPS * S, 2, 8, CHUNK)), (0, 2, 3, 1))
         gate, up = gl.split(gl.reshape(pairs, (OUT, CHUNK, 2)))
         gate = _rounded(gate, dtype)
         sigmoid = gl.inline_asm_elementwise(_SIGMOID, "=f,f", [gate], gl.float32, is_pure=True, pack=1)
@@ -201,18 +214,19 @@ def _store(chunk, bias_ptr, y_ptr, begin_n, begin_m, num_rows, N, HAS_BIAS: gl.c
 @gluon.jit
 def _compute(
     bias_ptr, y_ptr, parts_ptr, counters_ptr, num_rows, N, work, rings,
-    HAS_BIAS: gl.constexpr, GATED: gl.constexpr, BLOCK_M: gl.constexpr, HIGH: gl.constexpr, S: gl.constexpr, NUM_STAGES: gl.constexpr,
-    PATIENCE: gl.constexpr, PDL: gl.constexpr,
+    GROUP: gl.constexpr, HAS_BIAS: gl.constexpr, GATED: gl.constexpr, BLOCK_M: gl.constexpr, HIGH: gl.constexpr, S: gl.constexpr,
+    NUM_STAGES: gl.constexpr, PATIENCE: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """The two groups of warps: each has 64 of every 128 outputs."""
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_M - HIGH, 16])
+    """Four warps: the first or the second 64 S outputs of each tile."""
+    OUT: gl.constexpr = 16 * WARPS * S
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M - HIGH, 16])
     CHUNK: gl.constexpr = 32 if BLOCK_M > 128 else 16
-    CHUNK_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, CHUNK, 16])
-    PART: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 32, 1], [1, 8, 1], [2, 1, 0])
+    CHUNK_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, CHUNK, 16])
     NUM_CHUNKS: gl.constexpr = BLOCK_M // CHUNK
     num_row_blocks, num_turns, _share, begin, end = work
-    _x_tiles, _high_tiles, _words_tiles, _params_tiles, _full, free = rings
     program = gl.program_id(0)
+    parts_ptr += GROUP * OUT * BLOCK_M * 2 * gl.num_programs(0)
+    counters_ptr += GROUP * num_row_blocks * (N // (NUM_GROUPS * OUT))
     first_tile = begin // num_turns
     end_tile = (end + num_turns - 1) // num_turns
     if PDL:
@@ -223,20 +237,14 @@ def _compute(
     for tile in range(first_tile, end_tile):
         first = gl.maximum(begin - tile * num_turns, 0)
         last = gl.minimum(end - tile * num_turns, num_turns)
-        acc = gl.zeros([128 * S, BLOCK_M - HIGH], gl.float32, LAYOUT)
+        acc = gl.zeros([OUT, BLOCK_M - HIGH], gl.float32, LAYOUT)
         high = acc
         if HIGH:
-            high = gl.zeros([128 * S, HIGH], gl.float32, gl.NVMMADistributedLayout([3, 0], [8, 1], [16, HIGH, 16]))
-        for turn in range(first, last):
-            acc, high = _step(acc, high, number, (turn == first).to(gl.int32), rings, HIGH, S, NUM_STAGES, LAYOUT)
-            acc, high = _step(acc, high, number + 1, 0, rings, HIGH, S, NUM_STAGES, LAYOUT)
-            number += 2
-        if HIGH:
-            acc, high = warpgroup_mma_wait(0, [acc, high])
-        else:
-            acc = warpgroup_mma_wait(0, [acc])
-        mbarrier.arrive(free.index((number - 1) % NUM_STAGES), count=1)
-        begin_n = tile // num_row_blocks * (128 * S)
+            high = gl.zeros([OUT, HIGH], gl.float32, gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, HIGH, 16]))
+        for _ in range(2 * (last - first)):
+            acc, high = _step(acc, high, number, rings, GROUP, HIGH, S, NUM_STAGES, LAYOUT)
+            number += 1
+        begin_n = (tile // num_row_blocks * NUM_GROUPS + GROUP) * OUT
         begin_m = tile % num_row_blocks * BLOCK_M
         if last - first == num_turns:
             for index in gl.static_range(NUM_CHUNKS):
@@ -244,18 +252,18 @@ def _compute(
                 _store(chunk, bias_ptr, y_ptr, begin_n, begin_m + index * CHUNK, num_rows, N, HAS_BIAS, GATED, S)
         else:
             slot = 2 * program + (first == 0).to(gl.int32)
-            seen = leave_part(acc, high, parts_ptr, counters_ptr + tile, slot, S, BLOCK_M, CHUNK, PART)
+            seen = leave_part(acc, high, parts_ptr, counters_ptr + tile, slot, S, BLOCK_M, CHUNK, WARPS)
             seen_first = gl.where(tile == first_tile, seen, seen_first)
     for tile in range(first_tile, end_tile, gl.maximum(end_tile - 1 - first_tile, 1)):
         if (begin > tile * num_turns) | (end < (tile + 1) * num_turns):
             seen_here = gl.where(tile == first_tile, seen_first, seen)
             chunks, first_slot, sharer, num_parts = find_parts(counters_ptr, seen_here, tile, work, NUM_CHUNKS, PATIENCE)
-            begin_n = tile // num_row_blocks * (128 * S)
+            begin_n = (tile // num_row_blocks * NUM_GROUPS + GROUP) * OUT
             begin_m = tile % num_row_blocks * BLOCK_M
             for index in range(NUM_CHUNKS):
                 if chunks >> index & 1 != 0:
                     sums = sum_of_parts(
-                        parts_ptr, index, first_slot, sharer, num_parts, gl.float32, S, BLOCK_M, CHUNK, CHUNK_LAYOUT, PART
+                        parts_ptr, index, first_slot, sharer, num_parts, gl.float32, S, BLOCK_M, CHUNK, CHUNK_LAYOUT, WARPS
                     )
                     _store(sums, bias_ptr, y_ptr, begin_n, begin_m + index * CHUNK, num_rows, N, HAS_BIAS, GATED, S)
 
@@ -289,28 +297,30 @@ def _hopper_w4a16_kernel(
     high_tiles = x_tiles
     if HIGH:
         high_tiles = gl.allocate_shared_memory(x_desc.dtype, [NUM_STAGES, HIGH, 64], high_desc.layout)
-    words_tiles = gl.allocate_shared_memory(gl.int32, [NUM_STAGES, 8 * S, 128], words_desc.layout)
-    params_tiles = gl.allocate_shared_memory(gl.int32, [NUM_STAGES, 1, 128 * S], params_desc.layout)
+    words_tiles = gl.allocate_shared_memory(gl.int32, [NUM_STAGES * NUM_GROUPS, WARPS * S, 128], words_desc.layout)
+    params_tiles = gl.allocate_shared_memory(gl.int32, [NUM_STAGES * NUM_GROUPS, 1, 16 * WARPS * S], params_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(NUM_STAGES):
         mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(free.index(stage), count=1)
+        mbarrier.init(free.index(stage), count=NUM_GROUPS)
     fence_async_shared()
     num_row_blocks = (num_rows + BLOCK_M - 1) // BLOCK_M
     num_turns = K // 128
-    share, begin, end = my_share(num_row_blocks, N // (128 * S), num_turns)
+    share, begin, end = my_share(num_row_blocks, N // (NUM_GROUPS * 16 * WARPS * S), num_turns)
     work = (num_row_blocks, num_turns, share, begin, end)
     rings = (x_tiles, high_tiles, words_tiles, params_tiles, full, free)
     # fmt: off
     gl.warp_specialize(
         [
             (_compute, (bias_ptr, y_ptr, parts_ptr, counters_ptr, num_rows, N, work, rings,
-                        HAS_BIAS, GATED, BLOCK_M, HIGH, S, NUM_STAGES, PATIENCE, PDL)),
+                        0, HAS_BIAS, GATED, BLOCK_M, HIGH, S, NUM_STAGES, PATIENCE, PDL)),
+            (_compute, (bias_ptr, y_ptr, parts_ptr, counters_ptr, num_rows, N, work, rings,
+                        1, HAS_BIAS, GATED, BLOCK_M, HIGH, S, NUM_STAGES, PATIENCE, PDL)),
             (_fetch, (x_desc, high_desc, words_desc, params_desc, work, rings, GROUP_SIZE, BLOCK_M, HIGH, S, NUM_STAGES, PDL)),
         ],
-        [1],
-        [FETCH_REGISTERS],
+        [WARPS, 1],
+        [COMPUTE_REGISTERS, FETCH_REGISTERS],
     )
     # fmt: on
 
@@ -326,7 +336,7 @@ def linear(x: torch.Tensor, weight: W4A16Tiles, config: HopperTiles) -> torch.Te
     n, strips, low, high = weight.out_features, config.strips, config.low, config.high
     num_tiles = ceil_div(num_rows, config.block_m) * (n // config.block_n)
     assert 2 * config.num_programs * config.block_n * config.block_m <= MAX_PARTS, "no room for the parts of so many programs"
-    assert num_tiles <= NUM_COUNTERS, "no counters for so many tiles"
+    assert NUM_GROUPS.value * num_tiles <= NUM_COUNTERS, "no counters for so many tiles"
     y = torch.empty((num_rows, n // 2 if weight.gated else n), dtype=x.dtype, device=x.device)
     parts, counters = workspace(x.device)
     words = weight.words.view(n // 16, 2 * k)
@@ -335,8 +345,8 @@ def linear(x: torch.Tensor, weight: W4A16Tiles, config: HopperTiles) -> torch.Te
         (min(config.num_programs, num_tiles * (k // 128)),),
         Tiles(x, (low, 64), ROWS),
         Tiles(x, (high or low, 64), ROWS),
-        Tiles(words, (8 * strips, 128), WORDS),
-        Tiles(weight.params, (1, 128 * strips), WORDS),
+        Tiles(words, (WARPS.value * strips, 128), WORDS),
+        Tiles(weight.params, (1, 16 * WARPS.value * strips), WORDS),
         weight.bias,
         y,
         parts,
@@ -352,7 +362,7 @@ def linear(x: torch.Tensor, weight: W4A16Tiles, config: HopperTiles) -> torch.Te
         S=strips,
         NUM_STAGES=config.num_stages,
         PATIENCE=PATIENCE,
-        num_warps=8,
+        num_warps=WARPS.value,
         **launch_options(has_pdl(x.device)),
     )
     return y

@@ -27,6 +27,7 @@ from .tuning import MAX_PARTS, ceil_div
 
 __all__ = ["linear"]
 
+WARPS = gl.constexpr(8)  # that compute, in two groups
 FETCH_REGISTERS = gl.constexpr(40)  # a thread; what is left of 3 x 128 threads of 168 goes to the groups that compute
 LOW = gl.constexpr(128)
 CHUNK = gl.constexpr(32)  # rows that are added up or stored at once
@@ -105,7 +106,6 @@ def _compute(
     LOW_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, LOW, 32])
     HIGH_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_M - LOW, 32])
     CHUNK_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, CHUNK, 32])
-    PART: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 32, 1], [1, 8, 1], [2, 1, 0])
     NUM_CHUNKS: gl.constexpr = BLOCK_M // CHUNK
     num_row_blocks, num_turns, _share, begin, end = work
     _x_tiles, _high_tiles, _weight_tiles, _full, free = rings
@@ -136,7 +136,7 @@ def _compute(
                 _store(chunk, x_scale_ptr, scale_ptr, bias_ptr, y_ptr, begin_n, row, num_rows, N, HAS_BIAS)
         else:
             slot = 2 * program + (first == 0).to(gl.int32)
-            seen = leave_part(acc, high, parts_ptr, counters_ptr + tile, slot, 1, BLOCK_M, CHUNK, PART)
+            seen = leave_part(acc, high, parts_ptr, counters_ptr + tile, slot, 1, BLOCK_M, CHUNK, WARPS)
             seen_first = gl.where(tile == first_tile, seen, seen_first)
     for tile in range(first_tile, end_tile, gl.maximum(end_tile - 1 - first_tile, 1)):
         if (begin > tile * num_turns) | (end < (tile + 1) * num_turns):
@@ -147,7 +147,7 @@ def _compute(
             for index in range(NUM_CHUNKS):
                 if chunks >> index & 1 != 0:
                     sums = sum_of_parts(
-                        parts_ptr, index, first_slot, sharer, num_parts, gl.int32, 1, BLOCK_M, CHUNK, CHUNK_LAYOUT, PART
+                        parts_ptr, index, first_slot, sharer, num_parts, gl.int32, 1, BLOCK_M, CHUNK, CHUNK_LAYOUT, WARPS
                     )
                     row = begin_m + index * CHUNK
                     _store(sums, x_scale_ptr, scale_ptr, bias_ptr, y_ptr, begin_n, row, num_rows, N, HAS_BIAS)
@@ -233,7 +233,7 @@ def linear(x: QuantizedRows, weight: W8A8Weight, config: HopperTiles) -> torch.T
         BLOCK_M=config.block_m,
         NUM_STAGES=config.num_stages,
         PATIENCE=PATIENCE,
-        num_warps=8,
+        num_warps=WARPS.value,
         **launch_options(has_pdl(device)),
     )
     return y

@@ -194,7 +194,7 @@ def _linear(x: torch.Tensor, weight: W4A16Tiles) -> torch.Tensor:
     n = weight.out_features
     device = x.device
     if chosen(takes_hopper_w4a16, num_rows, n, k, num_sms(device), is_hopper=is_hopper(device)):
-        return hopper_w4a16_linear.linear(x, weight, chosen(hopper_w4a16_config, num_rows, num_sms(device)))
+        return hopper_w4a16_linear.linear(x, weight, chosen(hopper_w4a16_config, num_rows, n, num_sms(device)))
     y = torch.empty((num_rows, n // 2 if weight.gated else n), dtype=x.dtype, device=x.device)
     if num_rows == 0:
         return y
