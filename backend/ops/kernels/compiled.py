@@ -13,13 +13,12 @@ def read_triton() -> None:
     triton_key()
 
 
-def name_kernels() -> None:
-    """Has triton find the key of each of these kernels that are imported, in one order: 0.1 s.
+def name_kernels() -> dict[str, str]:
+    """Has triton find the key of each of these kernels that are imported, in one order, and returns them by name: 0.1 s.
 
     In triton 3.6 the key of a kernel that calls another function holds that function's constants only where the function's own key is known
     already. Processes that launch kernels in another order would not find each other's in the cache.
     """
-    for module in sorted(name for name in sys.modules if name.startswith(f"{__package__}.")):
-        for _name, value in sorted(vars(sys.modules[module]).items()):
-            if isinstance(value, JITCallable):
-                value.cache_key  # noqa: B018  found once, and kept
+    modules = sorted(name for name in sys.modules if name.startswith(f"{__package__}."))
+    values = {f"{module}.{name}": value for module in modules for name, value in sorted(vars(sys.modules[module]).items())}
+    return {name: value.cache_key for name, value in values.items() if isinstance(value, JITCallable)}
