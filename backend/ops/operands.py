@@ -61,7 +61,8 @@ class SplitSums:
 
 @dataclass(frozen=True, slots=True)
 class Added:
-    """What a linear layer gives that has added its output to the residual stream, in fp32 and with one rounding.
+    """What a linear layer gives that has added its output to the residual stream. Whether the output is rounded before it is added is the
+    product's own affair.
 
     total: [num_tokens, features], the compute dtype: the stream after it, which is all that the norm has to read
     """

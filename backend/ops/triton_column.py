@@ -108,7 +108,7 @@ def _is_hopper_gate_up(weight: LinearWeight, x: torch.Tensor) -> TypeGuard[Dense
 
 
 def is_by_library(weight: LinearWeight, x: torch.Tensor, *, gated: bool = False) -> bool:
-    """Whether a layer of a norm may be cuBLAS's; a kernel of ours is loaded once for all numbers of rows."""
+    """Whether a layer after a norm may be cuBLAS's: a kernel of ours is loaded once for all numbers of rows."""
     if gated:
         return not (_fits_narrow(weight, x, MAX_NARROW_GATED_ROWS) or _is_hopper_gate_up(weight, x))
     return not _is_narrow(weight, x)
