@@ -4,7 +4,7 @@ import enum
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from turbotriton.contract.wire import FinishReason, GenerateRequest, SamplingParams, TokenLogprobs
+from turbotriton.contract.wire import FinishReason, GenerateRequest, RequestTimings, SamplingParams, TokenLogprobs
 
 __all__ = ["Request", "RequestState", "TokenMatcher", "finish_reason_of"]
 
@@ -108,6 +108,22 @@ class Request:
     def order(self) -> tuple[int, int]:
         """Smaller is served sooner and preempted later."""
         return (self.source.priority, self.arrival)
+
+    @property
+    def deadline(self) -> float:
+        """On the scheduler's clock; infinity without one."""
+        deadline_ms = self.source.deadline_ms
+        return float("inf") if deadline_ms is None else self.arrival_time + deadline_ms / 1000
+
+    def timings_at(self, now: float) -> RequestTimings:
+        """Of a request that ends now."""
+        started = now if self.first_scheduled_time is None else self.first_scheduled_time
+        first = self.first_token_time
+        return RequestTimings(
+            queue_s=started - self.arrival_time,
+            time_to_first_token_s=None if first is None else first - self.arrival_time,
+            e2e_s=now - self.arrival_time,
+        )
 
 
 def finish_reason_of(request: Request, eos_token_ids: tuple[int, ...]) -> tuple[FinishReason | None, bool]:

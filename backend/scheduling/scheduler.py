@@ -30,10 +30,11 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from turbotriton.contract.errors import InvalidInputError, TurbotritonError, UnavailableError
+from turbotriton.contract.errors import InvalidInputError, TurbotritonError
 from turbotriton.contract.ini import EngineConfig, ModelConfig
-from turbotriton.contract.wire import FinishReason, GenerateRequest, RequestTimings, TokenDelta
+from turbotriton.contract.wire import FinishReason, GenerateRequest, TokenDelta
 
+from .admission import check_queue, max_new_tokens_of
 from .block_manager import BlockManager, chain_digest
 from .plan import JoinedRequest, NewBlocks, ScheduledRow, StepPlan, StepResult
 from .request import Request, RequestState, TokenMatcher, finish_reason_of
@@ -76,9 +77,7 @@ class Scheduler:
         self._requests: dict[tuple[object, int], Request] = {}
         self._free_slots = list(range(config.max_batch_size - 1, -1, -1))
         self._left_slots: list[int] = []  # told to the runner with the next plan
-        self._in_flight: deque[list[tuple[Request, int]]] = (
-            deque()
-        )  # of each plan not taken in: request and num_joins of its rows
+        self._in_flight: deque[list[tuple[Request, int]]] = deque()  # of each plan not taken in: its rows' request and num_joins
         self._num_arrived = 0
         self._num_steps = 0
         self._has_deadlines = False
@@ -110,7 +109,10 @@ class Scheduler:
 
         Raises InvalidInputError when it can never run, UnavailableError when the queue is full.
         """
-        max_new_tokens = self._check(owner, source)
+        if (owner, source.request_id) in self._requests:
+            raise InvalidInputError(f"request id {source.request_id} is in use on this connection")
+        max_new_tokens = max_new_tokens_of(source, self._model, self._config, self.blocks)
+        check_queue(source, self._config, self.num_waiting, self.num_waiting_tokens)
         limit_len = len(source.prompt_ids) + max_new_tokens
         rope_theta = self._model.rope.theta_for(limit_len)
         seed = source.sampling.seed
@@ -153,46 +155,6 @@ class Scheduler:
         sampled = {row.slot for row in plan.rows if row.samples}
         return [(r.slot, r.matcher) for r in self._running if r.matcher is not None and r.slot in sampled]
 
-    def _check(self, owner: object, source: GenerateRequest) -> int:
-        """Returns the most new tokens that the request may get."""
-        config, num_prompt = self._config, len(source.prompt_ids)
-        if (owner, source.request_id) in self._requests:
-            raise InvalidInputError(f"request id {source.request_id} is in use on this connection")
-        if not num_prompt:
-            raise InvalidInputError("the prompt has no token; send at least one")
-        if min(source.prompt_ids) < 0 or max(source.prompt_ids) >= self._model.vocab_size:
-            outside = next(i for i in source.prompt_ids if not 0 <= i < self._model.vocab_size)
-            raise InvalidInputError(f"prompt token id {outside} is outside the vocabulary of {self._model.vocab_size}")
-        bad = next((i for i, _ in source.sampling.logit_bias if not 0 <= i < self._model.vocab_size), None)
-        if bad is not None:
-            raise InvalidInputError(f"logit_bias names token id {bad}, outside the vocabulary of {self._model.vocab_size}")
-        if source.sample_index < 0:
-            raise InvalidInputError(f"sample_index is {source.sample_index}; it must be 0 or more")
-        room = config.session_len - num_prompt
-        asked = source.sampling.max_new_tokens
-        if room < 0 or (room == 0 and asked != 0):
-            raise InvalidInputError(
-                f"the prompt has {num_prompt} tokens and session_len is {config.session_len}: too long; "
-                "shorten it or serve with a larger session_len"
-            )
-        max_new_tokens = room if asked is None else min(asked, room)
-        needed = self.blocks.blocks_for(num_prompt + max(max_new_tokens - 1, 0))
-        if needed > self.blocks.num_blocks:
-            raise InvalidInputError(
-                f"{num_prompt} prompt and {max_new_tokens} new tokens need {needed} KV blocks of {self.blocks.block_size} and there "
-                f"are {self.blocks.num_blocks}: ask for fewer tokens or raise cache_max_entry_count"
-            )
-        if self.num_waiting >= config.max_queued_requests:
-            raise UnavailableError(
-                f"the queue is full: {self.num_waiting} requests wait and max_queued_requests is {config.max_queued_requests}; try later"
-            )
-        if self.num_waiting and self.num_waiting_tokens + num_prompt > config.max_queued_tokens:
-            raise UnavailableError(
-                f"the queue is full: {self.num_waiting_tokens} prompt tokens wait and max_queued_tokens is "
-                f"{config.max_queued_tokens}; try later"
-            )
-        return max_new_tokens
-
     def cancel(self, owner: object, request_id: int) -> OwnedDelta | None:
         """Ends a request in any state; its blocks are free when this returns. None when it has ended before."""
         request = self._requests.get((owner, request_id))
@@ -211,7 +173,7 @@ class Scheduler:
         if not self._has_deadlines:
             return []
         now = self._clock()
-        late = [r for r in self._requests.values() if _deadline(r) <= now]
+        late = [r for r in self._requests.values() if r.deadline <= now]
         self._has_deadlines = any(r.source.deadline_ms is not None for r in self._requests.values())
         return [self._finish(request, FinishReason.DEADLINE) for request in late]
 
@@ -252,14 +214,6 @@ class Scheduler:
         request.state = RequestState.FINISHED
         self._num_guided -= request.sampling.guided is not None
         del self._requests[request.owner, request.source.request_id]
-        now = self._clock()
-        started = now if request.first_scheduled_time is None else request.first_scheduled_time
-        first = request.first_token_time
-        timings = RequestTimings(
-            queue_s=started - request.arrival_time,
-            time_to_first_token_s=None if first is None else first - request.arrival_time,
-            e2e_s=now - request.arrival_time,
-        )
         delta = TokenDelta(
             request_id=request.source.request_id,
             token_ids=token_ids,
@@ -267,7 +221,7 @@ class Scheduler:
             stop_token_matched=stop_token_matched,
             num_prompt_tokens=request.num_prompt_tokens,
             num_cached_tokens=request.num_cached_tokens,
-            timings=timings,
+            timings=request.timings_at(self._clock()),
         )
         return OwnedDelta(request, delta)
 
@@ -443,9 +397,3 @@ def _num_scheduled(request: Request) -> int:
 
 def _with(owned: OwnedDelta, **fields: Any) -> OwnedDelta:
     return OwnedDelta(owned.request, owned.delta._replace(**fields))
-
-
-def _deadline(request: Request) -> float:
-    """On the scheduler's clock; infinity without one."""
-    deadline_ms = request.source.deadline_ms
-    return float("inf") if deadline_ms is None else request.arrival_time + deadline_ms / 1000

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from tests.checkpoints import make_checkpoint, make_tensors
 from tests.converter.conftest import LLAMA, Workspace
+from tests.converter.weight_formulas import quantise
 
 from turbotriton.converter.sources import open_source
 
@@ -59,8 +60,6 @@ def test_tensors_that_carry_no_weights_are_passed_over(convert: Any, llama: Path
 
 
 def test_quant_path_names_a_folder_or_a_file(convert: Any, tmp_path: Path) -> None:
-    from tests.converter.test_weight_bytes import quantise
-
     config = LLAMA | {"hidden_size": 512, "intermediate_size": 256, "num_hidden_layers": 1}
     folder = make_checkpoint(config, tmp_path / "m", dtype=torch.float16)
     tensors = make_tensors(config, 0, torch.float16)

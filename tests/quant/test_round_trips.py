@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from tests.backend.plans import generate, greedy
 from tests.converter.conftest import Workspace
-from tests.converter.test_weight_bytes import Shape, check_int4, qkv_source
+from tests.converter.weight_formulas import Shape, check_int4, qkv_source
 from tests.quant.formats import COMMANDS, LINEARS, awq_parts, convert, dense_values, quantise, write_gptq
 
 from turbotriton.backend.ops.operands import Fp8Weight, LinearWeight, W4A16Weight, W8A8Weight

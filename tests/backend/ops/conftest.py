@@ -18,6 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.register_assert_rewrite("tests.backend.ops.launch_recorder")  # its comparisons tell what differs, as a test's do
+
 ROOT = Path(__file__).resolve().parents[3]
 REPORT_VARIABLE = "TURBOTRITON_TEST_INTERPRETED_REPORT"  # set for the child only: where it writes its outcomes
 CHILD_SECONDS = 1500  # a minute or two on a machine that has nothing else to do

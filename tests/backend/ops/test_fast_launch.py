@@ -1,34 +1,24 @@
 """A launch that is known by its key is the launch that triton makes: the same compiled kernel, grid, stream and arguments.
 
-Triton's driver is a stand-in, whose launcher in C writes down what it is given, on a device that no GPU test has. Everything above it is
-triton's own: what specialises arguments, the compiler (for sm_90), and what makes descriptors.
+Of kernels made for these tests; launch_recorder.py says how it is seen without a GPU.
 """
 
 import gc
-import itertools
-import pkgutil
-import types
 import weakref
-from importlib import import_module
 
 import pytest
 import torch
 import triton
 import triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia import driver as nvidia
+from tests.backend.ops.launch_recorder import assert_same, recorded_launches
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.runtime import driver
 
-from turbotriton.backend.ops import kernels
 from turbotriton.backend.ops.kernels import fast_launch
 from turbotriton.backend.ops.kernels.fast_launch import Tiles, forget_launches, launch
-from turbotriton.backend.ops.operands import Fp8Weight, QuantizedPages, QuantizedRows, StaticInt8Pages, W4A16Tiles, W8A8Weight
 
-DEVICES = itertools.count(1000)  # one a test: triton keeps what it compiled for a device, and its launcher
 ONE = tl.constexpr(1)
-BF16, FP16, FP32, FP8 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
+BF16, FP16 = torch.bfloat16, torch.float16
 
 
 @triton.jit(do_not_specialize=["free"])
@@ -63,83 +53,8 @@ def _layout_kernel(x_desc, out_ptr, BLOCK: gl.constexpr):
 
 @pytest.fixture
 def launched(monkeypatch):
-    """What triton's launcher in C was given, launch by launch, descriptors as what they were made of."""
-    launches, handles, number = [], itertools.count(1), next(DEVICES)
-
-    def record(*args):
-        launches.append(args)
-
-    def fill(address, *description):
-        device_driver.num_descriptors += 1
-        return "descriptor", address, *(tuple(part) if isinstance(part, (list, torch.Size)) else part for part in description)
-
-    device_driver = types.SimpleNamespace(
-        num_descriptors=0,
-        stream=7,
-        launcher_cls=nvidia.CudaLauncher,
-        get_current_target=lambda: GPUTarget("cuda", 90, 32),
-        get_current_device=lambda: number,
-        get_current_stream=lambda device: device_driver.stream,
-        utils=types.SimpleNamespace(
-            launch=record,
-            fill_tma_descriptor=fill,
-            fill_tma_descriptor_tiled=fill,
-            build_signature_metadata=tuple,
-            load_binary=lambda *args: (object(), next(handles), 0, 0, 1024),
-            get_device_properties=lambda device: {"max_shared_mem": 227 << 10, "multiprocessor_count": 132},
-            unload_module=lambda module: None,
-        ),
-    )
-    monkeypatch.setattr(nvidia, "compile_module_from_src", lambda **_: types.SimpleNamespace(launch=record), raising=False)
-    monkeypatch.setattr(nvidia, "library_dirs", lambda: [])
-    for name in ("PyKernelArg", "ARG_CONSTEXPR", "ARG_KERNEL", "ARG_TUPLE"):
-        monkeypatch.setattr(nvidia, name, lambda nested_tuple, type: type, raising=False)
-    before = driver._active
-    driver.set_active(device_driver)
-    forget_launches()
-    launches_of = types.SimpleNamespace(all=launches, driver=device_driver)
-    yield launches_of
-    forget_launches()
-    driver.set_active(before)
-
-
-def plain(monkeypatch, run):
-    with monkeypatch.context() as patch:
-        patch.setattr(fast_launch, "TAKEN", ())
-        run()
-
-
-def as_numbers(given):
-    """Tensors as their addresses, chains of hooks as the nothing that they call: what triton's launcher in C reads of them."""
-    flat = []
-    for each in given:
-        if isinstance(each, torch.Tensor):
-            flat.append(each.data_ptr())
-        elif isinstance(each, (tuple, list)) and not (each and each[0] == "descriptor"):
-            flat.append(as_numbers(each))
-        elif isinstance(each, triton.knobs.HookChain) or type(each).__name__ == "LazyDict":
-            flat.append(None)
-        else:
-            flat.append(each)
-    return flat
-
-
-def assert_same(launched, monkeypatch, runs):
-    """Each of `runs` launches the same plainly, the first time and again, also when all others are known."""
-    for run in runs:
-        run()
-    num_known = len(fast_launch._known)
-    assert num_known
-    assert None not in fast_launch._known.values(), "some launch is not taken"
-    for run in runs:
-        launched.all.clear()
-        plain(monkeypatch, run)
-        run()
-        middle = len(launched.all) // 2
-        expected, found = launched.all[:middle], launched.all[middle:]
-        assert middle
-        assert list(map(as_numbers, found)) == list(map(as_numbers, expected))
-    assert len(fast_launch._known) == num_known, "a launch was not known again"
+    with recorded_launches(monkeypatch) as launches:
+        yield launches
 
 
 def test_what_triton_specialises_for_is_told_apart(launched, monkeypatch):
@@ -326,149 +241,3 @@ def test_what_is_no_kernel_of_triton_gets_descriptors():
     assert (grid, number, options) == ((2,), 5, {"BLOCK": 32})
     assert descriptor.base is x
     assert descriptor.block_shape == [32, 32]
-
-
-def empty(*shape, dtype=BF16):
-    return torch.zeros(shape, dtype=dtype)
-
-
-def operations():
-    """Of each op that a step with prompts launches: calls with other weights, other rows, with and without what may be None."""
-    package = f"{kernels.__name__}."
-    names = ("rms_norm", "rotary_store_kv", "silu_and_mul", "paged_decode_attention", "paged_prefill_attention")
-    rms_norm, rotary, silu, decode, prefill = (getattr(import_module(package + name), name) for name in names)
-    gate_up = import_module(package + "hopper_gate_up").gate_up
-    w4a16 = import_module(package + "w4a16_linear")
-    norms = [empty(512) for _ in range(3)]
-    x = empty(600, 512)
-    pages = [(empty(20, 2, 64, 128), empty(20, 2, 64, 128)) for _ in range(2)]
-    cos, slots = empty(600, 64, dtype=FP32), torch.zeros(600, dtype=torch.int64)
-    tables, lens = torch.zeros((103, 64), dtype=torch.int32), torch.ones(103, dtype=torch.int32)
-    cu_seqlens = torch.zeros(4, dtype=torch.int32)
-    qkv, gate_and_up = empty(600, 1536), empty(600, 1024)
-    q, scales = empty(600, 8, 128), empty(600, dtype=FP32)
-    gated = [empty(2048, 512).t() for _ in range(2)]
-
-    def tiles(k, n, *, is_gated=False):
-        words, params = empty(n // 16, k // 64, 32, 4, dtype=torch.int32), empty(k // 128, n, dtype=torch.int32)
-        return W4A16Tiles(words, params, None, BF16, is_gated)
-
-    narrow, wide = [tiles(512, 768) for _ in range(2)], [tiles(512, 1024, is_gated=True) for _ in range(2)]
-    return {
-        "rms_norm": [
-            *(lambda w=w, r=r: rms_norm(x, w, 1e-5, r) for w in norms for r in (None, x)),
-            *(lambda n=n: rms_norm(x[:n], norms[0], 1e-6, x[:n]) for n in (1, 16, 599)),
-        ],
-        "rotary": [
-            lambda kv=kv, scale=scale, n=n: rotary(qkv[:n], cos[:n], cos[:n], scale, *kv, slots[:n], 8, 2)
-            for kv in pages
-            for scale in (None, scales)
-            for n in (600, 1)
-        ],
-        "silu": [lambda n=n: silu(gate_and_up[:n]) for n in (1, 600)],
-        "decode": [
-            lambda kv=kv, n=n, first=first: decode(q[:n], *kv, tables[first : first + n, :16], lens[first : first + n], 0.1, 0)
-            for kv in pages
-            for n in (1, 100)
-            for first in (0, 1)
-        ],
-        "prefill": [
-            lambda kv=kv, n=n: prefill(q[n:], *kv, tables[n:], lens[n:], cu_seqlens[: 104 - n], 0.1, 0)
-            for kv in pages
-            for n in (100, 101)
-        ],
-        "gate_up": [lambda w=w, n=n: gate_up(x[:n], w) for w in gated for n in (256, 600)],
-        "w4a16": [
-            *(lambda w=w, n=n: w4a16.w4a16_linear(x[:n], w) for w in narrow for n in (40, 160, 300)),
-            *(lambda w=w, n=n: w4a16.w4a16_gate_up(x[:n], w) for w in wide for n in (40, 300)),
-        ],
-    }
-
-
-def operations_of_8_and_4_bits():
-    """The same of quantised keys and weights, and of the kernels that few rows and other chips have."""
-    package = f"{kernels.__name__}."
-    names = "rotary_store_quantized_kv", "quantized_decode_attention", "quantized_prefill_attention", "w8a8_linear"
-    store, decode, prefill, w8a8_linear = (getattr(import_module(package + name), name) for name in names)
-    rows = import_module(package + "quantize_rows")
-    narrow, w4a16 = import_module(package + "narrow_linear"), import_module(package + "w4a16_linear")
-    dequantize = import_module(package + "w4a16_dequantize").dequantize_w4a16
-    x, residual, norm, qkv = empty(600, 512), empty(600, 512), empty(512), empty(600, 1536)
-    cos, slots = empty(600, 64, dtype=FP32), torch.zeros(600, dtype=torch.int64)
-    q, tables, lens = empty(600, 8, 128), torch.zeros((103, 64), dtype=torch.int32), torch.ones(103, dtype=torch.int32)
-    starts = torch.zeros(4, dtype=torch.int32)
-
-    def pages(bits, num_parts):
-        data = empty(20, 2, 64, 16 * bits, dtype=torch.uint8)
-        return QuantizedPages(data, empty(20, 2, 64, 2 * num_parts), bits)
-
-    def fixed():
-        return StaticInt8Pages(empty(20, 2, 64, 128, dtype=torch.uint8), empty(2, dtype=FP32), empty(2, dtype=FP32))
-
-    caches = [(pages(8, 1), pages(8, 1)), (pages(8, 1), pages(8, 1)), (pages(4, 2), pages(4, 1)), (fixed(), fixed())]
-    prompts = ((100, 128), (200, 200), (200, 300))
-    dense = [empty(1024, 512).t() for _ in range(2)]
-    int8 = [W8A8Weight(empty(1024, 512, dtype=torch.int8).t(), empty(1024, dtype=FP32)) for _ in range(2)]
-    fp8 = [Fp8Weight(empty(1024, 512, dtype=FP8).t(), empty(1024, dtype=FP32)) for _ in range(2)]
-    words = [empty(64, 8, 32, 4, dtype=torch.int32) for _ in range(2)]
-    tiles = [W4A16Tiles(each, empty(4, 1024, dtype=torch.int32), None, BF16) for each in words]
-
-    def eight_bit(n, weight):
-        values = empty(640, 512, dtype=weight.weight.dtype)
-        return lambda: w8a8_linear(QuantizedRows(values, scales, n, BF16), weight)
-
-    scales = empty(640, dtype=FP32)
-    return {
-        "store": [
-            lambda kv=kv, n=n: store(qkv[:n], cos[:n], cos[:n], None, *kv, slots[:n], 8, 2) for kv in caches for n in (1, 600)
-        ],
-        "decode of codes": [lambda kv=kv, n=n: decode(q[:n], *kv, tables[:n], lens[:n], 0.1) for kv in caches for n in (2, 100)],
-        "prefill of codes": [
-            lambda kv=kv: prefill(q[100:], *kv, tables[100:], lens[100:], starts, 0.1, 0, prompts) for kv in caches
-        ],
-        "rows": [
-            *(lambda dtype=dtype, n=n: rows.quantize_rows(x[:n], dtype) for dtype in (FP8, torch.int8) for n in (1, 600)),
-            *(lambda r=r, n=n: rows.rms_norm_rows(x[:n], norm, 1e-5, r, torch.int8) for r in (None, residual) for n in (1, 600)),
-            *(lambda dtype=dtype: rows.silu_and_mul_rows(qkv, dtype) for dtype in (FP8, torch.int8)),
-        ],
-        "8 bit": [*(eight_bit(n, w) for w in int8 for n in (8, 200, 600)), *(eight_bit(n, w) for w in fp8 for n in (8, 60))],
-        "narrow": [
-            *(lambda w=w, n=n: narrow.linear(x[:n], w) for w in dense for n in (2, 40)),
-            *(lambda w=w, n=n: narrow.gate_up(x[:n], w) for w in dense for n in (2, 40)),
-        ],
-        "w4a16 of few": [lambda w=w, n=n: w4a16.w4a16_linear(x[:n], w) for w in tiles for n in (1, 16, 32)],
-        "dequantize": [lambda w=w: dequantize(w) for w in tiles],
-    }
-
-
-@pytest.fixture
-def hopper(launched, monkeypatch):
-    facts = {"num_sms": 132, "is_hopper": True, "has_pdl": True, "_compute_capability": 90}
-    for info in pkgutil.iter_modules(kernels.__path__):
-        module = import_module(f"{kernels.__name__}.{info.name}")
-        for fact, value in facts.items():
-            if hasattr(module, fact):
-                monkeypatch.setattr(module, fact, lambda device, value=value: value)
-    return launched
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("rms_norm", "rotary", "silu", "decode", "prefill", "gate_up", "w4a16"),
-        *("store", "decode of codes", "prefill of codes", "rows", "8 bit", "narrow", "w4a16 of few", "dequantize"),
-    ],
-)
-def test_an_op_launches_what_it_launches_plainly(hopper, monkeypatch, name):
-    runs = (operations() | operations_of_8_and_4_bits())[name]
-    outputs: dict[object, torch.Tensor] = {}
-
-    def same_output(shape, dtype, device):
-        key = tuple(shape), dtype
-        if key not in outputs:
-            outputs[key] = empty(*shape, dtype=dtype)
-        return outputs[key]
-
-    monkeypatch.setattr(torch, "empty", same_output)
-    monkeypatch.setattr(torch, "empty_like", lambda x: same_output(x.shape, x.dtype, x.device))
-    assert_same(hopper, monkeypatch, runs)
