@@ -1,4 +1,5 @@
-"""Chat and completion answers: request -> options of the text door -> choices -> OpenAI's objects, whole or in chunks.
+"""Answers: request -> options of the text door -> choices -> OpenAI's objects, whole or in chunks. Completions here, chats in
+chat_answers.py.
 
 Each choice is a stream of its own to a text door (the prefix cache computes a shared prompt once); choice i of a seeded request draws
 with seed + i, so that streamed and whole answers are the same.
@@ -18,15 +19,13 @@ from turbotriton.contract.errors import TurbotritonError
 
 from .errors import ApiError, api_error
 from .fleet import Fleet
-from .schema import ChatRequest, CompletionRequest, SamplingFields
-from .tools import ToolCallParser, ToolFormat
+from .schema import CompletionRequest, SamplingFields
+from .tools import ToolCallParser
 
-__all__ = ["DONE", "Answer", "ChatAnswer", "CompletionAnswer", "plain_message", "sampling_options"]
+__all__ = ["DONE", "Answer", "Choice", "CompletionAnswer", "sampling_options", "seeded"]
 
 MAX_SEED = 2**64
 DONE = "[DONE]"  # ends a stream
-#: Fields of OpenAI's messages that would be lost on the way to the model.
-UNSHOWN = ("audio", "function_call", "refusal")
 MAX_UNNAMED_CHARS = 4  # of a prompt, between two of its tokens: a space that a decoder drops, a character in several tokens
 MAX_STREAMS = 128  # prompts times n of one request
 #: What refuses one choice refuses the others; they get this long to end by themselves, because tritonserver 24.10 never forgets a
@@ -62,7 +61,7 @@ def sampling_options(request: SamplingFields) -> dict[str, Any]:
 
 
 @dataclass(slots=True)
-class _Choice:
+class Choice:
     """What one choice has said so far."""
 
     index: int
@@ -93,14 +92,14 @@ class Answer:
 
     kind = ""  # prefix of the id
 
-    def __init__(self, fleet: Fleet, request: SamplingFields, choices: list[_Choice]) -> None:
+    def __init__(self, fleet: Fleet, request: SamplingFields, choices: list[Choice]) -> None:
         if len(choices) > MAX_STREAMS:
             raise ApiError(400, f"{len(choices)} answers are asked for at once; at most {MAX_STREAMS} are given", param="n")
         self._fleet, self._request, self._choices = fleet, request, choices
         self.id = f"{self.kind}-{uuid.uuid4().hex}"
         self.created = int(time.time())
 
-    async def batches(self, *, stream: bool) -> AsyncGenerator[list[tuple[_Choice, Delta]]]:
+    async def batches(self, *, stream: bool) -> AsyncGenerator[list[tuple[Choice, Delta]]]:
         """Every choice's deltas as they come, those together that are there; without `stream` each choice's one, which is all of it.
 
         Raises ApiError; closing it cancels what runs.
@@ -118,8 +117,8 @@ class Answer:
         except TurbotritonError as error:
             raise api_error(error) from None
 
-    async def _batches_of_many(self, *, stream: bool) -> AsyncGenerator[list[tuple[_Choice, Delta]]]:
-        came: asyncio.Queue[tuple[_Choice, Delta | Exception | None]] = asyncio.Queue()
+    async def _batches_of_many(self, *, stream: bool) -> AsyncGenerator[list[tuple[Choice, Delta]]]:
+        came: asyncio.Queue[tuple[Choice, Delta | Exception | None]] = asyncio.Queue()
         tasks = [asyncio.create_task(self._run(choice, came, stream=stream)) for choice in self._choices]
         num_open = len(tasks)
         try:
@@ -127,7 +126,7 @@ class Answer:
                 items = [await came.get()]
                 while not came.empty():
                     items.append(came.get_nowait())
-                batch: list[tuple[_Choice, Delta]] = []
+                batch: list[tuple[Choice, Delta]] = []
                 failure: Exception | None = None
                 for choice, item in items:
                     if item is None:
@@ -146,9 +145,7 @@ class Answer:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _run(
-        self, choice: _Choice, came: "asyncio.Queue[tuple[_Choice, Delta | Exception | None]]", *, stream: bool
-    ) -> None:
+    async def _run(self, choice: Choice, came: "asyncio.Queue[tuple[Choice, Delta | Exception | None]]", *, stream: bool) -> None:
         try:
             async with self._fleet.stream(self._request.model, choice.prompt, choice.options, stream=stream) as deltas:
                 async for delta in deltas:
@@ -206,26 +203,26 @@ class Answer:
     #: JSON before and after the text of a chunk that `_is_plain`.
     _plain_chunk = ("", "")
 
-    def _is_plain(self, choice: _Choice, delta: Delta) -> bool:
+    def _is_plain(self, choice: Choice, delta: Delta) -> bool:
         """Whether `_choice_chunks` would make one chunk that has the delta's text and nothing else: nearly every one."""
         raise NotImplementedError
 
-    def _keep(self, choice: _Choice, delta: Delta) -> None:
+    def _keep(self, choice: Choice, delta: Delta) -> None:
         choice.parts.append(delta.text)
         choice.logprobs += delta.logprobs or []
         choice.prompt_logprobs += delta.prompt_logprobs or []
 
-    def _whole_choice(self, choice: _Choice) -> dict[str, Any]:
+    def _whole_choice(self, choice: Choice) -> dict[str, Any]:
         raise NotImplementedError
 
-    def _choice_chunks(self, choice: _Choice, delta: Delta) -> Sequence[dict[str, Any]]:
+    def _choice_chunks(self, choice: Choice, delta: Delta) -> Sequence[dict[str, Any]]:
         raise NotImplementedError
 
 
 _dump = json.JSONEncoder(ensure_ascii=False).encode
 
 
-def _seeded(options: dict[str, Any], seed: int | None, index: int) -> dict[str, Any]:
+def seeded(options: dict[str, Any], seed: int | None, index: int) -> dict[str, Any]:
     return options if seed is None else options | {"seed": (seed + index) % MAX_SEED}
 
 
@@ -242,25 +239,25 @@ class CompletionAnswer(Answer):
             options["exclude_input_in_output"] = False
             if request.logprobs is not None:
                 options["sampling_parameters"] = options.get("sampling_parameters", {}) | {"prompt_logprobs": request.logprobs}
-        choices: list[_Choice] = []
+        choices: list[Choice] = []
         for text_or_ids in request.prompts():
             name = "prompt" if isinstance(text_or_ids, str) else "input_ids"
             for number in range(request.n):
-                choices.append(_Choice(len(choices), {name: text_or_ids}, _seeded(options, request.seed, number)))
+                choices.append(Choice(len(choices), {name: text_or_ids}, seeded(options, request.seed, number)))
         super().__init__(fleet, request, choices)
 
-    def _whole_choice(self, choice: _Choice) -> dict[str, Any]:
+    def _whole_choice(self, choice: Choice) -> dict[str, Any]:
         return self._choice(choice, "".join(choice.parts), choice.prompt_logprobs, choice.logprobs)
 
-    def _choice_chunks(self, choice: _Choice, delta: Delta) -> Sequence[dict[str, Any]]:
+    def _choice_chunks(self, choice: Choice, delta: Delta) -> Sequence[dict[str, Any]]:
         return [self._choice(choice, delta.text, delta.prompt_logprobs or [], delta.logprobs or [])]
 
-    def _is_plain(self, choice: _Choice, delta: Delta) -> bool:
+    def _is_plain(self, choice: Choice, delta: Delta) -> bool:
         assert isinstance(self._request, CompletionRequest)
         return choice.finish_reason is None and self._request.logprobs is None
 
     def _choice(
-        self, choice: _Choice, text: str, prompt_entries: list[dict[str, Any]], entries: list[dict[str, Any]]
+        self, choice: Choice, text: str, prompt_entries: list[dict[str, Any]], entries: list[dict[str, Any]]
     ) -> dict[str, Any]:
         assert isinstance(self._request, CompletionRequest)
         logprobs = None
@@ -269,7 +266,7 @@ class CompletionAnswer(Answer):
         return {"index": choice.index, "text": text, "logprobs": logprobs, "finish_reason": choice.finish_reason}
 
 
-def _offsets(choice: _Choice, text: str, prompt_entries: list[dict[str, Any]], entries: list[dict[str, Any]]) -> Iterator[int]:
+def _offsets(choice: Choice, text: str, prompt_entries: list[dict[str, Any]], entries: list[dict[str, Any]]) -> Iterator[int]:
     """Where each token begins. `text`: it begins with the prompt if there are prompt_entries, whose tokens are looked for in it: a BOS is
     not shown, nor is a part of a character before its last."""
     for entry in prompt_entries:
@@ -297,133 +294,3 @@ def _completion_logprobs(entries: list[dict[str, Any]], offsets: Iterator[int]) 
         "top_logprobs": [likeliest(entry) for entry in entries],
         "text_offset": list(offsets),
     }
-
-
-class ChatAnswer(Answer):
-    """/v1/chat/completions. `tool_format`: how this model writes tool calls; None: the request has no tools."""
-
-    kind = "chatcmpl"
-    _object, _chunk_object = "chat.completion", "chat.completion.chunk"
-    _plain_chunk = ('"delta": {"content": ', "}")
-
-    def __init__(self, fleet: Fleet, request: ChatRequest, tool_format: ToolFormat | None) -> None:
-        options = sampling_options(request)
-        options["max_tokens"] = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
-        options["num_logprobs"] = (request.top_logprobs or 0) if request.logprobs else None
-        prompt: dict[str, Any]
-        if isinstance(request.messages, str):
-            prompt = {"prompt": request.messages}
-        else:
-            prompt = {"messages": [plain_message(index, message) for index, message in enumerate(request.messages)]}
-        template_options: dict[str, Any] = dict(request.chat_template_kwargs or {})
-        if tool_format is not None:
-            template_options["tools"] = [tool.model_dump(exclude_unset=True) for tool in request.tools or ()]
-            options["skip_special_tokens"] = options["skip_special_tokens"] and not tool_format.is_special
-        if template_options:
-            options["chat_template_kwargs"] = template_options
-        choices = [_Choice(index, prompt, _seeded(options, request.seed, index)) for index in range(request.n)]
-        if tool_format is not None:
-            is_forced = request.tool_choice not in (None, "auto")
-            for choice in choices:
-                max_calls = None if request.parallel_tool_calls else 1
-                choice.parser = ToolCallParser(tool_format, is_forced=is_forced, max_calls=max_calls)
-        self._began: set[int] = set()
-        super().__init__(fleet, request, choices)
-
-    def _keep(self, choice: _Choice, delta: Delta) -> None:
-        content, calls = self._parsed(choice, delta)
-        choice.parts.append(content)
-        for call in calls:
-            if "id" in call:
-                choice.tool_calls.append({name: value for name, value in call.items() if name != "index"})
-            else:
-                choice.tool_calls[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
-        choice.logprobs += delta.logprobs or []
-
-    def _parsed(self, choice: _Choice, delta: Delta) -> tuple[str, list[dict[str, Any]]]:
-        if choice.parser is None:
-            return delta.text, []
-        content, calls = choice.parser.push(delta.text)
-        if delta.finish_reason is not None:
-            rest, more = choice.parser.flush()
-            content, calls = content + rest, calls + more
-            if choice.parser.num_calls and choice.finish_reason == "stop":
-                choice.finish_reason = "tool_calls"
-        return content, calls
-
-    def _whole_choice(self, choice: _Choice) -> dict[str, Any]:
-        content = "".join(choice.parts)
-        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
-        if choice.tool_calls:
-            message |= {"content": content.strip() or None, "tool_calls": choice.tool_calls}
-        return {
-            "index": choice.index,
-            "message": message,
-            "logprobs": self._logprobs(choice.logprobs),
-            "finish_reason": choice.finish_reason,
-        }
-
-    def _choice_chunks(self, choice: _Choice, delta: Delta) -> Sequence[dict[str, Any]]:
-        def chunk(content: dict[str, Any], finish_reason: str | None, entries: list[dict[str, Any]]) -> dict[str, Any]:
-            return {"index": choice.index, "delta": content, "logprobs": self._logprobs(entries), "finish_reason": finish_reason}
-
-        content, calls = self._parsed(choice, delta)
-        chunks = []
-        if choice.index not in self._began:
-            self._began.add(choice.index)
-            chunks.append(chunk({"role": "assistant", "content": ""}, None, []))
-        if content or delta.logprobs:
-            chunks.append(chunk({"content": content}, None, delta.logprobs or []))
-        chunks += [chunk({"tool_calls": [call]}, None, []) for call in calls]
-        if choice.finish_reason is not None:
-            chunks.append(chunk({}, choice.finish_reason, []))
-        return chunks
-
-    def _is_plain(self, choice: _Choice, delta: Delta) -> bool:
-        has_begun = choice.index in self._began and choice.finish_reason is None
-        return has_begun and choice.parser is None and bool(delta.text) and delta.logprobs is None and not self._shows_logprobs
-
-    @property
-    def _shows_logprobs(self) -> bool:
-        assert isinstance(self._request, ChatRequest)
-        return self._request.logprobs
-
-    def _logprobs(self, entries: list[dict[str, Any]]) -> dict[str, Any] | None:
-        if not self._shows_logprobs:
-            return None
-        content = [_token(entry) | {"top_logprobs": [_token(one) for one in entry.get("top_logprobs", ())]} for entry in entries]
-        return {"content": content, "refusal": None}
-
-
-def _token(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """bytes is null for a token that is a part of a character."""
-    text = entry["token"]
-    return {"token": text, "logprob": entry["logprob"], "bytes": None if "\ufffd" in text else list(text.encode())}
-
-
-def _plain_call(call: Any) -> Any:
-    """A call with its arguments as an object: chat templates write them themselves, OpenAI's clients send JSON text."""
-    try:
-        function = call["function"]
-        return {**call, "function": {**function, "arguments": json.loads(function["arguments"])}}
-    except (TypeError, KeyError, ValueError):
-        return call
-
-
-def plain_message(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
-    """content as one text. Raises ApiError for parts that are no text, and for what no chat template would show the model."""
-    content = message.get("content")
-    for name in UNSHOWN:
-        if message.get(name) is not None:
-            raise ApiError(400, f"messages[{index}].{name} is not supported; leave it out", param="messages")
-    if message.get("tool_calls"):
-        message = {**message, "tool_calls": [_plain_call(call) for call in message["tool_calls"]]}
-    if not isinstance(content, list):
-        return dict(message)
-    texts = []
-    for part in content:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            kind = part.get("type") if isinstance(part, dict) else part
-            raise ApiError(400, f"messages[{index}].content has a part of type {kind!r}; only text is served", param="messages")
-        texts.append(part["text"])
-    return {**message, "content": "\n".join(texts)}

@@ -19,8 +19,9 @@ from turbotriton import __version__
 from turbotriton.contract.errors import TurbotritonError
 
 from .access import BodyLimit, KeyCheck, Meter, Metrics
-from .answers import DONE, Answer, ChatAnswer, CompletionAnswer
+from .answers import DONE, Answer, CompletionAnswer
 from .body import BodyRoute
+from .chat_answers import ChatAnswer
 from .encode import encode
 from .errors import ApiError, api_error, error_response, on_failure, on_http_error, on_invalid_request
 from .event_stream import DISCONNECTED, EventStream, until_gone

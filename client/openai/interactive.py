@@ -12,7 +12,7 @@ from typing import Any
 from turbotriton.client.text_door import Delta
 from turbotriton.contract.errors import TurbotritonError
 
-from .answers import plain_message
+from .chat_answers import plain_message
 from .errors import ApiError, api_error
 from .fleet import Fleet
 from .schema import InteractiveRequest

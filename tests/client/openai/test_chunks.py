@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from tests.client.openai.scripted import ScriptedFleet, post
 
-from turbotriton.client.openai.answers import ChatAnswer, CompletionAnswer
+from turbotriton.client.openai.answers import CompletionAnswer
+from turbotriton.client.openai.chat_answers import ChatAnswer
 from turbotriton.client.openai.schema import CompletionRequest
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from turbotriton.client.openai.answers import _Choice, _offsets
+from turbotriton.client.openai.answers import Choice, _offsets
 
 from .scripted import ScriptedFleet, events, post
 
@@ -59,5 +59,5 @@ def test_without_echo_nobody_asks_for_the_prompts() -> None:
     ],
 )
 def test_tokens_of_a_prompt_are_found_in_its_text(text: str, tokens: list[str], offsets: list[int]) -> None:
-    choice = _Choice(0, {"prompt": text}, {})
+    choice = Choice(0, {"prompt": text}, {})
     assert list(_offsets(choice, text + "!", [{"token": token, "logprob": None} for token in tokens], [])) == offsets
