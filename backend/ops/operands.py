@@ -61,8 +61,8 @@ class SplitSums:
 
 @dataclass(frozen=True, slots=True)
 class Added:
-    """What a linear layer gives that has added its output to the residual stream. Whether the output is rounded before it is added is the
-    product's own affair.
+    """What a linear layer gives that has added its output to the residual stream. Whether the output is rounded before it is added depends
+    on the product: cuBLAS may.
 
     total: [num_tokens, features], the compute dtype: the stream after it, which is all that the norm has to read
     """

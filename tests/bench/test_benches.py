@@ -4,8 +4,10 @@ import functools
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -140,9 +142,15 @@ def test_half_of_the_prompts_does_not_depend_on_who_came_first(monkeypatch: pyte
     monkeypatch.syspath_prepend(HERE)
     from bench_serving import half_of_prompts
 
-    steps = ((10.0, (900, 60, 40)), (20.0, (1000,)), (30.0, (500, 500)), (40.0, (1000,)))
-    firsts = [(at, tokens) for at, prompts in steps for tokens in prompts]
-    assert half_of_prompts(firsts) == half_of_prompts(firsts[::-1]) == 20.0
+    def firsts_of(*prompts_of_steps: Sequence[int]) -> list[tuple[float, int]]:
+        return [(10.0 * step, tokens) for step, prompts in enumerate(prompts_of_steps, 1) for tokens in prompts]
+
+    small, large = (250, 250, 250, 250), (1000,)
+    orders = [
+        firsts_of(*steps) for steps in ((small, large, small, large), (large, large, small, small), (small, small, large, large))
+    ]
+    assert len({statistics.median(at for at, _ in firsts) for firsts in orders}) == 3
+    assert [half_of_prompts(firsts) for firsts in orders] == [20.0] * 3
     assert half_of_prompts([(3.0, 7)]) == 3.0
     with pytest.raises(ValueError, match="no prompts"):
         half_of_prompts([])

@@ -185,7 +185,7 @@ def stores(m: Maker) -> None:
         rotary_store_kv.rotary_store_kv(x, *rest[1:], k_cache, v_cache, slots, num_heads, num_kv_heads)
         for kind in ("8", "4", "fp8", "static"):
             k, v = quantised_pages(m, kind, 2, num_kv_heads, 5, head_dim)
-            rotary_store_quantized_kv.rotary_store_quantized_kv(*rest, k, v, slots, num_heads, num_kv_heads)
+            rotary_store_quantized_kv.rotary_store_quantized_kv(x, *rest[1:], k, v, slots, num_heads, num_kv_heads)
 
 
 def attentions(m: Maker) -> None:

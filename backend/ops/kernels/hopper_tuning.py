@@ -27,11 +27,11 @@ __all__ = [
 #: Of `hopper_prefill_attention`, whose program has a multiprocessor to itself; 3 to 6 are within 2 % of each other.
 HOPPER_PREFILL_STAGES = 6
 #: Dense layers with a gate have a kernel of their own again from so many rows on, where the chip is Hopper's: one of the token counts that
-#: a runner warms up with. It joins SiLU to cuBLAS's speed. A few rows of its third row block take as long as all: 320 take 133 us where
-#: cuBLAS and SiLU take 120, 384 as long as those, 448 182 where they take 288 (8B, H200: docs/perf-log.md).
+#: a runner warms up with. It joins SiLU to cuBLAS's speed. A third row block takes as long for a few rows as for 128: 320 rows take 133 us,
+#: cuBLAS and SiLU 120; at 384 both take 135, and 448 rows 182 and 288 (8B, H200: docs/perf-log.md).
 MIN_HOPPER_GATE_UP_ROWS, HOPPER_GATE_UP_GAP = 256, range(257, 353)
-#: So many rows of 4 bit weights and more are `hopper_w4a16_linear`'s on sm_90: a layer of 256 takes 194 us where the plain kernel has 239
-#: (8B, H200: docs/perf-log.md).
+#: So many rows of 4 bit weights and more are `hopper_w4a16_linear`'s on sm_90: a layer of 256 took its first form 194 us where the plain
+#: kernel has 239. The present one, and with it 33 to 64 rows of gate and up, is predicted to be as fast or faster (docs/perf-log.md).
 MIN_HOPPER_W4A16_ROWS = 33
 #: Rows of int8 that are `hopper_w8a8_linear`'s on sm_90: a layer of 160, 256 and 512 takes 112, 147 and 236 us where the plain kernel has
 #: 178, 168 and 282, of 128 rows 120 where that has 108 (8B, H200: docs/perf-log.md).
@@ -107,7 +107,7 @@ def takes_hopper_gate_up(k: int, inter: int, element_bytes: int, *, is_hopper: b
 
 
 def is_for_hopper_gate_up(num_rows: int) -> bool:
-    """Where it is faster."""
+    """Numbers of rows at which `hopper_gate_up` is faster than cuBLAS and SiLU."""
     return num_rows >= MIN_HOPPER_GATE_UP_ROWS and num_rows not in HOPPER_GATE_UP_GAP
 
 
@@ -121,8 +121,8 @@ def takes_hopper_prefill(
 
 
 def takes_hopper_w4a16(num_rows: int, n: int, k: int, num_sms: int, *, is_hopper: bool) -> bool:
-    """What `hopper_w4a16_linear` is written for and faster at: tiles of 128 outputs, turns of 128 inputs, and of 65 to 128 rows only layers
-    whose tiles do not fill the device by themselves."""
+    """What `hopper_w4a16_linear` is written for and meant to be faster at: tiles of 128 outputs, turns of 128 inputs, and of 65 to 128 rows
+    only layers whose tiles do not fill the device by themselves."""
     is_faster = num_rows >= MIN_HOPPER_W4A16_ROWS and (not 64 < num_rows <= 128 or n // 128 < num_sms)
     return is_hopper and is_faster and n % 128 == 0 and k % 128 == 0
 

@@ -81,8 +81,8 @@ def _step(acc, high, number, is_first, rings, NUM_STAGES: gl.constexpr):
 @gluon.jit
 def _store(chunk, x_scale_ptr, scale_ptr, bias_ptr, y_ptr, begin_n, begin_m, num_rows, N, HAS_BIAS: gl.constexpr):
     """Sums [128, CHUNK] of the outputs from begin_n on as rows of y from begin_m on."""
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, CHUNK, 32])
-    ROWS: gl.constexpr = gl.BlockedLayout([8, 1], [16, 2], [1, 8], [0, 1])
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, CHUNK, 32])
+    ROWS: gl.constexpr = gl.BlockedLayout([8, 1], [16, 2], [1, WARPS], [0, 1])
     numbers = gl.convert_layout(chunk, LAYOUT, assert_trivial=True).to(gl.float32)
     outputs = begin_n + gl.arange(0, 128, layout=gl.SliceLayout(1, LAYOUT))
     rows = begin_m + gl.arange(0, CHUNK, layout=gl.SliceLayout(0, LAYOUT))
@@ -103,9 +103,9 @@ def _compute(
     HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr, NUM_STAGES: gl.constexpr, PATIENCE: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """The two groups of warps: each has 64 of every 128 outputs."""
-    LOW_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, LOW, 32])
-    HIGH_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_M - LOW, 32])
-    CHUNK_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, CHUNK, 32])
+    LOW_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, LOW, 32])
+    HIGH_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M - LOW, 32])
+    CHUNK_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, CHUNK, 32])
     NUM_CHUNKS: gl.constexpr = BLOCK_M // CHUNK
     num_row_blocks, num_turns, _share, begin, end = work
     _x_tiles, _high_tiles, _weight_tiles, _full, free = rings

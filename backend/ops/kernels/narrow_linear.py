@@ -95,7 +95,7 @@ def _narrow_linear_kernel(
     if is_last:
         mask_n = offs_n < N
         if HAS_BIAS:
-            adds_bias = mask_n & (offs_n * 0 + split == 0) if LEAVES_PARTS else mask_n
+            adds_bias = mask_n & (offs_n * 0 + split == 0) if LEAVES_PARTS else mask_n  # & takes tensors, not a scalar
             acc += tl.load(bias_ptr + offs_n, mask=adds_bias, other=0.0).to(tl.float32)[:, None]
         if GATED:
             if HAS_BIAS:

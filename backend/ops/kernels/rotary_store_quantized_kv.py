@@ -29,8 +29,8 @@ Pages = QuantizedPages | StaticInt8Pages
 
 @triton.jit
 def _rotated(
-    head_ptr, dims, mask, cos_ptr, sin_ptr, ROTARY_HALF: tl.constexpr, ROTATE: tl.constexpr,
-    stride_part, NUM_PARTS: tl.constexpr, dtype: tl.constexpr,
+    head_ptr, dims, mask, cos_ptr, sin_ptr, stride_part,
+    ROTARY_HALF: tl.constexpr, ROTATE: tl.constexpr, NUM_PARTS: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """fp32 values of the dims, [BLOCK_H, BLOCK_HALF]; with ROTATE the first 2 ROTARY_HALF turned."""
     x = load_sum(head_ptr + dims, mask, stride_part, NUM_PARTS, dtype).to(tl.float32)
@@ -44,6 +44,17 @@ def _rotated(
         sin = tl.load(sin_ptr + pair, mask=turns, other=0.0)
         x = x * cos + tl.where(is_first, -partner, partner) * sin
     return x
+
+
+@triton.jit
+def _halves(
+    head_ptr, offs_half, mask_lo, mask_hi, cos_ptr, sin_ptr, stride_part,
+    HALF: tl.constexpr, ROTARY_HALF: tl.constexpr, ROTATE: tl.constexpr, NUM_PARTS: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """`_rotated` of the lower and of the upper half of each head."""
+    lo = _rotated(head_ptr, offs_half, mask_lo, cos_ptr, sin_ptr, stride_part, ROTARY_HALF, ROTATE, NUM_PARTS, dtype)
+    hi = _rotated(head_ptr, offs_half + HALF, mask_hi, cos_ptr, sin_ptr, stride_part, ROTARY_HALF, ROTATE, NUM_PARTS, dtype)
+    return lo, hi
 
 
 @triton.jit
@@ -137,21 +148,10 @@ def _rotary_store_quantized_kv_kernel(
         heads = head_block * BLOCK_H + offs_h
         mask_h = heads < NUM_HEADS
         head_ptr = row_ptr + heads * HEAD_DIM
-        lo = _rotated(
-            head_ptr, offs_half, mask_h & mask_lo, cos_row_ptr, sin_row_ptr, ROTARY_HALF, True, stride_part, NUM_PARTS, dtype
-        )
-        hi = _rotated(
-            head_ptr,
-            offs_half + HALF,
-            mask_h & mask_hi,
-            cos_row_ptr,
-            sin_row_ptr,
-            ROTARY_HALF,
-            True,
-            stride_part,
-            NUM_PARTS,
-            dtype,
-        )
+        lo, hi = _halves(
+            head_ptr, offs_half, mask_h & mask_lo, mask_h & mask_hi, cos_row_ptr, sin_row_ptr, stride_part,
+            HALF, ROTARY_HALF, True, NUM_PARTS, dtype,
+        )  # fmt: skip
         if HAS_Q_SCALE:
             factor = tl.load(q_scale_ptr + token)
             lo *= factor
@@ -171,21 +171,10 @@ def _rotary_store_quantized_kv_kernel(
         heads = kv_block * BLOCK_H + offs_h
         mask_h = heads < NUM_KV_HEADS
         head_ptr = row_ptr + (NUM_HEADS + heads) * HEAD_DIM
-        lo = _rotated(
-            head_ptr, offs_half, mask_h & mask_lo, cos_row_ptr, sin_row_ptr, ROTARY_HALF, True, stride_part, NUM_PARTS, dtype
-        )
-        hi = _rotated(
-            head_ptr,
-            offs_half + HALF,
-            mask_h & mask_hi,
-            cos_row_ptr,
-            sin_row_ptr,
-            ROTARY_HALF,
-            True,
-            stride_part,
-            NUM_PARTS,
-            dtype,
-        )
+        lo, hi = _halves(
+            head_ptr, offs_half, mask_h & mask_lo, mask_h & mask_hi, cos_row_ptr, sin_row_ptr, stride_part,
+            HALF, ROTARY_HALF, True, NUM_PARTS, dtype,
+        )  # fmt: skip
         data_ptr = k_data_ptr
         scale_ptr = k_scale_ptr
         zero_ptr = k_zero_ptr
@@ -194,21 +183,10 @@ def _rotary_store_quantized_kv_kernel(
         heads = (kv_block - NUM_KV_BLOCKS) * BLOCK_H + offs_h
         mask_h = heads < NUM_KV_HEADS
         head_ptr = row_ptr + (NUM_HEADS + NUM_KV_HEADS + heads) * HEAD_DIM
-        lo = _rotated(
-            head_ptr, offs_half, mask_h & mask_lo, cos_row_ptr, sin_row_ptr, ROTARY_HALF, False, stride_part, NUM_PARTS, dtype
-        )
-        hi = _rotated(
-            head_ptr,
-            offs_half + HALF,
-            mask_h & mask_hi,
-            cos_row_ptr,
-            sin_row_ptr,
-            ROTARY_HALF,
-            False,
-            stride_part,
-            NUM_PARTS,
-            dtype,
-        )
+        lo, hi = _halves(
+            head_ptr, offs_half, mask_h & mask_lo, mask_h & mask_hi, cos_row_ptr, sin_row_ptr, stride_part,
+            HALF, ROTARY_HALF, False, NUM_PARTS, dtype,
+        )  # fmt: skip
         data_ptr = v_data_ptr
         scale_ptr = v_scale_ptr
         zero_ptr = v_zero_ptr

@@ -13,7 +13,7 @@ import triton.language as tl
 __all__ = ["is_last_of", "load_sum", "sum_of_splits", "workspace"]
 
 WORKSPACE_ELEMENTS = 9 << 20  # fp32: 36 MiB
-NUM_COUNTERS = 4096
+NUM_COUNTERS = 8192
 
 
 @functools.cache

@@ -148,17 +148,17 @@ class FixedOrderLinearConfig:
 #: More rows than these are `narrow_linear`'s where it fits: `skinny_linear` takes 8B's step of two rows 5.7 ms, of three 10.4 (H200).
 MAX_ROWS_BEFORE_NARROW = 1
 #: Dense layers of a batch of decodes with at most so many rows have a kernel of their own. With a gate, it saves the launch of SiLU; with
-#: more inputs than outputs, or with very many outputs, it reads faster than cuBLAS; others start early (H200: docs/perf-log.md).
+#: at least as many inputs as outputs, or with very many outputs, it reads faster than cuBLAS; others start early (H200: docs/perf-log.md).
 MAX_NARROW_GATED_ROWS = 128
 MAX_NARROW_ROWS_OF_ANY = 48
-MIN_NARROW_SHARED_BYTES = 200 << 10  # of a chip in a data centre; the tiles take up to 136 KiB
+MIN_NARROW_SHARED_BYTES = 200 << 10  # of a chip in a data centre: the largest tiles take more than half of it
 MAX_NARROW_ROWS = 64
 MANY_OUTPUTS = 65536
 #: Dense layers of at most so many rows that nothing else takes, and whose norm adds up parts, are products of parts of the inputs.
 MAX_SPLIT_PRODUCT_ROWS = 256
 MAX_QUANTIZED_ROW = 65536
-#: Heads of a rotary program: 8,192 tokens of the 8B take 55.6 us by 16, 57.5 by 32 and 62.2 by 8, over 8 bit pages 109 by 16 and 69 by 8,
-#: whose programs have more to do for a head (H200: docs/perf-log.md).
+#: Heads of a rotary program, at least: 8,192 tokens of the 8B take 55.6 us by 16, 57.5 by 32 and 62.2 by 8. Over 8 bit pages, whose
+#: programs have more to do for a head, 109 by 16 and 69 by 8, which are the 8B's kv heads (H200: docs/perf-log.md).
 ROTARY_LEAST_HEADS, QUANTIZED_ROTARY_LEAST_HEADS = 16, 4
 #: e4m3 with at most so many rows has our kernel, beyond them cuBLAS's: a layer of 64 rows takes 88 us against 103, of 256 rows 155 against
 #: 121 (H200: docs/perf-log.md).

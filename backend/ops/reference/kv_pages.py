@@ -2,7 +2,7 @@
 
 import torch
 
-from ..operands import KvPages, QuantizedPages, StaticInt8Pages
+from ..operands import KvPages, QuantizedPages, StaticInt8Pages, Unadded, whole
 from .primitives import rotary_store_kv
 
 __all__ = ["e4m3_tokens", "gathered_pages", "page_shape", "quantized_tokens", "rotary_store_quantized_kv", "store_pages"]
@@ -19,7 +19,7 @@ def page_shape(pages: KvPages) -> tuple[int, int, int, int]:
 
 
 def rotary_store_quantized_kv(
-    qkv: torch.Tensor,
+    qkv: Unadded,
     cos: torch.Tensor,
     sin: torch.Tensor,
     q_scale: torch.Tensor | None,
@@ -30,7 +30,7 @@ def rotary_store_quantized_kv(
     num_kv_heads: int,
 ) -> torch.Tensor:
     """As `rotary_store_kv`, with keys and values rounded to the compute dtype and then quantised."""
-    head_dim = page_shape(k_cache)[3]
+    head_dim, qkv = page_shape(k_cache)[3], whole(qkv)
     k, v = (qkv.new_empty((qkv.shape[0], num_kv_heads, 1, head_dim)) for _ in range(2))  # blocks of one token
     slots = torch.arange(qkv.shape[0], device=qkv.device)
     q = rotary_store_kv(qkv, cos, sin, q_scale, k, v, slots, num_heads, num_kv_heads)

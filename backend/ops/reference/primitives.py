@@ -5,7 +5,7 @@ Same signatures as the launchers in `ops/kernels/`. Slow and obvious on purpose:
 
 import torch
 
-from ..operands import Projected, stream_after
+from ..operands import Projected, Unadded, stream_after, whole
 
 __all__ = ["paged_decode_attention", "paged_prefill_attention", "rms_norm", "rotary_store_kv", "silu_and_mul"]
 
@@ -33,7 +33,7 @@ def rms_norm(
 
 
 def rotary_store_kv(
-    qkv: torch.Tensor,
+    qkv: Unadded,
     cos: torch.Tensor,
     sin: torch.Tensor,
     q_scale: torch.Tensor | None,
@@ -45,7 +45,8 @@ def rotary_store_kv(
 ) -> torch.Tensor:
     """Rotary embedding (Su et al. 2021, arXiv:2104.09864) of q and k, then k and v into the paged cache, which is modified.
 
-    qkv:      [num_tokens, (num_heads + 2 num_kv_heads) * head_dim], fp16|bf16|fp32, heads in the order q, k, v
+    qkv:      [num_tokens, (num_heads + 2 num_kv_heads) * head_dim], fp16|bf16|fp32, heads in the order q, k, v; or
+        SplitSums of that
     cos, sin: [num_tokens, rotary_dim / 2], fp32          q_scale: [num_tokens], fp32, or None
     k_cache, v_cache: [num_blocks, num_kv_heads, block_size, head_dim]
     slot_mapping: [num_tokens], int64: block * block_size + offset; -1 stores nothing
@@ -55,7 +56,7 @@ def rotary_store_kv(
     in fp32, rounded once; dims past rotary_dim stay. q' is multiplied by q_scale before it is rounded.
     Returns q': [num_tokens, num_heads, head_dim] in qkv's dtype.
     """
-    num_tokens, head_dim = qkv.shape[0], k_cache.shape[-1]
+    num_tokens, head_dim, qkv = qkv.shape[0], k_cache.shape[-1], whole(qkv)
     heads = qkv.view(num_tokens, num_heads + 2 * num_kv_heads, head_dim)
     half = cos.shape[1]
     qk = heads[:, : num_heads + num_kv_heads].float()

@@ -60,7 +60,7 @@ def norm_qkv_rotary_store(
     _, num_kv_heads, _, head_dim = page_shape(k_cache)
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
     if weights.q_norm is not None and weights.k_norm is not None:
-        assert isinstance(qkv, torch.Tensor), "only rotary adds up"
+        assert isinstance(qkv, torch.Tensor), "the norms of q and k take whole sums"
         heads = qkv.view(qkv.shape[0], -1, head_dim)
         for gain, part in (
             (weights.q_norm, heads[:, :num_heads]),

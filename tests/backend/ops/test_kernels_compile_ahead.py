@@ -112,7 +112,8 @@ def launch_all(monkeypatch, capability, dtype, head_dim, num_heads=32, num_kv_he
     rms_norm.rms_norm(SplitSums(empty(4, 16, hidden, dtype=FP32), dtype), empty(hidden), 1e-5, empty(16, hidden))
     cache, angle = empty(4, num_kv_heads, 64, head_dim), empty(16, head_dim // 2, dtype=FP32)
     qkv, slots = empty(16, (num_heads + 2 * num_kv_heads) * head_dim), empty(16, dtype=torch.int64)
-    rotary_store_kv.rotary_store_kv(qkv, angle, angle, empty(16, dtype=FP32), cache, cache, slots, num_heads, num_kv_heads)
+    for x in (qkv, SplitSums(empty(2, *qkv.shape, dtype=FP32), dtype)):
+        rotary_store_kv.rotary_store_kv(x, angle, angle, empty(16, dtype=FP32), cache, cache, slots, num_heads, num_kv_heads)
     silu_and_mul.silu_and_mul(empty(16, 2 * 14336))
     for num_sms in (1, 132):  # one split, then several
         monkeypatch.setattr(attention, "num_sms", lambda device, num_sms=num_sms: num_sms)
@@ -136,7 +137,10 @@ def launch_all(monkeypatch, capability, dtype, head_dim, num_heads=32, num_kv_he
         narrow.linear(empty(num_rows, 14336), empty(hidden, 14336).t())
         with monkeypatch.context() as device:
             device.setattr(narrow, "num_sms", lambda device: 132)
-            assert isinstance(narrow.split_linear(empty(num_rows, 14336), empty(hidden, 14336).t()), SplitSums)
+            parts = narrow.split_linear(empty(num_rows, 14336), empty(hidden, 14336).t(), empty(hidden))
+            assert isinstance(parts, SplitSums)
+        if num_rows == 64:
+            narrow.linear(empty(num_rows, hidden), empty(128256, hidden).t())  # the head, whose tiles are its own
     bans = empty(17, dtype=torch.int64)
     greedy.greedy_sample(empty(16, 128256), bans, bans)
     stage.stage_decode(bans, bans, lens, tables, empty(16, head_dim // 2, dtype=FP32), 1.0, 64)
@@ -158,13 +162,14 @@ def test_every_kernel_compiles_without_spills(capability, dtype, head_dim, launc
         "_rms_norm_kernel",
         "_rms_norm_kernel",
         "_rotary_store_kv_kernel",
+        "_rotary_store_kv_kernel",
         "_silu_and_mul_kernel",
         "_split_kernel",
         "_split_kernel",
         "_prefill_kernel",
         "_prefill_kernel",
         *["_linear_kernel", "_norm_linear_kernel", "_norm_linear_kernel", "_norm_qkv_kernel"] * 2,
-        *["_narrow_linear_kernel"] * (9 if takes_narrow(capability, dtype) else 0),
+        *["_narrow_linear_kernel"] * (10 if takes_narrow(capability, dtype) else 0),
         "_tile_maximum_kernel",
         "pick_kernel",
         "_stage_decode_kernel",

@@ -17,7 +17,8 @@ from tests.backend.ops.test_kernels_w4a16_linear import Shape, weight_of
 from turbotriton.backend.ops.kernels import hopper_w4a16_linear as module
 from turbotriton.backend.ops.kernels import w4a16_linear as launcher
 from turbotriton.backend.ops.kernels.hopper_tuning import HopperTiles, hopper_w4a16_config, hopper_w4a16_tiles
-from turbotriton.backend.ops.kernels.split_sum import workspace
+from turbotriton.backend.ops.kernels.split_sum import NUM_COUNTERS, workspace
+from turbotriton.backend.ops.kernels.tuning import MAX_W4A16_ROWS, ceil_div
 from turbotriton.backend.ops.kernels.w4a16_linear import w4a16_gate_up, w4a16_linear
 from turbotriton.backend.ops.operands import W4A16Tiles
 
@@ -174,8 +175,8 @@ def test_what_it_does_not_take_is_the_plain_kernels(num_rows, k, n, is_hopper, e
 
 
 @pytest.mark.parametrize("num_sms", [78, 114, 132])
-@pytest.mark.parametrize("n", [128, 256, 384, 6144, 28672])
-@pytest.mark.parametrize("num_rows", [1, 17, 64, 65, 128, 129, 161, 193, 256, 257, 300, 512, 1000])
+@pytest.mark.parametrize("n", [128, 256, 384, 6144, 28672, 106496])
+@pytest.mark.parametrize("num_rows", [1, 17, 64, 65, 128, 129, 161, 193, 256, 257, 300, 512, MAX_W4A16_ROWS])
 def test_tiles_fit_what_there_is(num_rows, n, num_sms):
     config = hopper_w4a16_config(num_rows, n, num_sms)
     assert n % config.block_n == 0
@@ -183,6 +184,8 @@ def test_tiles_fit_what_there_is(num_rows, n, num_sms):
     assert config.num_stages >= 4
     assert config.num_stages * (config.block_m * 128 + config.strips * 4608) <= SHARED_LIMIT_BYTES[90] - (18 << 10)
     assert 0 < config.num_programs <= num_sms
+    num_tiles = ceil_div(num_rows, config.block_m) * (n // config.block_n)
+    assert module.NUM_GROUPS.value * num_tiles <= NUM_COUNTERS
 
 
 def launched(dtype, config, monkeypatch, *, gated=False, bias=False, group_size=128):

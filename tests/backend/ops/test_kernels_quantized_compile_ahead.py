@@ -24,7 +24,7 @@ from turbotriton.backend.ops.kernels import rotary_store_quantized_kv as store
 from turbotriton.backend.ops.kernels import w4a16_dequantize as dequantize
 from turbotriton.backend.ops.kernels import w4a16_linear as w4a16
 from turbotriton.backend.ops.kernels import w8a8_linear as w8a8
-from turbotriton.backend.ops.operands import Fp8Weight, QuantizedPages, StaticInt8Pages, W4A16Tiles, W8A8Weight
+from turbotriton.backend.ops.operands import Fp8Weight, QuantizedPages, SplitSums, StaticInt8Pages, W4A16Tiles, W8A8Weight
 
 NUM_HEADS, NUM_KV_HEADS, BLOCK_SIZE = 32, 8, 64
 #: Bytes a thread. 3.6 is the version on the GPUs, where nothing spills; 3.9 also shuffles the skinny kernel's operands.
@@ -62,7 +62,8 @@ def test_every_kernel_compiles_without_spills(capability, dtype, head_dim, kind,
     qkv, angle = torch.empty((16, (NUM_HEADS + 2 * NUM_KV_HEADS) * head_dim), dtype=dtype), torch.empty((16, head_dim // 2))
     slots = torch.empty(16, dtype=torch.int64)
     k, v = pages(kind, dtype, head_dim, 2 if kind == "4" else 1), pages(kind, dtype, head_dim, 1)
-    store.rotary_store_quantized_kv(qkv, angle, angle, None, k, v, slots, NUM_HEADS, NUM_KV_HEADS)
+    for x in (qkv, SplitSums(qkv.new_empty((2, *qkv.shape), dtype=torch.float32), qkv.dtype)):
+        store.rotary_store_quantized_kv(x, angle, angle, None, k, v, slots, NUM_HEADS, NUM_KV_HEADS)
     tables, lens = torch.empty((16, 128), dtype=torch.int32), torch.empty(16, dtype=torch.int32)
     for module in (attention, store, prefill):
         monkeypatch.setattr(module, "has_pdl", lambda device: capability >= 90)
@@ -72,6 +73,7 @@ def test_every_kernel_compiles_without_spills(capability, dtype, head_dim, kind,
     prefill._widened(k, v, tables, lens, lens, dtype, 0, [(5, 100)] * 15)
     names = [kernel.__name__ for kernel, _ in launches]
     assert names == [
+        "_rotary_store_quantized_kv_kernel",
         "_rotary_store_quantized_kv_kernel",
         *["_quantized_split_kernel"] * 2,
         "_widen_pages_kernel",

@@ -210,7 +210,9 @@ def test_q_k_and_v_of_few_rows_are_added_up_by_rotary(target, monkeypatch, num_r
     is_split = num_rows <= 64 and target.eps > 1e-4 and narrow_linear.narrow_linear_config(*shape).num_splits > 1
     assert seen == [SplitSums if is_split else torch.Tensor]
     assert is_split or num_rows > 5 or target.eps < 1e-4, "the case shows nothing"
-    for mine, wanted in zip(*found, strict=True):
+    for mine, wanted in zip(
+        *found, strict=True
+    ):  # two roundings on either side, of the norm and of q, k, v, and rotary's sums of two
         assert_close(mine, wanted.double(), max_error=8 * target.eps, rms_error=1.5 * target.eps)
 
 

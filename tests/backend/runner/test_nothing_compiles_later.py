@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from tests.bench.make_checkpoint import make_checkpoint
 
 from turbotriton.backend.engine.engine import Engine
 from turbotriton.backend.model.decoder import Decoder
-from turbotriton.backend.runner import model_runner, precompile
+from turbotriton.backend.ops import triton_column
+from turbotriton.backend.runner import library_kernels, model_runner, precompile
 from turbotriton.backend.runner.all_steps import run_all_steps
 from turbotriton.backend.runner.cuda_driver import Gpu
 from turbotriton.backend.runner.library_kernels import load_library_kernels
@@ -98,7 +100,8 @@ def load_as_on_a_gpu(model, config, folder):  # type: ignore[no-untyped-def]
                 runner._prompt_graphs = model_runner.PromptGraphs(*parts[:3], config.session_len, torch.device("cpu"))
     runner.warm_up(config)
     if not config.deterministic:
-        with torch.inference_mode():
+        by_library = mock.patch.object(library_kernels, "_is_by_library", triton_column.is_by_library)  # as where x lies on a GPU
+        with torch.inference_mode(), by_library:
             load_library_kernels(
                 runner._decoder, torch.device("cpu"), DTYPES[runner.compute_dtype], MOST_TOKENS, config.max_batch_size
             )
