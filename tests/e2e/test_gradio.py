@@ -122,6 +122,7 @@ def test_page_on_a_workspace_starts_and_stops_its_own_server(browser: Any, demo_
     assert not Path(f"/proc/{pid}").exists()
 
 
+@pytest.mark.slow
 def test_page_on_an_openai_server_answers_and_stops(browser: Any, demo_server: TritonServer) -> None:
     """Stop reaches the engine through the OpenAI server, also while nothing comes: the engine is paused then."""
     with api_server(demo_server.grpc_url, "--api-keys", "secret") as openai_url:

@@ -127,6 +127,7 @@ def _kill_under_64_streams(server: TritonServer) -> tuple[float, float]:
     return ended_s, answered_s - start_s
 
 
+@pytest.mark.slow
 def test_killed_door_frees_its_blocks(demo_workspace: Path) -> None:
     """tritonserver 24.10 may abort when a stub dies; the engine leaves with it then, and the try says nothing."""
     assert any(_kill_doors(demo_workspace) for _ in range(5)), "tritonserver aborted each time"
