@@ -58,10 +58,16 @@ def chunk_of(acc, high, index: gl.constexpr, CHUNK: gl.constexpr):
         return _chunk(high, index - LOW_CHUNKS, high.shape[1] // CHUNK)
 
 
+@gluon.constexpr_function
+def _layout_of_parts(num_warps):
+    """Of numbers [registers / 4, threads, 4] in which every thread has its own, four after each other."""
+    return gl.BlockedLayout([1, 1, 4], [1, 32, 1], [1, num_warps, 1], [2, 1, 0])
+
+
 @gluon.jit
 def _part_offsets(S: gl.constexpr, CHUNK: gl.constexpr, WARPS: gl.constexpr):
     """Of a thread's numbers in a chunk, four after each other: [S CHUNK / 8, threads, 4]."""
-    PART: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 32, 1], [1, WARPS, 1], [2, 1, 0])
+    PART: gl.constexpr = _layout_of_parts(WARPS)
     i = gl.arange(0, S * CHUNK // 8, layout=gl.SliceLayout(1, gl.SliceLayout(2, PART)))
     thread = gl.arange(0, 32 * WARPS, layout=gl.SliceLayout(0, gl.SliceLayout(2, PART)))
     j = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, PART)))
@@ -73,7 +79,7 @@ def leave_part(
     acc, high, parts_ptr, counter_ptr, slot, S: gl.constexpr, BLOCK_M: gl.constexpr, CHUNK: gl.constexpr, WARPS: gl.constexpr
 ):
     """Stores a tile's sums as a part of it, and returns what its counter was before."""
-    PART: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 32, 1], [1, WARPS, 1], [2, 1, 0])
+    PART: gl.constexpr = _layout_of_parts(WARPS)
     part_ptr = parts_ptr + slot.to(gl.int64) * (16 * WARPS * S * BLOCK_M) + _part_offsets(S, CHUNK, WARPS)
     for index in gl.static_range(BLOCK_M // CHUNK):
         numbers = gl.reshape(chunk_of(acc, high, index, CHUNK), (S, WARPS, 2, 8, CHUNK // 8, 4, 2))
@@ -96,7 +102,7 @@ def sum_of_parts(
     S: gl.constexpr, BLOCK_M: gl.constexpr, CHUNK: gl.constexpr, LAYOUT: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """A chunk of all parts of a tile, added up in their order: [16 WARPS S, CHUNK]."""
-    PART: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 32, 1], [1, WARPS, 1], [2, 1, 0])
+    PART: gl.constexpr = _layout_of_parts(WARPS)
     PART_SIZE: gl.constexpr = 16 * WARPS * S * BLOCK_M
     chunk_ptr = parts_ptr + index * (16 * WARPS * S * CHUNK) + _part_offsets(S, CHUNK, WARPS)
     numbers = gl.zeros([S * CHUNK // 8, 32 * WARPS, 4], dtype, PART)

@@ -33,7 +33,7 @@ MIN_HOPPER_GATE_UP_ROWS, HOPPER_GATE_UP_GAP = 256, range(257, 353)
 #: So many rows of 4 bit weights and more are `hopper_w4a16_linear`'s on sm_90: a layer of 256 took its first form 194 us where the plain
 #: kernel has 239. The present one, and with it 33 to 64 rows of gate and up, is predicted to be as fast or faster (docs/perf-log.md).
 MIN_HOPPER_W4A16_ROWS = 33
-#: Rows of int8 that are `hopper_w8a8_linear`'s on sm_90: a layer of 160, 256 and 512 takes 112, 147 and 236 us where the plain kernel has
+#: Rows of int8 that are `hopper_w8a8_linear`'s on sm_90: a layer of 160, 256 and 512 takes 112, 146 and 238 us where the plain kernel has
 #: 178, 168 and 282, of 128 rows 120 where that has 108 (8B, H200: docs/perf-log.md).
 MIN_HOPPER_W8A8_ROWS, MAX_HOPPER_W8A8_ROWS = 129, 512
 

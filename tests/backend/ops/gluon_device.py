@@ -109,6 +109,27 @@ class Launch:
         self.has_failed = False
 
 
+class Failures:
+    """A context in which threads of a launch fail quietly; whoever waits for them raises what the first one failed with."""
+
+    def __init__(self, of_launch: Launch) -> None:
+        self.of_launch = of_launch
+        self.errors: list[BaseException] = []
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        if error is not None:
+            self.of_launch.has_failed = True
+            self.errors.append(error)
+        return True
+
+    def raise_first(self) -> None:
+        if self.errors:
+            raise self.errors[0]
+
+
 class Device:
     """What the partitions of one program share."""
 
@@ -124,7 +145,7 @@ class Device:
         self.copies: list[Callable[[], None]] = []
         self.num_running = 0
         self.waiters: dict[int, tuple[Barrier, int]] = {}  # thread: the barrier, the parity of the phase that has to end
-        self.failures: list[BaseException] = []
+        self.failures = Failures(of_launch)
 
     def products(self) -> list[Product]:
         if not hasattr(self.local, "products"):
@@ -200,7 +221,7 @@ class Device:
             self.waiters[me] = barrier, int(parity)
             self.land(LANDS_BY_ITSELF)
             while barrier.phase & 1 == int(parity):
-                if self.failures:
+                if self.failures.errors:
                     raise RuntimeError("another partition has failed")
                 if len(self.waiters) == self.num_running and all(b.phase & 1 == p for b, p in self.waiters.values()):
                     assert self.copies, "every partition waits for ever"
@@ -280,14 +301,10 @@ class Device:
         self, partitions: Sequence[tuple[Callable, tuple]], num_warps: Sequence[int], registers: Sequence[int]
     ) -> None:
         def run(function: Callable, args: tuple) -> None:
-            try:
+            with self.failures:
                 function(*args)
                 assert not self.products(), "a product is never waited for"
                 assert not self.stores(), "a store is never waited for"
-            except BaseException as error:  # noqa: BLE001 (raised again by the thread that started this one)
-                self.of_launch.has_failed = True
-                with self.changed:
-                    self.failures.append(error)
             with self.changed:
                 self.num_running -= 1
                 self.changed.notify_all()
@@ -298,8 +315,7 @@ class Device:
             thread.start()
         for thread in threads:
             thread.join()
-        if self.failures:
-            raise self.failures[0]
+        self.failures.raise_first()
         assert not self.copies, "a tile is never waited for"
 
 

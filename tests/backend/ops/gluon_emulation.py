@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from tests.backend.ops import inline_assembly
-from tests.backend.ops.gluon_device import Device, Launch, Pointer, allocate, as_tensor, load, store
+from tests.backend.ops.gluon_device import Device, Failures, Launch, Pointer, allocate, as_tensor, load, store
 from triton.runtime.jit import JITFunction
 
 
@@ -202,24 +202,21 @@ def emulate(
                 for name in early:
                     if values[name] is not None:
                         values[name].is_early = True
-                of_launch, failures = Launch(), []
+                of_launch = Launch()
+                failures = Failures(of_launch)
 
                 def run(program: int) -> None:
-                    try:
+                    with failures:
                         device = Device(seed + program, program, grid[0], of_launch, num_warps=num_warps, pdl=launch_pdl)
                         _as_python(vars(module) | {kernel: original}, device)[kernel](**values)
                         assert not any(device.groups()), "a copy is never waited for"
-                    except BaseException as error:  # noqa: BLE001 (raised again by the thread that launched)
-                        of_launch.has_failed = True
-                        failures.append(error)
 
                 programs = [threading.Thread(target=run, args=(program,)) for program in range(grid[0])]
                 for program in programs:
                     program.start()
                 for program in programs:
                     program.join()
-                if failures:
-                    raise failures[0]
+                failures.raise_first()
 
             return launch
 
