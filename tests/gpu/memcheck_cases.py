@@ -16,6 +16,7 @@ from turbotriton.backend.ops.kernels import (
     fixed_order_linear,
     greedy_sample,
     hopper_gate_up,
+    hopper_narrow_linear,
     hopper_prefill_attention,
     hopper_row_linear,
     hopper_row_qkv,
@@ -86,17 +87,21 @@ def norms(m: Maker) -> None:
 
 
 def dense_linears(m: Maker) -> None:
-    for num_rows, k, n in ((1, 72, 33), (3, 1000, 70)):
+    is_first = m.dtype is torch.bfloat16  # what does not depend on the dtype is checked in one
+    for num_rows, k, n in ((1, 72, 33), (3, 1000, 70))[: 1 + is_first]:
         x, bias = m.zeros(num_rows, k), m.zeros(n)
         skinny_linear.linear(x, m.weight(k, n), bias)
         skinny_linear.norm_linear(x, x, m.zeros(k), 1e-5, m.weight(k, n), bias)
         skinny_linear.norm_gate_up(x, x, m.zeros(k), 1e-5, m.weight(k, 2 * n))
-    for num_rows, k, n in ((5, 200, 70), (33, 1100, 130)):
+    for num_rows, k, n in ((5, 200, 70), (33, 1100, 130))[: 1 + is_first]:
         narrow_linear.linear(m.zeros(num_rows, k), m.weight(k, n), m.zeros(n))
         narrow_linear.gate_up(m.zeros(num_rows, k), m.weight(k, 2 * n))
-    if m.dtype is torch.bfloat16:  # the parts are fp32 in both
+    if is_first:
         narrow_linear.split_linear(m.zeros(33, 1100), m.weight(1100, 130), m.zeros(130))
     if m.device == "cpu" or torch.cuda.get_device_capability() == (9, 0):
+        hopper_narrow_linear.gate_up(m.zeros(5, 200), m.weight(200, 140), m.zeros(140))
+        if is_first:
+            hopper_narrow_linear.split_linear(m.zeros(33, 1104), m.weight(1104, 130), m.zeros(130))
         for num_rows, k, n in ((1, 72, 8), (200, 200, 136)):
             hopper_gate_up.gate_up(m.zeros(num_rows, k), m.weight(k, 2 * n), m.zeros(2 * n))
     for num_rows, k, n in ((1, 1100, 33), (70, 72, 130)):

@@ -6,9 +6,11 @@ from .tuning import MAX_PARTS, MIN_DOT_ROWS, ceil_div, clamp, next_power_of_2
 
 __all__ = [
     "HopperGateUpConfig",
+    "HopperNarrowConfig",
     "HopperRowConfig",
     "HopperTiles",
     "hopper_gate_up_config",
+    "hopper_narrow_config",
     "hopper_row_config",
     "hopper_row_w4a16_blocks",
     "hopper_w4a16_config",
@@ -17,6 +19,7 @@ __all__ = [
     "hopper_w8a8_tiles",
     "is_for_hopper_gate_up",
     "takes_hopper_gate_up",
+    "takes_hopper_narrow",
     "takes_hopper_prefill",
     "takes_hopper_row",
     "takes_hopper_row_w4a16",
@@ -30,8 +33,11 @@ HOPPER_PREFILL_STAGES = 6
 #: a runner warms up with. It joins SiLU to cuBLAS's speed. A third row block takes as long for a few rows as for 128: 320 rows take 133 us,
 #: cuBLAS and SiLU 120; at 384 both take 135, and 448 rows 182 and 288 (8B, H200: docs/perf-log.md).
 MIN_HOPPER_GATE_UP_ROWS, HOPPER_GATE_UP_GAP = 256, range(257, 353)
-#: So many rows of 4 bit weights and more are `hopper_w4a16_linear`'s on sm_90: a layer of 256 took its first form 194 us where the plain
-#: kernel has 239. The present one, and with it 33 to 64 rows of gate and up, is predicted to be as fast or faster (docs/perf-log.md).
+#: Up to so many rows `hopper_narrow_linear` has the layers of `narrow_linear` that leave parts or have a gate. Steps of 8 to 32 rows are
+#: 2 to 3 % (8B) and 5 to 6 % (1.8B) shorter with it, of 64 rows 3 and half a percent, of 128 a percent longer (H200: docs/perf-log.md).
+MAX_HOPPER_NARROW_ROWS = 64
+#: So many rows of 4 bit weights and more are `hopper_w4a16_linear`'s on sm_90: a layer's four products take 91 us of 64 rows where the
+#: plain kernel has 98, of 32 rows 74 and 64 (8B, H200: docs/perf-log.md).
 MIN_HOPPER_W4A16_ROWS = 33
 #: Rows of int8 that are `hopper_w8a8_linear`'s on sm_90: a layer of 160, 256 and 512 takes 112, 146 and 238 us where the plain kernel has
 #: 178, 168 and 282, of 128 rows 120 where that has 108 (8B, H200: docs/perf-log.md).
@@ -48,6 +54,14 @@ class HopperGateUpConfig:
 class HopperRowConfig:
     num_stages: int  # steps of 16 outputs by 1024 inputs that a program has room for, 32 KiB each
     num_warps: int
+
+
+@dataclass(frozen=True, slots=True)
+class HopperNarrowConfig:
+    block_m: int  # rows of x, padded: a power of two
+    num_splits: int  # programs that share a tile's inputs
+    num_stages: int  # steps of 64 inputs that a program has room for
+    together: int = 2  # steps that are asked for at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +92,22 @@ def hopper_gate_up_config(num_rows: int, k: int) -> HopperGateUpConfig:
     """Four stages and the tile of y fill the shared memory. A group's rows of x are 4 MiB where all would be more than 16."""
     row_blocks = ceil_div(num_rows, 128)
     return HopperGateUpConfig(num_stages=4, group_m=row_blocks if row_blocks * k <= 65536 else clamp(16384 // k, 1, 16))
+
+
+def hopper_narrow_config(num_rows: int, n: int, num_sms: int, *, gated: bool) -> HopperNarrowConfig:
+    """n: columns of y, of which a program has 64. A layer with more programs than there are multiprocessors has two on each. Splits fill
+    the device twice; from 33 rows on once, since what more parts cost is more than a second program brings."""
+    block_m = clamp(next_power_of_2(num_rows), MIN_DOT_ROWS, 128)
+    tiles = ceil_div(n, 64)
+    places = (1 if block_m >= 64 else 2) * num_sms
+    num_splits = 1 if gated else clamp(next_power_of_2(places // tiles + 1) // 2, 1, 4)
+    shared_bytes = (208 if tiles * num_splits <= num_sms else 104) << 10
+    return HopperNarrowConfig(block_m, num_splits, min(shared_bytes // (128 * (block_m + (128 if gated else 64))), 12))
+
+
+def takes_hopper_narrow(num_rows: int, k: int, element_bytes: int, *, is_hopper: bool) -> bool:
+    """What `hopper_narrow_linear` is written for, and faster at: 16 bits, rows of x and W at multiples of 16 bytes."""
+    return is_hopper and element_bytes == 2 and 0 < num_rows <= MAX_HOPPER_NARROW_ROWS and k % 8 == 0
 
 
 def hopper_row_config(k: int) -> HopperRowConfig:

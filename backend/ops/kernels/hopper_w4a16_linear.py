@@ -25,6 +25,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from turbotriton.backend.ops.operands import W4A16Tiles
 
 from .fast_launch import Tiles, launch
+from .hopper_math import rounded, sigmoid
 from .hopper_shares import (
     PATIENCE,
     chunk_of,
@@ -42,13 +43,6 @@ from .w4a16_words import PAIRED_BF16, PAIRED_FP16, TAKES_PAIRED_BF16, TAKES_PAIR
 
 __all__ = ["linear"]
 
-# 1 / (1 + exp(-x)) in four instructions; two numbers to bf16 and back in three, where the compiler takes a slow one for each
-_SIGMOID = gl.constexpr(
-    "mul.f32 $0, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 $0, $0; add.f32 $0, $0, 0f3F800000; rcp.approx.ftz.f32 $0, $0;"
-)
-_ROUND_BF16 = gl.constexpr(
-    "{ .reg .b32 both; cvt.rn.bf16x2.f32 both, $3, $2; shl.b32 $0, both, 16; and.b32 $1, both, 0xFFFF0000; }"
-)
 NUM_GROUPS = gl.constexpr(2)
 WARPS = gl.constexpr(4)  # of a group
 COMPUTE_REGISTERS = gl.constexpr(232)  # a thread; a program is launched with 3 x 128 threads of 168
@@ -173,15 +167,6 @@ def _step(
 
 
 @gluon.jit
-def _rounded(numbers, dtype: gl.constexpr):
-    """fp32 numbers that `dtype` holds."""
-    if dtype == gl.bfloat16:
-        return gl.inline_asm_elementwise(_ROUND_BF16, "=f,=f,f,f", [numbers], gl.float32, is_pure=True, pack=2)
-    else:
-        return numbers.to(dtype).to(gl.float32)
-
-
-@gluon.jit
 def _store(chunk, bias_ptr, y_ptr, begin_n, begin_m, num_rows, N, HAS_BIAS: gl.constexpr, GATED: gl.constexpr, S: gl.constexpr):
     """Sums [64 S, CHUNK] of the outputs from begin_n on as rows of y from begin_m on."""
     CHUNK: gl.constexpr = chunk.shape[1]
@@ -199,9 +184,8 @@ def _store(chunk, bias_ptr, y_ptr, begin_n, begin_m, num_rows, N, HAS_BIAS: gl.c
     if GATED:  # outputs 0..7 of a strip are gates, 8..15 the ups of the same columns
         pairs = gl.permute(gl.reshape(chunk, (WARPS * S, 2, 8, CHUNK)), (0, 2, 3, 1))
         gate, up = gl.split(gl.reshape(pairs, (OUT, CHUNK, 2)))
-        gate = _rounded(gate, dtype)
-        sigmoid = gl.inline_asm_elementwise(_SIGMOID, "=f,f", [gate], gl.float32, is_pure=True, pack=1)
-        chunk = gate * sigmoid * _rounded(up, dtype)
+        gate = rounded(gate, dtype)
+        chunk = gate * sigmoid(gate) * rounded(up, dtype)
         num_outputs = N // 2
         begin_n = begin_n // 2
     y = gl.convert_layout(chunk.to(dtype), ROWS)

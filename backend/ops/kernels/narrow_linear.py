@@ -9,6 +9,8 @@ padded to 16 or more, are the short side:
 
 Programs that share a tile add up what they have in a workspace (split_sum.py), or leave it to what comes next, a norm or rotary
 (SplitSums): the last of them would wait for the others, and its parts for the L2 cache.
+
+On Hopper, layers that leave parts or have a gate are handed on to hopper_narrow_linear.py.
 """
 
 import torch
@@ -18,8 +20,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from turbotriton.backend.ops.operands import SplitSums, Unadded
 
+from . import hopper_narrow_linear
 from .fast_launch import launch
-from .launch import has_pdl, launch_options, num_sms
+from .hopper_tuning import takes_hopper_narrow
+from .launch import has_pdl, is_hopper, launch_options, num_sms
 from .split_sum import sum_of_splits, workspace
 from .tuning import NarrowLinearConfig, ceil_div, narrow_linear_config
 
@@ -120,6 +124,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 def split_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Unadded:
     """As `linear`; where several programs share a tile's inputs, what each of them has, not yet added up. The first part has the bias."""
+    if _is_for_hopper(x, weight):
+        return hopper_narrow_linear.split_linear(x, weight, bias)
     config = _config(x, weight, gated=False)
     if config.num_splits == 1 or x.shape[0] == 0:
         return linear(x, weight, bias)
@@ -130,7 +136,14 @@ def split_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 
 def gate_up(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """As `linear` with weight [in_features, 2 inter], columns [gate | up], and silu(gate) * up: [num_rows, inter]."""
+    if _is_for_hopper(x, weight):
+        return hopper_narrow_linear.gate_up(x, weight, bias)
     return _linear(x, weight, bias, gated=True)
+
+
+def _is_for_hopper(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    is_aligned = weight.stride(0) == 1 and weight.stride(1) % 8 == 0 and weight.data_ptr() % 16 == 0 and x.stride(1) == 1
+    return is_aligned and takes_hopper_narrow(*x.shape, x.element_size(), is_hopper=is_hopper(x.device))
 
 
 def _config(x: torch.Tensor, weight: torch.Tensor, *, gated: bool) -> NarrowLinearConfig:
