@@ -3,6 +3,7 @@
 Torch's pinned allocator gives a buffer out again only when the copies that were recorded on it are done, so nothing is reused early.
 """
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -31,16 +32,25 @@ def _pinned(array: npt.NDArray[np.generic]) -> torch.Tensor:
 
 
 def to_host(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """Queues a copy of `tensor`; the call that is returned waits for it and gives the host's tensor."""
+    """Queues a copy of `tensor` beside what the stream does next; the call that is returned waits for it and gives the host's tensor."""
     if tensor.device.type != "cuda":
         return lambda: tensor
     staged = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    staged.copy_(tensor, non_blocking=True)
     copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    copied.record(torch.cuda.current_stream(tensor.device))
+    stream = _stream_of_copies(tensor.device)
+    stream.wait_stream(torch.cuda.current_stream(tensor.device))
+    with torch.cuda.stream(stream):
+        staged.copy_(tensor, non_blocking=True)
+        copied.record(stream)
+    tensor.record_stream(stream)
 
     def wait() -> torch.Tensor:
         copied.synchronize()
         return staged
 
     return wait
+
+
+@functools.cache
+def _stream_of_copies(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

@@ -18,7 +18,7 @@ from .operands import AttentionBatch, KvPages, LinearWeight, NormWeight, Project
 from .reference import by_token
 from .reference.attention import attention
 from .reference.sample import sample
-from .reference.stage_decode import stage_decode
+from .reference.stage_decode import advance_decode, stage_decode
 from .reference.units import down_projection, embed, lm_head, norm_gate_up_silu, norm_qkv_rotary_store, output_projection
 
 __all__ = ["DETERMINISTIC_REFERENCE", "REFERENCE", "OpTable", "ops_for", "reference_ops"]
@@ -47,6 +47,16 @@ class StageDecode(Protocol):
         rope_factor: float,
         block_size: int,
     ) -> tuple[torch.Tensor, ...]: ...
+
+
+class AdvanceDecode(Protocol):
+    """Writes the drawn tokens of a step of decodes behind the rows' tokens, and moves the rows on to them, in place.
+
+    slots, positions: [num_padded], int64, as `StageDecode` had them      token_ids: [num_slots, session_len + 1], int32
+    drawn: [num_rows], int64: of the first rows; the others, padding, stay as they are
+    """
+
+    def __call__(self, slots: torch.Tensor, positions: torch.Tensor, token_ids: torch.Tensor, drawn: torch.Tensor) -> None: ...
 
 
 class Embed(Protocol):
@@ -181,6 +191,7 @@ class OpTable:
     """One column: an implementation of every op, for one kind of device."""
 
     stage_decode: StageDecode
+    advance_decode: AdvanceDecode
     embed: Embed
     norm_qkv_rotary_store: NormQkvRotaryStore
     attention: Attention
@@ -193,6 +204,7 @@ class OpTable:
 
 REFERENCE = OpTable(
     stage_decode=stage_decode,
+    advance_decode=advance_decode,
     embed=embed,
     norm_qkv_rotary_store=norm_qkv_rotary_store,
     attention=attention,

@@ -33,7 +33,7 @@ from .kernels.rotary_store_quantized_kv import rotary_store_quantized_kv
 from .kernels.sample import sample
 from .kernels.silu_and_mul import silu_and_mul
 from .kernels.split_product import split_product
-from .kernels.stage_decode import stage_decode
+from .kernels.stage_decode import advance_decode, stage_decode
 from .kernels.tuning import (
     MANY_OUTPUTS,
     MAX_NARROW_GATED_ROWS,
@@ -272,6 +272,7 @@ def norm_gate_up_silu(
 TRITON = dataclasses.replace(
     REFERENCE,
     stage_decode=stage_decode,
+    advance_decode=advance_decode,
     norm_qkv_rotary_store=norm_qkv_rotary_store,
     attention=functools.partial(
         attention,

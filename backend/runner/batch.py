@@ -19,7 +19,7 @@ from turbotriton.backend.model.decoder import logn_scale
 from turbotriton.backend.model.rope import attention_factor, cos_sin, inverse_frequencies
 from turbotriton.backend.model.transfer import to_device
 from turbotriton.backend.ops.operands import AttentionBatch
-from turbotriton.backend.ops.table import StageDecode
+from turbotriton.backend.ops.table import AdvanceDecode, StageDecode
 from turbotriton.backend.scheduling.plan import JoinedRequest, NewBlocks, ScheduledRow
 from turbotriton.contract.ini import EngineConfig, ModelConfig
 
@@ -81,6 +81,11 @@ class SlotState:
         """Writes the drawn token of each row at its position. token_ids: [num_sampled], int64, on the device."""
         at = to_device(np.stack((slots, positions)), self._device)
         self._token_ids[at[0], at[1]] = token_ids.int()
+
+    def advance(self, advance: AdvanceDecode, inputs: torch.Tensor, drawn: torch.Tensor) -> None:
+        """`append` at the positions after `inputs`, [2, num_rows or more], int64: slots and positions on the device, which go on by one."""
+        slots, positions = inputs.unbind()
+        advance(slots, positions, self._token_ids, drawn)
 
     def decode_inputs(
         self, stage: StageDecode, slots: torch.Tensor, positions: torch.Tensor

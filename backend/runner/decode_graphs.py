@@ -2,7 +2,8 @@
 
     slots, positions [n]  ──padded to the bucket──>  graph of that bucket  ──>  logits [n, vocab_size]
 
-Replaying costs the host one copy and one launch, where the layers would cost some two hundred launches. All graphs share one pool of
+Replaying costs the host one launch, and one copy where the rows are not those of the step before, each a token further; the layers would
+cost some two hundred launches. All graphs share one pool of
 memory. A graph's logits stay until it is replayed, which the stream does after all that reads them.
 
 Padding has position -1: it sees no key, stores none, and its logits are not looked at.
@@ -52,16 +53,21 @@ class DecodeGraphs:
     """Captures at construction, largest bucket first; call it under `inference_mode` on the device's stream."""
 
     def __init__(self, decoder: Decoder, slots: SlotState, kv: KvCache, max_batch_size: int, device: torch.device) -> None:
-        begun, free = time.monotonic(), torch.cuda.mem_get_info(device)[0]
         self._decoder, self._slots, self._kv = decoder, slots, kv
         self._buckets = batch_buckets(max_batch_size)
+        self._held = {size: _padded(size) for size in self._buckets}  # what _inputs hold
+        self._inputs = {size: torch.from_numpy(rows).to(device, copy=True) for size, rows in self._held.items()}
+        self._last = self._buckets[0], 0  # the bucket that ran, and its rows
         self._logits: dict[int, torch.Tensor] = {}
-        self._inputs = {size: torch.tensor([[0], [-1]], device=device).repeat(1, size) for size in self._buckets}
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._capture(device)
+
+    def _capture(self, device: torch.device) -> None:
+        begun, free = time.monotonic(), torch.cuda.mem_get_info(device)[0]
         pool = None
-        few_layers, few_kv = two_layers(decoder, kv)
+        few_layers, few_kv = two_layers(self._decoder, self._kv)
         for size in reversed(self._buckets):  # compiles and loads all kernels, before captures that drop torch's free memory
-            decode_forward(few_layers, slots, few_kv, self._inputs[size])
+            decode_forward(few_layers, self._slots, few_kv, self._inputs[size])
         torch.cuda.synchronize(device)
         for size in reversed(self._buckets):
             graph = torch.cuda.CUDAGraph()
@@ -73,6 +79,10 @@ class DecodeGraphs:
         taken = (free - torch.cuda.mem_get_info(device)[0]) / 2**20
         logger.info("%d CUDA graphs of decode steps in %.1f s, %.0f MiB", len(self._graphs), time.monotonic() - begun, taken)
 
+    def _run(self, size: int) -> torch.Tensor:
+        self._graphs[size].replay()
+        return self._logits[size]
+
     def _forward(self, size: int) -> torch.Tensor:
         return decode_forward(self._decoder, self._slots, self._kv, self._inputs[size])
 
@@ -80,13 +90,25 @@ class DecodeGraphs:
         """slots, positions of the rows' last tokens, at most max_batch_size -> [num_rows, vocab_size], valid until the next call."""
         num_rows = slots.size
         bucket = next(size for size in self._buckets if size >= num_rows)
-        padded = np.zeros((2, bucket), np.int64)
-        padded[1] = -1
-        padded[:, :num_rows] = slots, positions
-        copy_into(self._inputs[bucket], padded)
-        self._graphs[bucket].replay()
-        return self._logits[bucket][:num_rows]
+        wanted = _padded(bucket)
+        wanted[:, :num_rows] = slots, positions
+        if not np.array_equal(wanted, self._held[bucket]):  # rows that go on have been moved by `append`
+            copy_into(self._inputs[bucket], wanted)
+            self._held[bucket] = wanted
+        self._last = bucket, num_rows
+        return self._run(bucket)[:num_rows]
+
+    def append(self, drawn: torch.Tensor) -> None:
+        """Writes the drawn tokens of the rows of the last `logits` behind them. drawn: [num_rows], int64, on the device."""
+        bucket, num_rows = self._last
+        self._slots.advance(self._decoder.ops.advance_decode, self._inputs[bucket], drawn)
+        self._held[bucket][1, :num_rows] += 1
 
     def close(self) -> None:
         self._graphs.clear()
         self._logits.clear()
+
+
+def _padded(size: int) -> I64:
+    """Slots and positions [2, size] of padding alone."""
+    return np.array([[0], [-1]], np.int64).repeat(size, axis=1)

@@ -60,13 +60,14 @@ ONE_THREAD_ELEMENTS = 100_000_000
 
 
 class _Forward(NamedTuple):
-    """Slots of the sampled rows, where their drawn tokens will stand, their logits (None: no row is sampled), and what waits for the
-    log-probabilities of prompt tokens."""
+    """Slots of the sampled rows, where their drawn tokens will stand, their logits (None: no row is sampled), what waits for the
+    log-probabilities of prompt tokens, and what writes the drawn tokens if it is not `SlotState.append`."""
 
     slots: I64
     positions: I64
     logits: torch.Tensor | None
     prompt_logprobs: Callable[[], dict[int, tuple[TokenLogprobs, ...]]] = dict
+    append: Callable[[torch.Tensor], None] | None = None
 
 
 class ModelRunner:
@@ -163,14 +164,17 @@ class ModelRunner:
                 request.sample_index,
             )
         self._slots.add_blocks(plan.new_blocks)
-        slots, positions, logits, prompt_logprobs = self._forward(plan)
+        slots, positions, logits, prompt_logprobs, append = self._forward(plan)
         if logits is None:
             return lambda: StepResult(prompt_logprobs=prompt_logprobs())
         allowed = logits
         if plan.masks is not None:
             allowed = masked_logits(logits, [int((slots == slot).argmax()) for slot in plan.masks.slots], plan.masks.wait())
         drawn = self._decoder.ops.sample(allowed, self._sampler.batch(slots, positions))
-        self._slots.append(slots, positions, drawn)
+        if append is None:
+            self._slots.append(slots, positions, drawn)
+        else:
+            append(drawn)
         note = self._sampler.append(slots, drawn)
         logprobs = raw_logprobs(logits, drawn, self._sampler.num_logprobs(slots))
         wait = to_host(drawn)
@@ -187,7 +191,7 @@ class ModelRunner:
         scored = self._scored_tokens(rows)
         if self._graphs is not None and rows and not scored and all(row.num_tokens == 1 and row.samples for row in rows):
             slots, starts = np.array([(row.slot, row.start) for row in rows], np.int64).T
-            return _Forward(slots, starts + 1, self._graphs.logits(slots, starts))
+            return _Forward(slots, starts + 1, self._graphs.logits(slots, starts), append=self._graphs.append)
         if (
             self._prompt_graphs is not None
             and not scored
@@ -232,9 +236,10 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run_uncaptured(self, num_rows: int) -> None:
-        """A decode step as a graph of so many rows would capture it, all of it padding."""
+        """A decode step as a graph of so many rows would capture it, all of it padding, and what comes after the draw."""
         inputs = torch.tensor([[0], [-1]], device=torch.device(self.device)).repeat(1, num_rows)
         decode_forward(self._decoder, self._slots, self._kv, inputs)
+        self._slots.advance(self._decoder.ops.advance_decode, inputs, torch.zeros_like(inputs[0]))
 
     def warm_up(self, engine: EngineConfig) -> None:
         """Runs each kernel variant that no graph has run, while nobody holds a block: what is not in triton's cache is compiled."""

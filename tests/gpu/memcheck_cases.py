@@ -220,6 +220,7 @@ def staging(m: Maker) -> None:
     tables, ids = m.zeros(3, 5, dtype=torch.int32), m.zeros(3, 21, dtype=torch.int32)
     slots, positions = m.ints([2, 0, 1], torch.int64), m.ints([19, 0, -1], torch.int64)
     stage_decode.stage_decode(slots, positions, ids, tables, m.zeros(3, 12, dtype=torch.float32), 1.0, 4)
+    stage_decode.advance_decode(slots, positions, ids, m.ints([7, 8], torch.int64))
 
 
 def sampling(m: Maker) -> None:

@@ -1,4 +1,4 @@
-"""What a decode step needs besides weights, gathered by slot in one launch: a program a row.
+"""What a decode step needs besides weights, gathered by slot in one launch: a program a row. And what it leaves there.
 
 token id = token_ids[slot, position]       slot mapping = block_tables[slot, position // block_size] * block_size + offset
 cos, sin = of position * inverse_frequencies[slot]      block table = block_tables[slot]      context length = position + 1
@@ -8,10 +8,13 @@ import torch
 import triton
 import triton.language as tl
 
+from .fast_launch import launch
 from .launch import has_pdl, launch_options, wait_for_previous
-from .tuning import next_power_of_2
+from .tuning import ceil_div, next_power_of_2
 
-__all__ = ["stage_decode"]
+__all__ = ["advance_decode", "stage_decode"]
+
+ADVANCED_ROWS = 32  # a program
 
 
 @triton.jit
@@ -106,3 +109,38 @@ def stage_decode(
             **launch_options(has_pdl(device)),
         )
     return out_ids, cos, sin, mapping, tables, lens
+
+
+@triton.jit(do_not_specialize=["positions_ptr", "num_rows"])  # positions follow the slots, of which there may be an odd number
+def _advance_decode_kernel(
+    slots_ptr, positions_ptr, token_ids_ptr, drawn_ptr, num_rows, stride_ids_slot, ROWS: tl.constexpr, PDL: tl.constexpr
+):
+    wait_for_previous(PDL)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    mask = rows < num_rows
+    slots = tl.load(slots_ptr + rows, mask=mask, other=0)
+    positions = tl.load(positions_ptr + rows, mask=mask, other=0) + 1
+    drawn = tl.load(drawn_ptr + rows, mask=mask, other=0)
+    tl.store(token_ids_ptr + slots * stride_ids_slot + positions, drawn.to(tl.int32), mask=mask)
+    tl.store(positions_ptr + rows, positions, mask=mask)
+
+
+def advance_decode(slots: torch.Tensor, positions: torch.Tensor, token_ids: torch.Tensor, drawn: torch.Tensor) -> None:
+    """Launch on the current device and stream. Shapes and effect: `AdvanceDecode` in ops/table.py; all contiguous in a row."""
+    num_rows = drawn.shape[0]
+    assert slots.is_contiguous(), "slots must be contiguous"
+    assert positions.is_contiguous(), "positions must be contiguous"
+    if num_rows:
+        launch(
+            _advance_decode_kernel,
+            (ceil_div(num_rows, ADVANCED_ROWS),),
+            slots,
+            positions,
+            token_ids,
+            drawn,
+            num_rows,
+            token_ids.stride(0),
+            ROWS=ADVANCED_ROWS,
+            num_warps=1,
+            **launch_options(has_pdl(drawn.device)),
+        )

@@ -70,6 +70,16 @@ def case_stage_decode(s: Setting) -> None:
             assert abs(float(sin[row, column]) - 1.5 * math.sin(position * frequency)) < 1e-5
 
 
+def case_advance_decode(s: Setting) -> None:
+    ids = torch.arange(3 * 21, dtype=torch.int32).view(3, 21)
+    inputs = torch.tensor([[2, 0, 1], [9, 0, -1]]).to(s.device)  # the last is padding
+    found = ids.to(s.device)
+    s.ops.advance_decode(*inputs.unbind(), found, torch.tensor([900, 901]).to(s.device))
+    ids[2, 10], ids[0, 1] = 900, 901
+    assert found.tolist() == ids.tolist()
+    assert inputs.tolist() == [[2, 0, 1], [10, 1, -1]]
+
+
 def case_embed(s: Setting) -> None:
     weight = s.randn(37, 24)
     ids = torch.tensor([0, 36, 5, 5])

@@ -62,8 +62,8 @@ def interpret(code: str) -> str:
 
 
 OPS_WITH_KERNELS = {
-    "attention", "down_projection", "lm_head", "norm_gate_up_silu", "norm_qkv_rotary_store", "output_projection", "sample",
-    "stage_decode",
+    "advance_decode", "attention", "down_projection", "lm_head", "norm_gate_up_silu", "norm_qkv_rotary_store", "output_projection",
+    "sample", "stage_decode",
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import torch
 
 from turbotriton.backend.model.decoder import Decoder
 from turbotriton.backend.ops import kernels
-from turbotriton.backend.runner import decode_graphs, model_runner, prompt_graphs, weights
+from turbotriton.backend.runner import model_runner, prompt_graphs, weights
 from turbotriton.backend.runner.batch import SlotState
 from turbotriton.backend.runner.decode_graphs import DecodeGraphs
 from turbotriton.backend.runner.kv_cache import KvCache
@@ -27,15 +27,12 @@ ALIGNMENT = 16
 class EagerGraphs(DecodeGraphs):
     """The decode steps of the graphs, launched one after the other: what is captured is what is launched."""
 
-    def __init__(self, decoder, slots, kv, max_batch_size, device) -> None:  # type: ignore[no-untyped-def]
-        self._decoder, self._slots, self._kv = decoder, slots, kv
-        self._buckets = decode_graphs.batch_buckets(max_batch_size)
-        self._inputs = {size: torch.tensor([[0], [-1]], device=device).repeat(1, size) for size in self._buckets}
+    def _capture(self, device):  # type: ignore[no-untyped-def]
         for size in self._buckets:
             self._forward(size)
 
-    def logits(self, slots, positions):  # type: ignore[no-untyped-def]
-        return self._forward(next(size for size in self._buckets if size >= slots.size))[: slots.size]
+    def _run(self, size):  # type: ignore[no-untyped-def]
+        return self._forward(size)
 
     def close(self) -> None:
         pass
