@@ -119,10 +119,14 @@ def narrows(rows: int) -> None:
             weights = [(randn(columns, k) * k**-0.5).t() for _ in range(copies)]
             x = randn(rows, k)
             cublas = median_us([lambda w=w: x @ w for w in weights])
-            function = narrow_module.gate_up if gated else narrow_module.linear
+            function = narrow_module.gate_up if gated else narrow_module.split_linear
             calls = [lambda w=w: function(x, w) for w in weights]
             base = tuning.narrow_linear_config(rows, n, k, 2, 132, gated=gated)
             found = [(median_us(calls), "now")]
+            most_rows, hopper_tuning.MAX_HOPPER_NARROW_ROWS = (
+                hopper_tuning.MAX_HOPPER_NARROW_ROWS,
+                0,
+            )  # the plain kernel's choices
             for (block_n, block_k, warps, stages), splits in itertools.product(tiles, (1,) if gated else (1, 2, 3, 4, 6, 8)):
                 programs = tuning.ceil_div(n, block_n) * tuning.ceil_div(rows, base.block_m) * splits
                 if (gated and block_n > 128) or not 90 <= programs <= 400:
@@ -137,6 +141,7 @@ def narrows(rows: int) -> None:
                 except TritonError:  # more shared memory or registers than there are
                     continue
             narrow_module.narrow_linear_config = tuning.narrow_linear_config
+            hopper_tuning.MAX_HOPPER_NARROW_ROWS = most_rows
             found.sort()
             best = ";  ".join(f"{us:.1f} us {text}" for us, text in found[:5])
             gigabytes = k * columns * 2 / 1e9
