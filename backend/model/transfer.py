@@ -1,4 +1,5 @@
-"""Arrays between host and device without waiting: on CUDA through pinned memory, on the current stream.
+"""Arrays between host and device without waiting: on CUDA through pinned memory, to the device on the current stream, to the host on a
+stream of their own behind it.
 
 Torch's pinned allocator gives a buffer out again only when the copies that were recorded on it are done, so nothing is reused early.
 """

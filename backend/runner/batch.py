@@ -4,7 +4,7 @@
                             inverse frequencies [max_batch_size, rotary_dim / 2]
     a step brings:          one array of integers (slot and position of each token, slot and context of each row, sampled rows)
 
-Everything else of a step is gathered on the device. Only this module writes the state: join, leave, add_blocks, append.
+Everything else of a step is gathered on the device. Only this module writes the state: join, add_blocks, append, advance.
 """
 
 import functools

@@ -3,8 +3,8 @@
     slots, positions [n]  ──padded to the bucket──>  graph of that bucket  ──>  logits [n, vocab_size]
 
 Replaying costs the host one launch, and one copy where the rows are not those of the step before, each a token further; the layers would
-cost some two hundred launches. All graphs share one pool of
-memory. A graph's logits stay until it is replayed, which the stream does after all that reads them.
+cost some two hundred launches. All graphs share one pool of memory. A graph's logits stay until it is replayed, which the stream does after
+all that reads them.
 
 Padding has position -1: it sees no key, stores none, and its logits are not looked at.
 """
@@ -99,7 +99,7 @@ class DecodeGraphs:
         return self._run(bucket)[:num_rows]
 
     def append(self, drawn: torch.Tensor) -> None:
-        """Writes the drawn tokens of the rows of the last `logits` behind them. drawn: [num_rows], int64, on the device."""
+        """Once after `logits`: writes the drawn tokens of its rows behind them. drawn: [num_rows], int64, on the device."""
         bucket, num_rows = self._last
         self._slots.advance(self._decoder.ops.advance_decode, self._inputs[bucket], drawn)
         self._held[bucket][1, :num_rows] += 1

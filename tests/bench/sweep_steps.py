@@ -8,7 +8,8 @@
 A step is what the engine's graphs hold: from slots and positions to logits, without the draw. It is captured once for each batch and
 choice, and replayed over random keys and values of every context. Choices take turns in each round; what counts is the median of the
 rounds. A choice names constants and fields of configurations in tuning.py, attention_tuning.py and hopper_tuning.py of
-backend/ops/kernels; all its parts, joined by commas, hold at once. Without a GPU the reference ops run, and there is nothing to choose.
+backend/ops/kernels; all its parts, joined by commas, hold at once. On Hopper, narrow layers of up to MAX_HOPPER_NARROW_ROWS rows are those
+of another kernel, with a hopper_narrow_config. Without a GPU the reference ops run, and there is nothing to choose.
 """
 
 import argparse

@@ -16,6 +16,7 @@ from collections.abc import Callable
 import compile_ahead
 import torch
 import w4a16_choices
+from sweep_steps import chosen
 from triton.errors import TritonError
 
 from turbotriton.backend.ops.kernels import attention_tuning, hopper_tuning, hopper_w4a16_linear, tuning
@@ -123,25 +124,21 @@ def narrows(rows: int) -> None:
             calls = [lambda w=w: function(x, w) for w in weights]
             base = tuning.narrow_linear_config(rows, n, k, 2, 132, gated=gated)
             found = [(median_us(calls), "now")]
-            most_rows, hopper_tuning.MAX_HOPPER_NARROW_ROWS = (
-                hopper_tuning.MAX_HOPPER_NARROW_ROWS,
-                0,
-            )  # the plain kernel's choices
-            for (block_n, block_k, warps, stages), splits in itertools.product(tiles, (1,) if gated else (1, 2, 3, 4, 6, 8)):
-                programs = tuning.ceil_div(n, block_n) * tuning.ceil_div(rows, base.block_m) * splits
-                if (gated and block_n > 128) or not 90 <= programs <= 400:
-                    continue
-                choice = {
-                    "block_n": block_n, "block_k": block_k, "num_warps": warps, "num_stages": stages, "num_splits": splits,
-                }  # fmt: skip
-                config = dataclasses.replace(base, **choice)
-                narrow_module.narrow_linear_config = lambda *args, config=config, **kwargs: config
-                try:
-                    found.append((median_us(calls), " ".join(f"{key} {value}" for key, value in choice.items())))
-                except TritonError:  # more shared memory or registers than there are
-                    continue
+            with chosen("MAX_HOPPER_NARROW_ROWS=0"):  # the plain kernel's choices
+                for (block_n, block_k, warps, stages), splits in itertools.product(tiles, (1,) if gated else (1, 2, 3, 4, 6, 8)):
+                    programs = tuning.ceil_div(n, block_n) * tuning.ceil_div(rows, base.block_m) * splits
+                    if (gated and block_n > 128) or not 90 <= programs <= 400:
+                        continue
+                    choice = {
+                        "block_n": block_n, "block_k": block_k, "num_warps": warps, "num_stages": stages, "num_splits": splits,
+                    }  # fmt: skip
+                    config = dataclasses.replace(base, **choice)
+                    narrow_module.narrow_linear_config = lambda *args, config=config, **kwargs: config
+                    try:
+                        found.append((median_us(calls), " ".join(f"{key} {value}" for key, value in choice.items())))
+                    except TritonError:  # more shared memory or registers than there are
+                        continue
             narrow_module.narrow_linear_config = tuning.narrow_linear_config
-            hopper_tuning.MAX_HOPPER_NARROW_ROWS = most_rows
             found.sort()
             best = ";  ".join(f"{us:.1f} us {text}" for us, text in found[:5])
             gigabytes = k * columns * 2 / 1e9

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .tuning import MAX_PARTS, MIN_DOT_ROWS, ceil_div, clamp, next_power_of_2
+from .tuning import MAX_PARTS, MIN_DOT_ROWS, ceil_div, clamp, narrow_splits, next_power_of_2
 
 __all__ = [
     "HopperGateUpConfig",
@@ -34,10 +34,10 @@ HOPPER_PREFILL_STAGES = 6
 #: cuBLAS and SiLU 120; at 384 both take 135, and 448 rows 182 and 288 (8B, H200: docs/perf-log.md).
 MIN_HOPPER_GATE_UP_ROWS, HOPPER_GATE_UP_GAP = 256, range(257, 353)
 #: Up to so many rows `hopper_narrow_linear` has the layers of `narrow_linear` that leave parts or have a gate. Steps of 8 to 32 rows are
-#: 2 to 3 % (8B) and 5 to 6 % (1.8B) shorter with it, of 64 rows 3 and half a percent, of 128 a percent longer (H200: docs/perf-log.md).
+#: 2 to 3 % (8B) and 5 to 6 % (1.8B) shorter with it, of 64 rows 3 and half a percent, of 96 2.5 % longer (H200: docs/perf-log.md).
 MAX_HOPPER_NARROW_ROWS = 64
-#: So many rows of 4 bit weights and more are `hopper_w4a16_linear`'s on sm_90: a layer's four products take 91 us of 64 rows where the
-#: plain kernel has 98, of 32 rows 74 and 64 (8B, H200: docs/perf-log.md).
+#: So many rows of 4 bit weights and more are `hopper_w4a16_linear`'s on sm_90: a layer's four products take 92 us of 64 rows where the
+#: plain kernel has 99, of 32 rows 74 and 64 (8B, H200: docs/perf-log.md).
 MIN_HOPPER_W4A16_ROWS = 33
 #: Rows of int8 that are `hopper_w8a8_linear`'s on sm_90: a layer of 160, 256 and 512 takes 112, 146 and 238 us where the plain kernel has
 #: 178, 168 and 282, of 128 rows 120 where that has 108 (8B, H200: docs/perf-log.md).
@@ -95,12 +95,10 @@ def hopper_gate_up_config(num_rows: int, k: int) -> HopperGateUpConfig:
 
 
 def hopper_narrow_config(num_rows: int, n: int, num_sms: int, *, gated: bool) -> HopperNarrowConfig:
-    """n: columns of y, of which a program has 64. A layer with more programs than there are multiprocessors has two on each. Splits fill
-    the device twice; from 33 rows on once, since what more parts cost is more than a second program brings."""
+    """n: columns of y, of which a program has 64. A layer with more programs than there are multiprocessors has two on each."""
     block_m = clamp(next_power_of_2(num_rows), MIN_DOT_ROWS, 128)
     tiles = ceil_div(n, 64)
-    places = (1 if block_m >= 64 else 2) * num_sms
-    num_splits = 1 if gated else clamp(next_power_of_2(places // tiles + 1) // 2, 1, 4)
+    num_splits = 1 if gated else narrow_splits(tiles, block_m, num_sms)
     shared_bytes = (208 if tiles * num_splits <= num_sms else 104) << 10
     return HopperNarrowConfig(block_m, num_splits, min(shared_bytes // (128 * (block_m + (128 if gated else 64))), 12))
 

@@ -23,6 +23,7 @@ __all__ = [
     "fixed_order_linear_config",
     "greedy_sample_config",
     "narrow_linear_config",
+    "narrow_splits",
     "next_power_of_2",
     "num_product_parts",
     "quantize_rows_config",
@@ -251,10 +252,16 @@ def narrow_linear_config(
     if block_m >= 64 and n > MANY_OUTPUTS:
         return NarrowLinearConfig(block_m, 128, 64, 1, num_warps=8, num_stages=6)
     tiles = ceil_div(n, 64) * ceil_div(num_rows, block_m)
-    places = (1 if block_m >= 64 else 2) * num_sms
-    num_splits = clamp(next_power_of_2(places // tiles + 1) // 2, 1, 4)
+    num_splits = narrow_splits(tiles, block_m, num_sms)
     block_k, num_stages = (64, 8) if block_m >= 64 else (128, 3 if n > k else 4)
     return NarrowLinearConfig(block_m, 64, block_k, num_splits, num_warps=4, num_stages=num_stages)
+
+
+def narrow_splits(tiles: int, block_m: int, num_sms: int) -> int:
+    """Programs of 64 outputs that share a tile's inputs: they fill the device twice, from 33 rows on once, where what more parts cost is
+    more than a second program on a multiprocessor brings (H200: docs/perf-log.md)."""
+    places = (1 if block_m >= 64 else 2) * num_sms
+    return clamp(next_power_of_2(places // tiles + 1) // 2, 1, 4)
 
 
 def num_product_parts(num_rows: int, n: int, k: int) -> int:

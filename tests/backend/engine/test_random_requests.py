@@ -12,11 +12,13 @@ from itertools import product
 import pytest
 import torch
 from tests.backend.plans import generate
+from tests.backend.runner.launch_keys import EagerGraphs
 from tests.backend.workspace import hf_workspace_config, write_workspace
 from tests.checkpoints import make_tensors
 from transformers import LlamaConfig
 
 from turbotriton.backend.engine.engine import Engine
+from turbotriton.backend.runner import decode_graphs
 from turbotriton.backend.runner.model_runner import ModelRunner
 from turbotriton.contract.wire import FinishReason, GenerateRequest, SamplingParams, TokenDelta
 
@@ -166,8 +168,9 @@ def run_random_requests(engine, count, prompts, expected, seed):
     return asked
 
 
-def check(workspace, prompts, expected, device, count, prefix_caching, **options):
+def check(workspace, prompts, expected, device, count, prefix_caching, *, prepare=lambda runner: None, **options):
     runner = make_runner(workspace, device=device, enable_prefix_caching=prefix_caching, **options)
+    prepare(runner)
     config = workspace[0].engine_config({**OPTIONS, "enable_prefix_caching": prefix_caching, **options}.get)
     engine = Engine(workspace[0].model_config(), config, runner, overlap=True)
     asked = run_random_requests(engine, count, prompts, expected, seed=int(prefix_caching) + 1)
@@ -196,6 +199,33 @@ def check(workspace, prompts, expected, device, count, prefix_caching, **options
 @pytest.mark.parametrize("prefix_caching", ["1", "0"])
 def test_random_requests_get_their_tokens(workspace, prompts, expected, prefix_caching):
     check(workspace, prompts, expected, "cpu", 300, prefix_caching, max_batch_size="8")
+
+
+class WatchedGraphs(EagerGraphs):
+    """After each step, the rows that the device holds are those that the host says it holds."""
+
+    num_steps = 0
+
+    def append(self, drawn):
+        super().append(drawn)
+        self.num_steps += 1
+        assert all(torch.equal(self._inputs[size], torch.from_numpy(held)) for size, held in self._held.items())
+
+
+def test_rows_that_go_on_are_not_copied_again(workspace, prompts, expected, monkeypatch):
+    """Decodes as graphs run them, on a CPU, among cancelled, preempted and mixed steps."""
+    copies, graphs = [], []
+    monkeypatch.setattr(decode_graphs, "copy_into", lambda target, rows: copies.append(target.copy_(torch.from_numpy(rows))))
+
+    def with_graphs(runner):
+        parts = runner._decoder, runner._slots, runner._kv, 7, torch.device("cpu")
+        with torch.inference_mode():
+            runner._graphs = WatchedGraphs(*parts)
+        graphs.append(runner._graphs)
+
+    check(workspace, prompts, expected, "cpu", 300, "1", max_batch_size="7", prepare=with_graphs)
+    assert graphs[0].num_steps > 300
+    assert len(copies) < 0.8 * graphs[0].num_steps
 
 
 @pytest.mark.gpu

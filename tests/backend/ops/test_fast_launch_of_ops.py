@@ -79,6 +79,7 @@ def operations_of_8_and_4_bits():
     store, decode, prefill, w8a8_linear = (getattr(import_module(package + name), name) for name in names)
     rows = import_module(package + "quantize_rows")
     narrow, w4a16 = import_module(package + "narrow_linear"), import_module(package + "w4a16_linear")
+    stage = import_module(package + "stage_decode")
     dequantize = import_module(package + "w4a16_dequantize").dequantize_w4a16
     x, residual, norm, qkv = empty(600, 512), empty(600, 512), empty(512), empty(600, 1536)
     cos, slots = empty(600, 64, dtype=FP32), torch.zeros(600, dtype=torch.int64)
@@ -94,7 +95,8 @@ def operations_of_8_and_4_bits():
 
     caches = [(pages(8, 1), pages(8, 1)), (pages(8, 1), pages(8, 1)), (pages(4, 2), pages(4, 1)), (fixed(), fixed())]
     prompts = ((100, 128), (200, 200), (200, 300))
-    dense = [empty(1024, 512).t() for _ in range(2)]
+    dense, bias = [empty(1024, 512).t() for _ in range(2)], empty(1024)
+    token_ids, staged = empty(300, 21, dtype=torch.int32), {n: torch.zeros((2, n), dtype=torch.int64) for n in (1, 3, 40, 256)}
     int8 = [W8A8Weight(empty(1024, 512, dtype=torch.int8).t(), empty(1024, dtype=FP32)) for _ in range(2)]
     fp8 = [Fp8Weight(empty(1024, 512, dtype=FP8).t(), empty(1024, dtype=FP32)) for _ in range(2)]
     words = [empty(64, 8, 32, 4, dtype=torch.int32) for _ in range(2)]
@@ -121,7 +123,12 @@ def operations_of_8_and_4_bits():
         "8 bit": [*(eight_bit(n, w) for w in int8 for n in (8, 200, 600)), *(eight_bit(n, w) for w in fp8 for n in (8, 60))],
         "narrow": [
             *(lambda w=w, n=n: narrow.linear(x[:n], w) for w in dense for n in (2, 40)),
-            *(lambda w=w, n=n: narrow.gate_up(x[:n], w) for w in dense for n in (2, 40)),
+            *(lambda w=w, n=n: narrow.gate_up(x[:n], w) for w in dense for n in (2, 40, 100)),
+            *(lambda w=w, n=n, b=b: narrow.split_linear(x[:n], w, b) for w in dense for n in (2, 40, 100) for b in (None, bias)),
+        ],
+        "advance": [
+            lambda n=n, inputs=inputs: stage.advance_decode(*inputs.unbind(), token_ids, slots[:n])
+            for n, inputs in staged.items()
         ],
         "w4a16 of few": [lambda w=w, n=n: w4a16.w4a16_linear(x[:n], w) for w in tiles for n in (1, 16, 32)],
         "dequantize": [lambda w=w: dequantize(w) for w in tiles],
@@ -144,7 +151,7 @@ def hopper(monkeypatch):
     "name",
     [
         *("rms_norm", "rotary", "silu", "decode", "prefill", "gate_up", "w4a16"),
-        *("store", "decode of codes", "prefill of codes", "rows", "8 bit", "narrow", "w4a16 of few", "dequantize"),
+        *("store", "decode of codes", "prefill of codes", "rows", "8 bit", "narrow", "advance", "w4a16 of few", "dequantize"),
     ],
 )
 def test_an_op_launches_what_it_launches_plainly(hopper, monkeypatch, name):
