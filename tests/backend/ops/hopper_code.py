@@ -39,7 +39,8 @@ def compiled_for_hopper(kernel, arguments):
         if isinstance(value, torch.Tensor | int) and not parameter.do_not_specialize:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = GluonASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": arguments["num_warps"]})
+    options = {name: arguments[name] for name in ("num_warps", "maxnreg") if name in arguments}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
 def ptxas_report(compiled, folder):
