@@ -84,7 +84,7 @@ def test_retry_replaces_the_answer_and_clear_empties_the_page(chat: ChatPage, de
 
 def test_closing_the_tab_returns_the_blocks(browser: Any, page_url: str, demo_server: TritonServer) -> None:
     chat = ChatPage(browser, page_url)
-    with cancelling(demo_server), throttled(engine_pid(demo_server)):
+    with throttled(engine_pid(demo_server)), cancelling(demo_server):  # slow until the page has noticed, or it may end before
         chat.ask(LONG_STORY)
         expect(chat.answers).to_have_count(1)
         chat.context.close()
