@@ -46,6 +46,7 @@ from turbotriton.backend.ops.kernels.tuning import W4A16LinearConfig
 from turbotriton.backend.ops.operands import (
     Fp8Weight,
     QuantizedPages,
+    QuantizedRows,
     SamplingBatch,
     SplitSums,
     StaticInt8Pages,
@@ -87,20 +88,19 @@ def norms(m: Maker) -> None:
 
 
 def dense_linears(m: Maker) -> None:
-    is_first = m.dtype is torch.bfloat16  # what does not depend on the dtype is checked in one
-    for num_rows, k, n in ((1, 72, 33), (3, 1000, 70))[: 1 + is_first]:
+    for num_rows, k, n in ((1, 72, 33), (3, 1000, 70)):
         x, bias = m.zeros(num_rows, k), m.zeros(n)
         skinny_linear.linear(x, m.weight(k, n), bias)
         skinny_linear.norm_linear(x, x, m.zeros(k), 1e-5, m.weight(k, n), bias)
         skinny_linear.norm_gate_up(x, x, m.zeros(k), 1e-5, m.weight(k, 2 * n))
-    for num_rows, k, n in ((5, 200, 70), (33, 1100, 130))[: 1 + is_first]:
+    for num_rows, k, n in ((5, 200, 70), (33, 1100, 130)):
         narrow_linear.linear(m.zeros(num_rows, k), m.weight(k, n), m.zeros(n))
         narrow_linear.gate_up(m.zeros(num_rows, k), m.weight(k, 2 * n))
-    if is_first:
+    if m.dtype is torch.bfloat16:  # the parts are fp32 in both
         narrow_linear.split_linear(m.zeros(33, 1100), m.weight(1100, 130), m.zeros(130))
     if m.device == "cpu" or torch.cuda.get_device_capability() == (9, 0):
         hopper_narrow_linear.gate_up(m.zeros(5, 200), m.weight(200, 140), m.zeros(140))
-        if is_first:
+        if m.dtype is torch.bfloat16:
             hopper_narrow_linear.split_linear(m.zeros(33, 1104), m.weight(1104, 130), m.zeros(130))
         for num_rows, k, n in ((1, 72, 8), (200, 200, 136)):
             hopper_gate_up.gate_up(m.zeros(num_rows, k), m.weight(k, 2 * n), m.zeros(2 * n))
@@ -148,7 +148,9 @@ def quantised_linears(m: Maker) -> None:
             hopper_w4a16_linear.linear(m.zeros(num_rows, k), weight, hopper_w4a16_config(num_rows, n, num_sms=132))
         for num_rows, k, n in ((130, 384, 128), (180, 256, 256), (300, 128, 128)):
             int8 = W8A8Weight(m.zeros(n, k, dtype=torch.int8).t(), m.zeros(n, dtype=torch.float32), m.zeros(n))
-            rows = quantize_rows.quantize_rows(m.zeros(num_rows, k), torch.int8)
+            rows = QuantizedRows(
+                m.zeros(num_rows, k, dtype=torch.int8), m.zeros(num_rows, dtype=torch.float32), num_rows, m.dtype
+            )
             hopper_w8a8_linear.linear(rows, int8, hopper_w8a8_config(num_rows, num_sms=132))
     for num_rows, k, n in ((3, 72, 40), (33, 208, 130), (3, 2064, 33)):
         int8 = W8A8Weight(m.zeros(n, k, dtype=torch.int8).t(), m.zeros(n, dtype=torch.float32), m.zeros(n))

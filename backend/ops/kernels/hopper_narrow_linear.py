@@ -36,7 +36,7 @@ __all__ = ["gate_up", "split_linear"]
 WARPS = gl.constexpr(4)  # that multiply
 CHUNK = gl.constexpr(16)  # rows that are stored at once
 FETCH_REGISTERS = gl.constexpr(24)  # a thread; what is left of 2 x 128 threads of LAUNCH_REGISTERS goes to the others
-#: A thread's at launch. Two programs then leave room for a norm beside them: with 128, steps are up to 3 % longer (H200: docs/perf-log.md).
+#: A thread's at launch. Two programs then leave room for a norm beside them: with 128, steps are up to 4 % longer (H200: docs/perf-log.md).
 LAUNCH_REGISTERS = 96
 ROWS = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)  # of x
 WEIGHTS = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)

@@ -34,7 +34,7 @@ HOPPER_PREFILL_STAGES = 6
 #: cuBLAS and SiLU 120; at 384 both take 135, and 448 rows 182 and 288 (8B, H200: docs/perf-log.md).
 MIN_HOPPER_GATE_UP_ROWS, HOPPER_GATE_UP_GAP = 256, range(257, 353)
 #: Up to so many rows `hopper_narrow_linear` has the layers of `narrow_linear` that leave parts or have a gate. Steps of 8 to 32 rows are
-#: 2 to 3 % (8B) and 5 to 6 % (1.8B) shorter with it, of 64 rows 3 and half a percent, of 96 2.5 % longer (H200: docs/perf-log.md).
+#: 2 to 3 % (8B) and 5 to 6 % (1.8B) shorter with it, of 64 rows 1.3 and half a percent, of 96 2.5 % longer (H200: docs/perf-log.md).
 MAX_HOPPER_NARROW_ROWS = 64
 #: So many rows of 4 bit weights and more are `hopper_w4a16_linear`'s on sm_90: a layer's four products take 92 us of 64 rows where the
 #: plain kernel has 99, of 32 rows 74 and 64 (8B, H200: docs/perf-log.md).

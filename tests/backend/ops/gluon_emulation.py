@@ -5,7 +5,7 @@
 copies and matrix products are those of gluon_device.py, which does at a random time what a device may do at any.
 
 It knows one block of threads a partition: no warps, no lanes, no registers, no proxies of memory and no fences. Those are read in PTX.
-`plant` puts a mistake into a kernel, for a test that the emulation finds it.
+`plant` puts a mistake into a kernel, for a test that the emulation finds it (`shows_a_mistake`).
 """
 
 import inspect
@@ -136,6 +136,19 @@ def plant(module: types.ModuleType, function: str, changes: Sequence[tuple[str, 
     names: dict[str, Any] = {}
     exec(source, dict(vars(sys.modules[target.fn.__module__])), names)
     monkeypatch.setattr(target, "fn", names[function])
+
+
+def shows_a_mistake(attempt: Callable[[int], tuple[torch.Tensor, torch.Tensor]], *, atol: float = 0.01) -> bool:
+    """Whether one of 20 seeds finds what was planted: attempt(seed), which gives (result, exact result), fails, or they differ."""
+
+    def is_wrong(seed: int) -> bool:
+        try:
+            out, exact = attempt(seed)
+        except (AssertionError, AttributeError, RuntimeError, TypeError):
+            return True
+        return not torch.allclose(out.double(), exact, rtol=0.01, atol=atol)
+
+    return any(map(is_wrong, range(20)))
 
 
 def _as_python(module_names: dict[str, Any], device: Device) -> dict[str, Any]:

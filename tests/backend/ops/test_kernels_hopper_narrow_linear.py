@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from tests.backend.ops.conftest import Target
-from tests.backend.ops.gluon_emulation import emulate, plant
+from tests.backend.ops.gluon_emulation import emulate, plant, shows_a_mistake
 from tests.backend.ops.hopper_code import compiled_for_hopper, loops_of, ptxas_report, skip_unless_hopper
 from tests.backend.ops.test_kernels_compile_ahead import SHARED_LIMIT_BYTES, Recorder, resource_usage
 
@@ -108,16 +108,8 @@ MISTAKES = {
 def test_the_emulation_finds_what_a_kernel_may_not_do(mistake, monkeypatch):
     function, *change = MISTAKES[mistake]
     plant(module, function, [change], monkeypatch)
-
-    def is_found(seed):
-        try:
-            config = HopperNarrowConfig(32, 2, 2, 1)
-            out, exact = run(Shape(24, 640, 128, bias=True), FP16, monkeypatch, config=config, seed=seed)
-        except (AssertionError, AttributeError, RuntimeError, TypeError):
-            return True
-        return not torch.allclose(out.double(), exact, rtol=0.01, atol=0.01)
-
-    assert any(is_found(seed) for seed in range(20))
+    shape, config = Shape(24, 640, 128, bias=True), HopperNarrowConfig(32, 2, 2, 1)
+    assert shows_a_mistake(lambda seed: run(shape, FP16, monkeypatch, config=config, seed=seed))
 
 
 @pytest.mark.parametrize("num_sms", [78, 114, 132])

@@ -27,11 +27,11 @@ ALIGNMENT = 16
 class EagerGraphs(DecodeGraphs):
     """The decode steps of the graphs, launched one after the other: what is captured is what is launched."""
 
-    def _capture(self, device):  # type: ignore[no-untyped-def]
+    def _capture(self, device: torch.device) -> None:
         for size in self._buckets:
             self._forward(size)
 
-    def _run(self, size):  # type: ignore[no-untyped-def]
+    def _run(self, size: int) -> torch.Tensor:
         return self._forward(size)
 
     def close(self) -> None:
