@@ -39,29 +39,35 @@ def _fetch(
     x_desc, high_desc, weight_desc, work, rings,
     BLOCK_M: gl.constexpr, NUM_STAGES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """The one warp that brings x and W. W of the first steps is asked for before the wait for the kernel before."""
+    """The one warp that brings x and W. W of the first tile that finds room at once is asked for before the wait for the kernel before.
+    Nothing is divided in a step: that alone took as long as the products."""
     STAGE_BYTES: gl.constexpr = (BLOCK_M + 128) * 128
     x_tiles, high_tiles, weight_tiles, full, free = rings
     num_row_blocks, num_turns, _share, begin, end = work
-    num_steps = end - begin
-    for number in range(gl.minimum(num_steps, NUM_STAGES)):
-        column = (begin + number) // num_turns // num_row_blocks * 128
+    first_tile = begin // num_turns
+    end_tile = (end + num_turns - 1) // num_turns
+    first_turn = begin - first_tile * num_turns
+    num_early = gl.minimum(gl.minimum(end - first_tile * num_turns, num_turns) - first_turn, NUM_STAGES)
+    first_column = first_tile // num_row_blocks * 128
+    for number in range(num_early):
         mbarrier.expect(full.index(number), STAGE_BYTES)
-        load_tile(weight_desc, [column, (begin + number) % num_turns * 128], full.index(number), weight_tiles.index(number))
+        load_tile(weight_desc, [first_column, (first_turn + number) * 128], full.index(number), weight_tiles.index(number))
     if PDL:
         gdc_wait()
-    for number in range(num_steps):
-        stage = number % NUM_STAGES
-        tile = (begin + number) // num_turns
-        first_input = (begin + number) % num_turns * 128
-        if number >= NUM_STAGES:
-            mbarrier.wait(free.index(stage), (number // NUM_STAGES & 1) ^ 1)
-            mbarrier.expect(full.index(stage), STAGE_BYTES)
-            column = tile // num_row_blocks * 128
-            load_tile(weight_desc, [column, first_input], full.index(stage), weight_tiles.index(stage))
-        row = tile % num_row_blocks * BLOCK_M
-        load_tile(x_desc, [row, first_input], full.index(stage), x_tiles.index(stage))
-        load_tile(high_desc, [row + LOW, first_input], full.index(stage), high_tiles.index(stage))
+    number = 0
+    for tile in range(first_tile, end_tile):
+        column, row = tile // num_row_blocks * 128, tile % num_row_blocks * BLOCK_M
+        first = gl.maximum(begin - tile * num_turns, 0)
+        last = gl.minimum(end - tile * num_turns, num_turns)
+        for turn in range(first, last):
+            stage = number % NUM_STAGES
+            if number >= num_early:
+                mbarrier.wait(free.index(stage), (number // NUM_STAGES & 1) ^ 1)  # the first round passes at once
+                mbarrier.expect(full.index(stage), STAGE_BYTES)
+                load_tile(weight_desc, [column, turn * 128], full.index(stage), weight_tiles.index(stage))
+            load_tile(x_desc, [row, turn * 128], full.index(stage), x_tiles.index(stage))
+            load_tile(high_desc, [row + LOW, turn * 128], full.index(stage), high_tiles.index(stage))
+            number += 1
 
 
 @gluon.jit

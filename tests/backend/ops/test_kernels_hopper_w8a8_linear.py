@@ -80,6 +80,13 @@ MISTAKES = {
     "x freed while it is read": ("_step", "warpgroup_mma_wait(2, [acc, high])", "warpgroup_mma_wait(4, [acc, high])"),
     "never freed": ("_step", ARRIVE, ""),
     "freed before a tile's first product": ("_step", "pred=is_first == 0", "pred=True"),
+    "more W asked for early than the tile has": (
+        "_fetch",
+        "gl.minimum(end - first_tile * num_turns, num_turns) - first_turn",
+        "end - begin",
+    ),
+    "W asked for twice": ("_fetch", "if number >= num_early:", "if number >= num_early - 1:"),
+    "turns of another share": ("_fetch", "for turn in range(first, last):", "for turn in range(first * 0, last - first):"),
     "sums used too early": ("_compute", "warpgroup_mma_wait(0, [acc, high])", "warpgroup_mma_wait(1, [acc, high])"),
 }
 
