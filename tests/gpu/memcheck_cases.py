@@ -151,7 +151,10 @@ def quantised_linears(m: Maker) -> None:
             rows = QuantizedRows(
                 m.zeros(num_rows, k, dtype=torch.int8), m.zeros(num_rows, dtype=torch.float32), num_rows, m.dtype
             )
-            hopper_w8a8_linear.linear(rows, int8, hopper_w8a8_config(num_rows, num_sms=132))
+            for num_sms in (2, 132):
+                hopper_w8a8_linear.linear(rows, int8, hopper_w8a8_config(num_rows, n, num_sms))
+            of_parts = W8A8Weight(int8.weight, int8.scale)
+            hopper_w8a8_linear.split_linear(rows, of_parts, hopper_w8a8_config(num_rows, n, num_sms=132), num_parts=2)
     for num_rows, k, n in ((3, 72, 40), (33, 208, 130), (3, 2064, 33)):
         int8 = W8A8Weight(m.zeros(n, k, dtype=torch.int8).t(), m.zeros(n, dtype=torch.float32), m.zeros(n))
         fp8 = Fp8Weight(m.zeros(n, k, dtype=torch.float8_e4m3fn).t(), m.zeros(n, dtype=torch.float32))

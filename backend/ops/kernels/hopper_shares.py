@@ -8,6 +8,10 @@ the part that comes last, so programs need not run together.
     turns       tile 0: 0 1 2 3 | tile 1: 0 1 2 3 | tile 2: 0 1 2 3
     programs            0 0 0 1           1 1 2 2           2 3 3 3
 
+Programs that begin with a tile's first turn and go from turn to turn together read the same of x at the same time, and the chip asks its L2
+cache once for several of them. `my_tiles` gives each as many whole tiles, `my_part` one part of a tile, which it leaves to who reads the
+sum: none waits for another.
+
 A tile's sums are [16 WARPS S outputs, rows] over WARPS warps, each with 16 of every 16 WARPS outputs. The matrix unit's widths are powers
 of two here: a tile of 160 or 192 rows is one of 128 and one of 32 or 64 beside it, `high`. A chunk is some of the rows, an eighth at least.
 """
@@ -16,7 +20,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
-__all__ = ["PATIENCE", "chunk_of", "find_parts", "leave_part", "load_tile", "my_share", "sum_of_parts"]
+__all__ = ["PATIENCE", "chunk_of", "find_parts", "leave_part", "load_tile", "my_part", "my_share", "my_tiles", "sum_of_parts"]
 
 # renamed after triton 3.6
 load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -33,6 +37,24 @@ def my_share(num_row_blocks, num_column_blocks, num_turns):
     share = (total + gl.num_programs(0) - 1) // gl.num_programs(0)
     begin = gl.minimum(gl.program_id(0) * share, total)
     return share, begin, gl.minimum(begin + share, total)
+
+
+@gluon.jit
+def my_part(num_tiles, num_turns):
+    """As `my_share`, of one tile: the programs of all tiles' first parts, of their second, ... Every part has turns."""
+    num_parts = gl.num_programs(0) // num_tiles
+    share = (num_turns + num_parts - 1) // num_parts
+    end = gl.program_id(0) % num_tiles * num_turns + num_turns
+    begin = end - num_turns + gl.program_id(0) // num_tiles * share
+    return share, begin, gl.minimum(begin + share, end)
+
+
+@gluon.jit
+def my_tiles(num_tiles, num_turns):
+    """As `my_share`, of whole tiles, as many for every program but the last."""
+    share = (num_tiles + gl.num_programs(0) - 1) // gl.num_programs(0) * num_turns
+    begin = gl.minimum(gl.program_id(0) * share, num_tiles * num_turns)
+    return share, begin, gl.minimum(begin + share, num_tiles * num_turns)
 
 
 @gluon.jit

@@ -1,6 +1,6 @@
 """Tile choice of the kernels that are for Hopper alone, and what they take: pure functions of shapes, as in tuning.py."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .tuning import MAX_PARTS, MIN_DOT_ROWS, ceil_div, clamp, narrow_splits, next_power_of_2
 
@@ -16,6 +16,7 @@ __all__ = [
     "hopper_w4a16_config",
     "hopper_w4a16_tiles",
     "hopper_w8a8_config",
+    "hopper_w8a8_parts",
     "hopper_w8a8_tiles",
     "is_for_hopper_gate_up",
     "takes_hopper_gate_up",
@@ -42,6 +43,7 @@ MIN_HOPPER_W4A16_ROWS = 33
 #: Rows of int8 that are `hopper_w8a8_linear`'s on sm_90: a layer of 160, 256 and 512 takes 112, 146 and 238 us where the plain kernel has
 #: 178, 168 and 282, of 128 rows 120 where that has 108 (8B, H200: docs/perf-log.md).
 MIN_HOPPER_W8A8_ROWS, MAX_HOPPER_W8A8_ROWS = 129, 512
+MAX_HOPPER_W8A8_PARTS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,7 @@ class HopperTiles:
     block_m: int  # rows of x a program, padded: a power of two, 160 or 192
     strips: int  # of 16 outputs a warp, of eight
     num_stages: int
-    num_programs: int  # at most; they take equal shares of all tiles' steps
+    num_programs: int  # at most; equal shares of all tiles' steps, or whole tiles
 
     @property
     def block_n(self) -> int:
@@ -172,10 +174,23 @@ def takes_hopper_w8a8(num_rows: int, n: int, k: int, *, is_hopper: bool) -> bool
     return is_hopper and MIN_HOPPER_W8A8_ROWS <= num_rows <= MAX_HOPPER_W8A8_ROWS and n % 128 == 0 and k % 128 == 0
 
 
-def hopper_w8a8_config(num_rows: int, num_sms: int) -> HopperTiles:
+def hopper_w8a8_config(num_rows: int, n: int, num_sms: int) -> HopperTiles:
     """Tiles of 128 outputs; num_rows: more than 128, as `takes_hopper_w8a8` has it. As few row blocks as can be, since each reads W, and no
-    more rows in them than must be."""
-    return hopper_w8a8_tiles(_rows_of_hopper_tile(ceil_div(num_rows, ceil_div(num_rows, 256))), num_sms)
+    more rows in them than must be. Whole tiles where these keep most of the multiprocessors busy: a turn of programs that are at the same
+    inputs takes 0.88 us, of others 1.28 (256 rows, H200)."""
+    row_blocks = ceil_div(num_rows, 256)
+    config = hopper_w8a8_tiles(_rows_of_hopper_tile(ceil_div(num_rows, row_blocks)), num_sms)
+    num_tiles = row_blocks * (n // 128)
+    num_waves = ceil_div(num_tiles, num_sms)
+    if 3 * num_tiles < 2 * num_waves * num_sms:
+        return config
+    return replace(config, num_programs=ceil_div(num_tiles, num_waves))
+
+
+def hopper_w8a8_parts(num_rows: int, n: int, k: int, num_sms: int) -> int:
+    """Programs that share a tile's inputs and leave their parts to what reads the sum, as many as there are multiprocessors for; at least
+    four turns each."""
+    return clamp(num_sms // (ceil_div(num_rows, 256) * (n // 128)), 1, clamp(k // 512, 1, MAX_HOPPER_W8A8_PARTS))
 
 
 def hopper_w8a8_tiles(block_m: int, num_sms: int) -> HopperTiles:

@@ -5,9 +5,11 @@ groups of four warps that only multiply.
     both groups  y^T[128, BLOCK_M] += W[128, 128] x^T[128, BLOCK_M]       int32; a step's products begin while those before them end
 
 A tile's rows are all of a batch up to 256, so that W is read once: LOW and HIGH more, two products, since triton knows none of int8 with
-256 rows. How programs share the tiles, hopper_shares.py says. A stage has two
-barriers: `full`, which its bytes complete, and `free`, at which the groups arrive when their products have read it. Step number n of a
-program, over all its tiles, lies in stage n % NUM_STAGES.
+256 rows. A stage has two barriers: `full`, which its bytes complete, and `free`, at which the groups arrive when their products have read
+it. Step number n of a program, over all its tiles, lies in stage n % NUM_STAGES.
+
+How programs have the tiles is in hopper_shares.py: whole ones, equal shares of all, or a part of one each, whose sum is left to what reads
+it (SplitSums).
 """
 
 import torch
@@ -16,16 +18,16 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from turbotriton.backend.ops.operands import QuantizedRows, W8A8Weight
+from turbotriton.backend.ops.operands import QuantizedRows, SplitSums, W8A8Weight
 
 from .fast_launch import Tiles, launch
-from .hopper_shares import PATIENCE, chunk_of, find_parts, leave_part, load_tile, my_share, sum_of_parts
+from .hopper_shares import PATIENCE, chunk_of, find_parts, leave_part, load_tile, my_part, my_share, my_tiles, sum_of_parts
 from .hopper_tuning import HopperTiles
 from .launch import has_pdl, launch_options
 from .split_sum import NUM_COUNTERS, workspace
 from .tuning import MAX_PARTS, ceil_div
 
-__all__ = ["linear"]
+__all__ = ["linear", "split_linear"]
 
 WARPS = gl.constexpr(8)  # that compute, in two groups
 FETCH_REGISTERS = gl.constexpr(40)  # a thread; what is left of 3 x 128 threads of 168 goes to the groups that compute
@@ -87,8 +89,9 @@ def _step(acc, high, number, is_first, rings, NUM_STAGES: gl.constexpr):
 @gluon.jit
 def _store(chunk, x_scale_ptr, scale_ptr, bias_ptr, y_ptr, begin_n, begin_m, num_rows, N, HAS_BIAS: gl.constexpr):
     """Sums [128, CHUNK] of the outputs from begin_n on as rows of y from begin_m on."""
+    WIDTH: gl.constexpr = 4 if y_ptr.dtype.element_ty == gl.float32 else 8  # 16 bytes
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, CHUNK, 32])
-    ROWS: gl.constexpr = gl.BlockedLayout([8, 1], [16, 2], [1, WARPS], [0, 1])
+    ROWS: gl.constexpr = gl.BlockedLayout([WIDTH, 1], [128 // WIDTH, WIDTH // 4], [1, WARPS], [0, 1])
     numbers = gl.convert_layout(chunk, LAYOUT, assert_trivial=True).to(gl.float32)
     outputs = begin_n + gl.arange(0, 128, layout=gl.SliceLayout(1, LAYOUT))
     rows = begin_m + gl.arange(0, CHUNK, layout=gl.SliceLayout(0, LAYOUT))
@@ -106,14 +109,15 @@ def _store(chunk, x_scale_ptr, scale_ptr, bias_ptr, y_ptr, begin_n, begin_m, num
 @gluon.jit
 def _compute(
     x_scale_ptr, scale_ptr, bias_ptr, y_ptr, parts_ptr, counters_ptr, num_rows, N, work, rings,
-    HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr, NUM_STAGES: gl.constexpr, PATIENCE: gl.constexpr, PDL: gl.constexpr,
+    HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr, NUM_STAGES: gl.constexpr, HAS_SHARES: gl.constexpr, LEAVES_PARTS: gl.constexpr,
+    PATIENCE: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """The two groups of warps: each has 64 of every 128 outputs."""
     LOW_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, LOW, 32])
     HIGH_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M - LOW, 32])
     CHUNK_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, CHUNK, 32])
     NUM_CHUNKS: gl.constexpr = BLOCK_M // CHUNK
-    num_row_blocks, num_turns, _share, begin, end = work
+    num_row_blocks, num_turns, share, begin, end = work
     _x_tiles, _high_tiles, _weight_tiles, _full, free = rings
     program = gl.program_id(0)
     first_tile = begin // num_turns
@@ -135,28 +139,35 @@ def _compute(
         mbarrier.arrive(free.index((number + NUM_STAGES - 1) % NUM_STAGES), count=1)
         begin_n = tile // num_row_blocks * 128
         begin_m = tile % num_row_blocks * BLOCK_M
-        if last - first == num_turns:
+        part_ptr = y_ptr
+        if LEAVES_PARTS:
+            part_ptr += first // share * num_rows * N
+        is_stored = True
+        if HAS_SHARES:
+            is_stored = last - first == num_turns
+        if is_stored:
             for index in gl.static_range(NUM_CHUNKS):
                 chunk = chunk_of(acc, high, index, CHUNK)
                 row = begin_m + index * CHUNK
-                _store(chunk, x_scale_ptr, scale_ptr, bias_ptr, y_ptr, begin_n, row, num_rows, N, HAS_BIAS)
-        else:
+                _store(chunk, x_scale_ptr, scale_ptr, bias_ptr, part_ptr, begin_n, row, num_rows, N, HAS_BIAS)
+        elif HAS_SHARES:
             slot = 2 * program + (first == 0).to(gl.int32)
             seen = leave_part(acc, high, parts_ptr, counters_ptr + tile, slot, 1, BLOCK_M, CHUNK, WARPS)
             seen_first = gl.where(tile == first_tile, seen, seen_first)
-    for tile in range(first_tile, end_tile, gl.maximum(end_tile - 1 - first_tile, 1)):
-        if (begin > tile * num_turns) | (end < (tile + 1) * num_turns):
-            seen_here = gl.where(tile == first_tile, seen_first, seen)
-            chunks, first_slot, sharer, num_parts = find_parts(counters_ptr, seen_here, tile, work, NUM_CHUNKS, PATIENCE)
-            begin_n = tile // num_row_blocks * 128
-            begin_m = tile % num_row_blocks * BLOCK_M
-            for index in range(NUM_CHUNKS):
-                if chunks >> index & 1 != 0:
-                    sums = sum_of_parts(
-                        parts_ptr, index, first_slot, sharer, num_parts, gl.int32, 1, BLOCK_M, CHUNK, CHUNK_LAYOUT, WARPS
-                    )
-                    row = begin_m + index * CHUNK
-                    _store(sums, x_scale_ptr, scale_ptr, bias_ptr, y_ptr, begin_n, row, num_rows, N, HAS_BIAS)
+    if HAS_SHARES:
+        for tile in range(first_tile, end_tile, gl.maximum(end_tile - 1 - first_tile, 1)):
+            if (begin > tile * num_turns) | (end < (tile + 1) * num_turns):
+                seen_here = gl.where(tile == first_tile, seen_first, seen)
+                chunks, first_slot, sharer, num_parts = find_parts(counters_ptr, seen_here, tile, work, NUM_CHUNKS, PATIENCE)
+                begin_n = tile // num_row_blocks * 128
+                begin_m = tile % num_row_blocks * BLOCK_M
+                for index in range(NUM_CHUNKS):
+                    if chunks >> index & 1 != 0:
+                        sums = sum_of_parts(
+                            parts_ptr, index, first_slot, sharer, num_parts, gl.int32, 1, BLOCK_M, CHUNK, CHUNK_LAYOUT, WARPS
+                        )
+                        row = begin_m + index * CHUNK
+                        _store(sums, x_scale_ptr, scale_ptr, bias_ptr, y_ptr, begin_n, row, num_rows, N, HAS_BIAS)
 
 
 @gluon.jit(do_not_specialize=["num_rows"])
@@ -176,6 +187,8 @@ def _hopper_w8a8_kernel(
     HAS_BIAS: gl.constexpr,
     BLOCK_M: gl.constexpr,
     NUM_STAGES: gl.constexpr,
+    HAS_SHARES: gl.constexpr,
+    LEAVES_PARTS: gl.constexpr,
     PATIENCE: gl.constexpr,
     PDL: gl.constexpr,
 ):
@@ -192,14 +205,19 @@ def _hopper_w8a8_kernel(
     fence_async_shared()
     num_row_blocks = (num_rows + BLOCK_M - 1) // BLOCK_M
     num_turns = K // 128
-    share, begin, end = my_share(num_row_blocks, N // 128, num_turns)
+    if LEAVES_PARTS:
+        share, begin, end = my_part(num_row_blocks * (N // 128), num_turns)
+    elif HAS_SHARES:
+        share, begin, end = my_share(num_row_blocks, N // 128, num_turns)
+    else:
+        share, begin, end = my_tiles(num_row_blocks * (N // 128), num_turns)
     work = (num_row_blocks, num_turns, share, begin, end)
     rings = (x_tiles, high_tiles, weight_tiles, full, free)
     # fmt: off
     gl.warp_specialize(
         [
             (_compute, (x_scale_ptr, scale_ptr, bias_ptr, y_ptr, parts_ptr, counters_ptr, num_rows, N, work, rings,
-                        HAS_BIAS, BLOCK_M, NUM_STAGES, PATIENCE, PDL)),
+                        HAS_BIAS, BLOCK_M, NUM_STAGES, HAS_SHARES, LEAVES_PARTS, PATIENCE, PDL)),
             (_fetch, (x_desc, high_desc, weight_desc, work, rings, BLOCK_M, NUM_STAGES, PDL)),
         ],
         [1],
@@ -214,15 +232,44 @@ def linear(x: QuantizedRows, weight: W8A8Weight, config: HopperTiles) -> torch.T
     x: at least one row   weight: contiguous along in_features, a multiple of 128; out_features a multiple of 128
     """
     k, n = weight.weight.shape
-    device, num_rows = x.values.device, x.num_rows
-    num_tiles = ceil_div(num_rows, config.block_m) * (n // config.block_n)
+    num_tiles = ceil_div(x.num_rows, config.block_m) * (n // config.block_n)
+    y = torch.empty((x.num_rows, n), dtype=x.dtype, device=x.values.device)
+    if ceil_div(num_tiles, ceil_div(num_tiles, config.num_programs)) == config.num_programs:
+        _launch(x, weight, y, config, config.num_programs)
+        return y
     assert 2 * config.num_programs * config.block_n * config.block_m <= MAX_PARTS, "no room for the parts of so many programs"
     assert num_tiles <= NUM_COUNTERS, "no counters for so many tiles"
-    y = torch.empty((num_rows, n), dtype=x.dtype, device=device)
-    parts, counters = workspace(device)
+    _launch(x, weight, y, config, min(config.num_programs, num_tiles * (k // 128)), has_shares=True)
+    return y
+
+
+def split_linear(x: QuantizedRows, weight: W8A8Weight, config: HopperTiles, num_parts: int) -> SplitSums:
+    """As `linear`, without a bias: each program has a part of one tile, one of num_parts or fewer, so that none is without inputs."""
+    assert weight.bias is None
+    k, n = weight.weight.shape
+    num_parts = ceil_div(k // 128, ceil_div(k // 128, num_parts))
+    num_tiles = ceil_div(x.num_rows, config.block_m) * (n // config.block_n)
+    parts = torch.empty((num_parts, x.num_rows, n), dtype=torch.float32, device=x.values.device)
+    _launch(x, weight, parts, config, num_tiles * num_parts, leaves_parts=True)
+    return SplitSums(parts, x.dtype)
+
+
+def _launch(
+    x: QuantizedRows,
+    weight: W8A8Weight,
+    y: torch.Tensor,
+    config: HopperTiles,
+    num_programs: int,
+    *,
+    has_shares: bool = False,
+    leaves_parts: bool = False,
+) -> None:
+    """y: [num_rows, out_features], or [num_parts, num_rows, out_features]."""
+    k, n = weight.weight.shape
+    parts, counters = workspace(y.device) if has_shares else (None, None)
     launch(
         _hopper_w8a8_kernel,
-        (min(config.num_programs, num_tiles * (k // 128)),),
+        (num_programs,),
         Tiles(x.values, (LOW.value, 128), BYTES),
         Tiles(x.values, (config.block_m - LOW.value, 128), BYTES),
         Tiles(weight.weight.t(), (128, 128), BYTES),
@@ -230,16 +277,17 @@ def linear(x: QuantizedRows, weight: W8A8Weight, config: HopperTiles) -> torch.T
         weight.scale,
         weight.bias,
         y,
-        parts.view(torch.int32),
+        None if parts is None else parts.view(torch.int32),
         counters,
-        num_rows,
+        x.num_rows,
         n,
         k,
         HAS_BIAS=weight.bias is not None,
         BLOCK_M=config.block_m,
         NUM_STAGES=config.num_stages,
+        HAS_SHARES=has_shares,
+        LEAVES_PARTS=leaves_parts,
         PATIENCE=PATIENCE,
         num_warps=WARPS.value,
-        **launch_options(has_pdl(device)),
+        **launch_options(has_pdl(y.device)),
     )
-    return y

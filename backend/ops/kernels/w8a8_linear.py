@@ -137,7 +137,7 @@ def w8a8_linear(x: QuantizedRows, weight: W8A8Weight | Fp8Weight) -> torch.Tenso
     if isinstance(weight, W8A8Weight) and weight.weight.stride(0) == 1:
         device = x.values.device
         if takes_hopper_w8a8(x.num_rows, n, k, is_hopper=is_hopper(device)):
-            return hopper_w8a8_linear.linear(x, weight, hopper_w8a8_config(x.num_rows, num_sms(device)))
+            return hopper_w8a8_linear.linear(x, weight, hopper_w8a8_config(x.num_rows, n, num_sms(device)))
     return _linear(x, weight)
 
 

@@ -14,7 +14,7 @@ from tests.backend.ops.test_kernels_w8a8_linear import Shape, product64, weight_
 
 from turbotriton.backend.ops.kernels import hopper_w8a8_linear as module
 from turbotriton.backend.ops.kernels import w8a8_linear as launcher
-from turbotriton.backend.ops.kernels.hopper_tuning import HopperTiles, hopper_w8a8_config, hopper_w8a8_tiles
+from turbotriton.backend.ops.kernels.hopper_tuning import HopperTiles, hopper_w8a8_config, hopper_w8a8_parts, hopper_w8a8_tiles
 from turbotriton.backend.ops.kernels.quantize_rows import quantize_rows
 from turbotriton.backend.ops.kernels.split_sum import workspace
 from turbotriton.backend.ops.kernels.w8a8_linear import w8a8_linear
@@ -29,8 +29,8 @@ def tolerance(dtype):
     return {"max_error": 4 * eps + 2e-6, "rms_error": 0.6 * eps + 1e-6}
 
 
-def run(shape, dtype, monkeypatch, *, config=None, seed=0, patience=1000):
-    """(result, exact result), emulated; rows of no meaning behind x."""
+def run(shape, dtype, monkeypatch, *, config=None, num_parts=0, seed=0, patience=1000):
+    """(result, exact result), emulated; rows of no meaning behind x. num_parts: of SplitSums."""
     target = Target("cpu", dtype, torch.Generator().manual_seed(seed))
     weight = weight_of(target, shape, INT8, by_outputs=True)
     values = torch.randint(-127, 128, (shape.num_rows + 5, shape.k), generator=target.generator, dtype=INT8)
@@ -43,8 +43,8 @@ def run(shape, dtype, monkeypatch, *, config=None, seed=0, patience=1000):
             patch.setattr(launcher, "hopper_w8a8_config", lambda *args: config)
         patch.setattr(module, "has_pdl", lambda device: True)
         emulate(module, KERNEL, patch, seed, early=("weight_desc",))
-        y = w8a8_linear(rows, weight)
-    assert not workspace(y.device)[1].any(), "counters did not return to zero"
+        y = module.split_linear(rows, weight, config, num_parts) if num_parts else w8a8_linear(rows, weight)
+    assert not workspace(torch.device("cpu"))[1].any(), "counters did not return to zero"
     return y, product64(rows, weight)
 
 
@@ -74,6 +74,45 @@ def test_equal_shares_cover_every_tile_once_whoever_waits(num_programs, patience
         assert_close(*found, **tolerance(BF16))
 
 
+@pytest.mark.parametrize(
+    ("shape", "num_programs"),
+    [
+        (Shape(150, 256, 384, bias=True), 3),  # a tile each
+        (Shape(200, 256, 384), 1),
+        (Shape(200, 384, 384, bias=True), 3),  # two row blocks: six tiles, two each
+        (Shape(150, 1152, 640), 3),  # the last has one tile where the others have two; an equal share would end within a tile
+    ],
+    ids=str,
+)
+def test_programs_have_whole_tiles(shape, num_programs, monkeypatch, assert_close, guarded_outputs):
+    def refuse(device):
+        raise AssertionError("whole tiles take no workspace")
+
+    monkeypatch.setattr(module, "workspace", refuse)
+    assert_close(*run(shape, BF16, monkeypatch, config=HopperTiles(160, 1, 2, num_programs)), **tolerance(BF16))
+
+
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "block_m", "asked_for", "num_parts"),
+    [
+        (Shape(150, 512, 256), 160, 4, 4),
+        (Shape(200, 896, 128), 256, 3, 3),  # 3, 3 and 1 turns
+        (Shape(130, 640, 256), 160, 4, 3),  # of four parts the last would have none
+        (Shape(300, 256, 128), 160, 2, 2),  # two row blocks
+        (Shape(192, 128, 128), 192, 2, 1),
+    ],
+    ids=str,
+)
+def test_programs_leave_their_parts_to_who_reads_them(
+    shape, block_m, asked_for, num_parts, dtype, monkeypatch, assert_close, guarded_outputs
+):
+    sums, expected = run(shape, dtype, monkeypatch, config=HopperTiles(block_m, 1, 2, 132), num_parts=asked_for)
+    assert sums.parts.shape == (num_parts, shape.num_rows, shape.n)
+    assert sums.parts.dtype is torch.float32
+    assert_close(sums[:], expected, **tolerance(dtype))
+
+
 ARRIVE = "    mbarrier.arrive(free.index((number + NUM_STAGES - 1) % NUM_STAGES), count=1, pred=is_first == 0)\n"
 MISTAKES = {
     "x read before it is there": ("_step", "    mbarrier.wait(full.index(stage), number // NUM_STAGES & 1)\n", ""),
@@ -100,6 +139,41 @@ def test_the_emulation_finds_what_a_kernel_may_not_do(mistake, monkeypatch):
         assert shows_a_mistake(lambda seed: run(shape, FP16, monkeypatch, config=config, seed=seed))
     finally:
         workspace(torch.device("cpu"))[1].zero_()
+
+
+MISTAKES_OF_TILES = {
+    "equal shares": (
+        0,
+        "my_tiles",
+        "(num_tiles + gl.num_programs(0) - 1) // gl.num_programs(0) * num_turns",
+        "num_tiles * num_turns // gl.num_programs(0)",
+    ),
+    "a tile too many": (0, "my_tiles", "gl.minimum(begin + share, num_tiles * num_turns)", "begin + share"),
+    "parts at one place": (3, "_compute", "first // share * num_rows * N", "0"),
+    "parts by their turns": (3, "_compute", "first // share * num_rows * N", "first * num_rows * N"),
+    "another part of the turns": (
+        3,
+        "my_part",
+        "begin = end - num_turns + gl.program_id(0) // num_tiles * share",
+        "begin = end - num_turns",
+    ),
+    "turns of the next tile": (3, "my_part", "gl.minimum(begin + share, end)", "begin + share"),
+    "all parts in one tile": (3, "my_part", "gl.program_id(0) % num_tiles", "gl.program_id(0) // num_parts"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES_OF_TILES)
+def test_the_emulation_finds_wrong_tiles_and_parts(mistake, monkeypatch):
+    num_parts, function, *change = MISTAKES_OF_TILES[mistake]
+    plant(module, function, [change], monkeypatch)
+
+    def attempt(seed):
+        found, exact = run(
+            Shape(150, 640, 384), FP16, monkeypatch, config=HopperTiles(160, 1, 2, 2), num_parts=num_parts, seed=seed
+        )
+        return found[:], exact
+
+    assert shows_a_mistake(attempt)
 
 
 @pytest.mark.parametrize(
@@ -131,30 +205,63 @@ def empty_operands(num_rows, k, n, dtype, *, bias=False):
 
 
 @pytest.mark.parametrize("num_sms", [78, 114, 132])
+@pytest.mark.parametrize("n", [128, 6144, 28672])
 @pytest.mark.parametrize("num_rows", [129, 160, 161, 193, 256, 257, 512])
-def test_tiles_fit_what_there_is(num_rows, num_sms):
-    config = hopper_w8a8_config(num_rows, num_sms)
+def test_tiles_fit_what_there_is(num_rows, n, num_sms):
+    config = hopper_w8a8_config(num_rows, n, num_sms)
     assert config.block_m * config.strips <= 256, "more than 128 registers of sums"
     assert config.num_stages >= 4
     assert config.num_stages * 128 * (config.block_m + config.block_n) <= SHARED_LIMIT_BYTES[90] - (18 << 10)
     assert 0 < config.num_programs <= num_sms
 
 
+def test_how_the_layers_of_models_are_shared():
+    """Of an 8B and a 1.8B model, on 132 multiprocessors: (programs, parts)."""
+
+    def shared(num_rows, n, k):
+        return hopper_w8a8_config(num_rows, n, 132).num_programs, hopper_w8a8_parts(num_rows, n, k, 132)
+
+    layers = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
+    assert {name: shared(256, *layer) for name, layer in layers.items()} == {
+        "qkv": (132, 2),
+        "o": (132, 4),
+        "gate_up": (112, 1),
+        "down": (132, 4),
+    }
+    assert {name: shared(400, *layer) for name, layer in layers.items()} == {
+        "qkv": (96, 1),
+        "o": (132, 2),
+        "gate_up": (112, 1),
+        "down": (132, 2),
+    }
+    assert [shared(144, *layer) for layer in ((4096, 2048), (2048, 2048), (16384, 2048), (2048, 8192))] == [
+        (132, 4),
+        (132, 4),
+        (128, 1),
+        (132, 4),
+    ]
+
+
 @pytest.mark.parametrize(
     ("tiles", "bias"),
     [
+        (hopper_w8a8_config(256, 28672, 132), False),
         (hopper_w8a8_tiles(256, 132), False),
         (hopper_w8a8_tiles(192, 132), True),
         pytest.param(hopper_w8a8_tiles(160, 132), False, marks=pytest.mark.slow),
     ],
     ids=str,
 )
-def test_products_follow_each_other(tiles, bias, monkeypatch, tmp_path):
+@pytest.mark.parametrize("num_parts", [0, 4])
+def test_products_follow_each_other(tiles, bias, num_parts, monkeypatch, tmp_path):
     """Integer products, nothing spilled, not serialised by ptxas, one group of products waited for while the next runs."""
     launches = []
     monkeypatch.setattr(module, KERNEL, Recorder(getattr(module, KERNEL), launches))
     monkeypatch.setattr(module, "has_pdl", lambda device: True)
-    module.linear(*empty_operands(tiles.block_m, 4096, 28672, BF16, bias=bias), tiles)
+    if num_parts:
+        module.split_linear(*empty_operands(tiles.block_m, 4096, 28672, BF16), tiles, num_parts)
+    else:
+        module.linear(*empty_operands(tiles.block_m, 4096, 28672, BF16, bias=bias), tiles)
     compiled = compiled_for_hopper(*launches[0])
     assert compiled.metadata.shared <= SHARED_LIMIT_BYTES[90]
     usage = resource_usage(compiled.asm["cubin"], tmp_path)
@@ -184,8 +291,12 @@ GPU_SHAPES = [
 def test_every_row_and_output_on_a_gpu(shape, dtype, assert_close):
     skip_unless_hopper()
     rows, weight = operands_on_gpu(shape, dtype)
-    y = module.linear(rows, weight, hopper_w8a8_config(shape.num_rows, 132))
+    config = hopper_w8a8_config(shape.num_rows, shape.n, 132)
+    y = module.linear(rows, weight, config)
     assert_close(y, product64(rows, weight), **tolerance(dtype))
+    if not shape.bias:
+        sums = module.split_linear(rows, weight, config, 4)
+        assert_close(sums[:], product64(rows, weight), **tolerance(dtype))
 
 
 def operands_on_gpu(shape, dtype):
@@ -202,6 +313,7 @@ def operands_on_gpu(shape, dtype):
         hopper_w8a8_tiles(256, 50),
         hopper_w8a8_tiles(192, 132),
         hopper_w8a8_tiles(160, 7),
+        hopper_w8a8_tiles(256, 4),
     ],
     ids=str,
 )
