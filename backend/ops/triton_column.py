@@ -49,7 +49,7 @@ from .kernels.tuning import (
 )
 from .kernels.w4a16_dequantize import dequantize_w4a16
 from .kernels.w4a16_linear import w4a16_gate_up, w4a16_linear
-from .kernels.w8a8_linear import w8a8_linear
+from .kernels.w8a8_linear import w8a8_linear, w8a8_split_linear
 from .operands import (
     Added,
     AttentionBatch,
@@ -64,7 +64,6 @@ from .operands import (
     Unadded,
     W4A16Tiles,
     W8A8Weight,
-    whole,
 )
 from .reference import units
 from .reference.attention import attention
@@ -123,9 +122,13 @@ def _norm_fits(x: torch.Tensor) -> bool:
     return next_power_of_2(x.shape[0]) * next_power_of_2(x.shape[1]) <= MAX_SKINNY_NORM_ELEMENTS
 
 
+def _in_8_bit(x: torch.Tensor | QuantizedRows, weight: W8A8Weight | Fp8Weight) -> QuantizedRows:
+    return x if isinstance(x, QuantizedRows) else quantize_rows(x, weight.weight.dtype)
+
+
 def linear(x: torch.Tensor | QuantizedRows, weight: LinearWeight) -> torch.Tensor:
     if isinstance(weight, EIGHT_BIT):
-        return w8a8_linear(x if isinstance(x, QuantizedRows) else quantize_rows(x, weight.weight.dtype), weight)
+        return w8a8_linear(_in_8_bit(x, weight), weight)
     assert isinstance(x, torch.Tensor), "8 bit rows meet 8 bit weights only"
     if _is_skinny(weight, x):
         of_few = hopper_row_linear.linear if hopper_row_linear.takes(x, weight.weight) else skinny_linear.linear
@@ -144,6 +147,8 @@ def linear(x: torch.Tensor | QuantizedRows, weight: LinearWeight) -> torch.Tenso
 def down_projection(x: torch.Tensor | QuantizedRows, weight: LinearWeight, residual: torch.Tensor | None = None) -> Projected:
     """`linear` before a norm. Few rows leave it their last sums; the product of many adds to the residual stream, whose rows it reads
     and writes while it computes, where the norm would do nothing else for as long."""
+    if isinstance(weight, EIGHT_BIT):
+        return w8a8_split_linear(_in_8_bit(x, weight), weight)
     if isinstance(weight, W4A16Tiles) and isinstance(x, torch.Tensor) and x.shape[0] > MAX_W4A16_ROWS:
         weight = DenseWeight(dequantize_w4a16(weight), weight.bias)
     if isinstance(weight, DenseWeight) and weight.bias is None and isinstance(x, torch.Tensor) and not _is_skinny(weight, x):
@@ -182,12 +187,18 @@ def _joined(
     return None
 
 
+def _norm_rows(
+    x: Projected, residual: torch.Tensor | None, norm: NormWeight, weight: W8A8Weight | Fp8Weight
+) -> tuple[QuantizedRows, torch.Tensor]:
+    summed, residual = (x.total, None) if isinstance(x, Added) else (x, residual)
+    return rms_norm_rows(summed, norm.weight, norm.eps, residual, weight.weight.dtype)
+
+
 def norm_linear(
     x: Projected, residual: torch.Tensor | None, norm: NormWeight, weight: LinearWeight
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if isinstance(weight, EIGHT_BIT):
-        x, residual = (x.total, None) if isinstance(x, Added) else (whole(x), residual)
-        rows, residual = rms_norm_rows(x, norm.weight, norm.eps, residual, weight.weight.dtype)
+        rows, residual = _norm_rows(x, residual, norm, weight)
         return w8a8_linear(rows, weight), residual
     functions = hopper_row_linear.norm_linear, skinny_linear.norm_linear, hopper_row_w4a16.norm_linear
     if (joined := _joined(functions, x, residual, norm, weight)) is not None:
@@ -200,6 +211,9 @@ def _norm_linear_before_rotary(
     x: Projected, residual: torch.Tensor | None, norm: NormWeight, weight: LinearWeight
 ) -> tuple[Unadded, torch.Tensor]:
     """`norm_linear` whose last sums are left to rotary."""
+    if isinstance(weight, EIGHT_BIT):
+        rows, residual = _norm_rows(x, residual, norm, weight)
+        return w8a8_split_linear(rows, weight), residual
     if not isinstance(weight, DenseWeight) or (isinstance(x, torch.Tensor) and _is_skinny(weight, x)):
         return norm_linear(x, residual, norm, weight)
     y, residual = rms_norm(x, norm.weight, norm.eps, residual)

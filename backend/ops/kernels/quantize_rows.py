@@ -17,11 +17,12 @@ import torch
 import triton
 import triton.language as tl
 
-from turbotriton.backend.ops.operands import QuantizedRows
+from turbotriton.backend.ops.operands import QuantizedRows, SplitSums, Unadded, parts_of
 
 from .fast_launch import launch
 from .fast_math import fast_exp2, fast_inverse
 from .launch import has_pdl, launch_options, wait_for_previous
+from .split_sum import load_sum
 from .tuning import ceil_div, quantize_rows_config
 
 __all__ = ["quantize_rows", "rms_norm_rows", "silu_and_mul_rows"]
@@ -85,6 +86,7 @@ def _rms_norm_rows_kernel(
     stride_x_row,
     stride_residual_row,
     N: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     LARGEST: tl.constexpr,
     IS_INT8: tl.constexpr,
@@ -96,9 +98,9 @@ def _rms_norm_rows_kernel(
     row = tl.program_id(0).to(tl.int64)
     offs_n = tl.arange(0, BLOCK_N)
     mask = offs_n < N
-    r = tl.load(x_ptr + row * stride_x_row + offs_n, mask=mask, other=0.0)
+    dtype: tl.constexpr = r_ptr.dtype.element_ty if HAS_RESIDUAL else x_ptr.dtype.element_ty
+    r = load_sum(x_ptr + row * stride_x_row + offs_n, mask, tl.num_programs(0).to(tl.int64) * N, NUM_PARTS, dtype)
     weight = tl.load(weight_ptr + offs_n, mask=mask, other=0.0).to(tl.float32)
-    dtype: tl.constexpr = r.dtype
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + row * stride_residual_row + offs_n, mask=mask, other=0.0)
         r = (r.to(tl.float32) + residual.to(tl.float32)).to(dtype)  # the rounding of the residual stream
@@ -134,13 +136,14 @@ def _silu_and_mul_rows_kernel(
     _store_quantized(y, row, out_ptr, scale_ptr, offs_n, mask, N, LARGEST, IS_INT8)
 
 
-def _outputs(x: torch.Tensor, n: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, QuantizedRows]:
-    """(values, scales, both without the padding)."""
-    num_rows = x.shape[0]
+def _outputs(
+    device: torch.device, num_rows: int, n: int, compute_dtype: torch.dtype, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, QuantizedRows]:
+    """(values, scales, both with the padding, rows without)."""
     padded = ceil_div(num_rows, ROW_MULTIPLE) * ROW_MULTIPLE
-    values = torch.empty((padded, n), dtype=dtype, device=x.device)
-    scale = torch.empty((padded,), dtype=torch.float32, device=x.device)
-    return values, scale, QuantizedRows(values, scale, num_rows, x.dtype)
+    values = torch.empty((padded, n), dtype=dtype, device=device)
+    scale = torch.empty((padded,), dtype=torch.float32, device=device)
+    return values, scale, QuantizedRows(values, scale, num_rows, compute_dtype)
 
 
 def _options(n: int, dtype: torch.dtype, device: torch.device) -> dict[str, object]:
@@ -161,7 +164,7 @@ def quantize_rows(x: torch.Tensor, dtype: torch.dtype) -> QuantizedRows:
     """
     num_rows, n = x.shape
     assert x.stride(1) == 1 or n == 1, "x must be contiguous inside a row"
-    values, scale, rows = _outputs(x, n, dtype)
+    values, scale, rows = _outputs(x.device, num_rows, n, x.dtype, dtype)
     options = _options(n, dtype, x.device)
     if num_rows:
         launch(_quantize_rows_kernel, (num_rows,), x, values, scale, x.stride(0), N=n, **options)
@@ -169,14 +172,18 @@ def quantize_rows(x: torch.Tensor, dtype: torch.dtype) -> QuantizedRows:
 
 
 def rms_norm_rows(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None, dtype: torch.dtype
+    x: Unadded, weight: torch.Tensor, eps: float, residual: torch.Tensor | None, dtype: torch.dtype
 ) -> tuple[QuantizedRows, torch.Tensor]:
-    """As `rms_norm` (kernels/rms_norm.py) with the first result in `dtype`; without a residual the second is x itself."""
+    """As `rms_norm` (kernels/rms_norm.py) with the first result in `dtype`; x: SplitSums, too, beside a residual. Without one the
+    second result is x itself."""
     num_rows, hidden = x.shape
-    assert x.stride(1) == 1 or hidden == 1, "x must be contiguous inside a row"
+    assert residual is not None or not isinstance(x, SplitSums), "sums are split beside a residual only"
+    compute_dtype = x.dtype
+    x, num_parts = parts_of(x)
+    assert x.stride(-1) == 1 or hidden == 1, "x must be contiguous inside a row"
     assert residual is None or residual.stride(1) == 1 or hidden == 1, "residual must be contiguous inside a row"
-    values, scale, rows = _outputs(x, hidden, dtype)
-    r = x if residual is None else torch.empty((num_rows, hidden), dtype=x.dtype, device=x.device)
+    values, scale, rows = _outputs(x.device, num_rows, hidden, compute_dtype, dtype)
+    r = x if residual is None else torch.empty((num_rows, hidden), dtype=compute_dtype, device=x.device)
     options = _options(hidden, dtype, x.device)
     if num_rows:
         launch(
@@ -189,9 +196,10 @@ def rms_norm_rows(
             scale,
             None if residual is None else r,
             eps,
-            x.stride(0),
+            x.stride(-2),
             0 if residual is None else residual.stride(0),
             N=hidden,
+            NUM_PARTS=num_parts,
             HAS_RESIDUAL=residual is not None,
             ASM=x.is_cuda,
             **options,
@@ -205,7 +213,7 @@ def silu_and_mul_rows(x: torch.Tensor, dtype: torch.dtype) -> QuantizedRows:
     n = columns // 2
     assert columns == 2 * n, f"{columns} columns are not two halves"
     assert x.stride(1) == 1, "x must be contiguous inside a row"
-    values, scale, rows = _outputs(x, n, dtype)
+    values, scale, rows = _outputs(x.device, num_rows, n, x.dtype, dtype)
     options = _options(n, dtype, x.device)
     if num_rows:
         launch(_silu_and_mul_rows_kernel, (num_rows,), x, values, scale, x.stride(0), N=n, ASM=x.is_cuda, **options)

@@ -2,7 +2,8 @@
 
     y = (x8 W8) * s_x * scale + b            integer sums are exact, e4m3's are fp32 as the matrix instruction makes them
 
-Integers are added up as such by all that share a sum, so an int8 result does not depend on the number of rows.
+Integers are added up as such by all that share a sum, so an int8 result does not depend on the number of rows; but
+the scaled sums of parts that are left to who reads them (`w8a8_split_linear`) are rounded each.
 
 Tiling: a program owns a tile BLOCK_M x BLOCK_N of y and walks down K; where that leaves multiprocessors idle, NUM_SPLITS programs share
 the inputs of a tile (split_sum.py). Programs go by groups of GROUP_M row blocks, so that those which run at once read few columns:
@@ -18,20 +19,22 @@ int8 with the rows of a batch of decodes is `hopper_w8a8_linear`'s on Hopper. e4
 be: bf16 results and sizes that are multiples of 16.
 """
 
+from typing import TypeGuard
+
 import torch
 import triton
 import triton.language as tl
 
-from turbotriton.backend.ops.operands import Fp8Weight, QuantizedRows, W8A8Weight
+from turbotriton.backend.ops.operands import Fp8Weight, QuantizedRows, Unadded, W8A8Weight
 
 from . import hopper_w8a8_linear
 from .fast_launch import Tiles, launch
-from .hopper_tuning import hopper_w8a8_config, takes_hopper_w8a8
+from .hopper_tuning import hopper_w8a8_config, hopper_w8a8_parts, takes_hopper_w8a8
 from .launch import has_pdl, is_hopper, launch_options, num_sms, wait_for_previous
 from .split_sum import sum_of_splits, workspace
 from .tuning import FP8_FAST_ACCUMULATION, MAX_OWN_FP8_ROWS, ceil_div, w8a8_linear_config
 
-__all__ = ["w8a8_linear"]
+__all__ = ["w8a8_linear", "w8a8_split_linear"]
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -134,11 +137,26 @@ def w8a8_linear(x: QuantizedRows, weight: W8A8Weight | Fp8Weight) -> torch.Tenso
             out_dtype=x.dtype,
             use_fast_accum=FP8_FAST_ACCUMULATION,
         )[: x.num_rows]
-    if isinstance(weight, W8A8Weight) and weight.weight.stride(0) == 1:
-        device = x.values.device
-        if takes_hopper_w8a8(x.num_rows, n, k, is_hopper=is_hopper(device)):
-            return hopper_w8a8_linear.linear(x, weight, hopper_w8a8_config(x.num_rows, n, num_sms(device)))
+    if _is_for_hopper(x, weight):
+        return hopper_w8a8_linear.linear(x, weight, hopper_w8a8_config(x.num_rows, n, num_sms(x.values.device)))
     return _linear(x, weight)
+
+
+def w8a8_split_linear(x: QuantizedRows, weight: W8A8Weight | Fp8Weight) -> Unadded:
+    """As `w8a8_linear`, before what adds up SplitSums."""
+    if _is_for_hopper(x, weight) and weight.bias is None:
+        k, n = weight.weight.shape
+        sms = num_sms(x.values.device)
+        num_parts = hopper_w8a8_parts(x.num_rows, n, k, sms)
+        if num_parts > 1:
+            return hopper_w8a8_linear.split_linear(x, weight, hopper_w8a8_config(x.num_rows, n, sms), num_parts)
+    return w8a8_linear(x, weight)
+
+
+def _is_for_hopper(x: QuantizedRows, weight: W8A8Weight | Fp8Weight) -> TypeGuard[W8A8Weight]:
+    k, n = weight.weight.shape
+    is_stored_so = isinstance(weight, W8A8Weight) and weight.weight.stride(0) == 1
+    return is_stored_so and takes_hopper_w8a8(x.num_rows, n, k, is_hopper=is_hopper(x.values.device))
 
 
 def _is_for_cublas(x: QuantizedRows, weight: Fp8Weight) -> bool:
