@@ -146,22 +146,25 @@ def quantised_linears(m: Maker) -> None:
             words, params = m.zeros(n // 16, k // 64, 32, 4, dtype=torch.int32), m.zeros(k // group_size, n, dtype=torch.int32)
             weight = W4A16Tiles(words, params, m.zeros(n), m.dtype, gated)
             hopper_w4a16_linear.linear(m.zeros(num_rows, k), weight, hopper_w4a16_config(num_rows, n, num_sms=132))
-        for num_rows, k, n in ((130, 384, 128), (180, 256, 256), (300, 128, 128)):
-            int8 = W8A8Weight(m.zeros(n, k, dtype=torch.int8).t(), m.zeros(n, dtype=torch.float32), m.zeros(n))
+        for num_rows, k, n, num_sms in ((130, 384, 128, 132), (180, 256, 256, None), (300, 256, 128, 2)):
+            scale, bias = m.zeros(n, dtype=torch.float32), None if num_sms is None else m.zeros(n)
+            int8 = W8A8Weight(m.zeros(n, k, dtype=torch.int8).t(), scale, bias)
             rows = QuantizedRows(
                 m.zeros(num_rows, k, dtype=torch.int8), m.zeros(num_rows, dtype=torch.float32), num_rows, m.dtype
             )
-            for num_sms in (2, 132):
-                hopper_w8a8_linear.linear(rows, int8, hopper_w8a8_config(num_rows, n, num_sms))
-            of_parts = W8A8Weight(int8.weight, int8.scale)
-            hopper_w8a8_linear.split_linear(rows, of_parts, hopper_w8a8_config(num_rows, n, num_sms=132), num_parts=2)
+            config = hopper_w8a8_config(num_rows, n, num_sms or 132)
+            if num_sms is None:
+                hopper_w8a8_linear.split_linear(rows, int8, config, num_parts=2)
+            else:  # equal shares, or whole tiles
+                hopper_w8a8_linear.linear(rows, int8, config)
     for num_rows, k, n in ((3, 72, 40), (33, 208, 130), (3, 2064, 33)):
         int8 = W8A8Weight(m.zeros(n, k, dtype=torch.int8).t(), m.zeros(n, dtype=torch.float32), m.zeros(n))
         fp8 = Fp8Weight(m.zeros(n, k, dtype=torch.float8_e4m3fn).t(), m.zeros(n, dtype=torch.float32))
         x, gate_up, gain = m.zeros(num_rows, k), m.zeros(num_rows, 2 * k), m.zeros(k)
         for weight in (int8, fp8) if m.device == "cpu" or torch.cuda.get_device_capability() >= (8, 9) else (int8,):
             dtype = weight.weight.dtype
-            quantize_rows.rms_norm_rows(x, gain, 1e-5, x, dtype)
+            parts = SplitSums(m.zeros(2, num_rows, k, dtype=torch.float32), m.dtype) if weight is int8 else x
+            quantize_rows.rms_norm_rows(parts, gain, 1e-5, x, dtype)
             quantize_rows.silu_and_mul_rows(gate_up, dtype)
             w8a8_linear.w8a8_linear(quantize_rows.quantize_rows(x, dtype), weight)
 

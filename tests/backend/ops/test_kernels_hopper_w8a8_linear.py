@@ -12,13 +12,15 @@ from tests.backend.ops.hopper_code import compiled_for_hopper, loops_of, ptxas_r
 from tests.backend.ops.test_kernels_compile_ahead import SHARED_LIMIT_BYTES, Recorder, resource_usage
 from tests.backend.ops.test_kernels_w8a8_linear import Shape, product64, weight_of
 
+from turbotriton.backend.ops import triton_column
 from turbotriton.backend.ops.kernels import hopper_w8a8_linear as module
+from turbotriton.backend.ops.kernels import quantize_rows as rows_module
 from turbotriton.backend.ops.kernels import w8a8_linear as launcher
 from turbotriton.backend.ops.kernels.hopper_tuning import HopperTiles, hopper_w8a8_config, hopper_w8a8_parts, hopper_w8a8_tiles
 from turbotriton.backend.ops.kernels.quantize_rows import quantize_rows
 from turbotriton.backend.ops.kernels.split_sum import workspace
-from turbotriton.backend.ops.kernels.w8a8_linear import w8a8_linear
-from turbotriton.backend.ops.operands import QuantizedRows, W8A8Weight
+from turbotriton.backend.ops.kernels.w8a8_linear import w8a8_linear, w8a8_split_linear
+from turbotriton.backend.ops.operands import Added, NormWeight, QuantizedRows, SplitSums, W8A8Weight
 
 BF16, FP16, INT8 = torch.bfloat16, torch.float16, torch.int8
 KERNEL = "_hopper_w8a8_kernel"
@@ -188,14 +190,61 @@ def test_the_emulation_finds_wrong_tiles_and_parts(mistake, monkeypatch):
         (256, 4096, 6080, True, "_w8a8_linear_kernel"),
     ],
 )
-def test_what_it_does_not_take_is_the_plain_kernels(num_rows, k, n, is_hopper, expected, monkeypatch):
-    launches = []
-    for owner, name in ((module, KERNEL), (launcher, "_w8a8_linear_kernel")):
-        monkeypatch.setattr(owner, name, Recorder(getattr(owner, name), launches))
+def test_what_it_does_not_take_is_the_plain_kernels(num_rows, k, n, is_hopper, expected, unlaunched, monkeypatch):
     monkeypatch.setattr(launcher, "is_hopper", lambda device: is_hopper)
-    monkeypatch.setattr(launcher, "num_sms", lambda device: 132)
     w8a8_linear(*empty_operands(num_rows, k, n, BF16))
-    assert [kernel.__name__ for kernel, _ in launches] == [expected]
+    assert [kernel.__name__ for kernel, _ in unlaunched] == [expected]
+
+
+@pytest.fixture
+def unlaunched(monkeypatch):
+    """The names of the kernels that are launched as on sm_90 with 132 multiprocessors."""
+    launches = []
+    for owner, name in ((module, KERNEL), (launcher, "_w8a8_linear_kernel"), (rows_module, "_rms_norm_rows_kernel")):
+        monkeypatch.setattr(owner, name, Recorder(getattr(owner, name), launches))
+    monkeypatch.setattr(launcher, "is_hopper", lambda device: True)
+    monkeypatch.setattr(launcher, "num_sms", lambda device: 132)
+    return launches
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "k", "n", "bias", "num_parts"),
+    [
+        (256, 4096, 6144, False, 2),
+        (256, 14336, 4096, False, 4),
+        (257, 14336, 4096, False, 2),
+        (256, 4096, 6144, True, 0),
+        (256, 4096, 28672, False, 0),
+        (128, 4096, 6144, False, 0),
+        (0, 4096, 6144, False, 0),
+    ],
+)
+def test_where_parts_are_left(num_rows, k, n, bias, num_parts, unlaunched):
+    y = w8a8_split_linear(*empty_operands(num_rows, k, n, BF16, bias=bias))
+    assert isinstance(y, SplitSums) == (num_parts > 0)
+    assert y.shape == (num_rows, n)
+    assert y.dtype is BF16
+    if num_parts:
+        assert y.parts.shape[0] == num_parts
+
+
+def test_a_projection_is_split_before_a_norm_or_rotary_and_nowhere_else(unlaunched):
+    rows, weight = empty_operands(200, 4096, 4096, BF16)
+    norm, residual = NormWeight(torch.empty(4096, dtype=BF16), 1e-5), torch.empty(200, 4096, dtype=BF16)
+    projected = triton_column.down_projection(rows, weight)
+    assert isinstance(projected, SplitSums)
+    assert isinstance(triton_column.linear(rows, weight), torch.Tensor)
+    unlaunched.clear()
+    y, r = triton_column.norm_linear(projected, residual, norm, weight)
+    assert isinstance(y, torch.Tensor)
+    assert r.dtype is BF16
+    y, _ = triton_column._norm_linear_before_rotary(projected, r, norm, weight)
+    assert isinstance(y, SplitSums)
+    assert [kernel.__name__ for kernel, _ in unlaunched] == ["_rms_norm_rows_kernel", KERNEL] * 2, (
+        "parts go to the norm as they are"
+    )
+    y, r = triton_column._norm_linear_before_rotary(Added(residual), residual, norm, weight)
+    assert r is residual
 
 
 def empty_operands(num_rows, k, n, dtype, *, bias=False):

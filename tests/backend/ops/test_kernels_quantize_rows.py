@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from turbotriton.backend.ops.kernels.quantize_rows import quantize_rows, rms_norm_rows, silu_and_mul_rows
+from turbotriton.backend.ops.operands import SplitSums
 from turbotriton.backend.ops.reference.linear import quantized_tokens
 from turbotriton.backend.ops.reference.primitives import rms_norm, silu_and_mul
 
@@ -50,6 +51,25 @@ def test_norm_and_rows_are_one_after_the_other(target, dtype, with_residual):
     wanted, wanted_r = rms_norm(x, weight, 1e-5, residual)
     assert torch.equal(r, wanted_r)
     assert_rows(found, wanted, dtype)
+
+
+@pytest.mark.parametrize("num_parts", [1, 2, 4])
+def test_the_norm_adds_up_parts_and_rounds_as_one_that_gets_the_sum(target, dtype, num_parts):
+    parts, weight, residual = target.randn_fp32(num_parts, 19, 200), target.randn(200), target.randn(19, 208)[:, :200]
+    summed = parts[0]
+    for part in parts[1:]:
+        summed = summed + part
+    found, r = rms_norm_rows(SplitSums(parts, target.dtype), weight, 1e-5, residual, dtype)
+    wanted, wanted_r = rms_norm_rows(summed.to(target.dtype), weight, 1e-5, residual, dtype)
+    assert torch.equal(r, wanted_r)
+    assert found.dtype is r.dtype is target.dtype
+    assert torch.equal(found.values[:19].view(torch.uint8), wanted.values[:19].view(torch.uint8))
+    assert torch.equal(found.scale[:19], wanted.scale[:19])
+
+
+def test_parts_without_a_residual_are_refused():
+    with pytest.raises(AssertionError, match="beside a residual"):
+        rms_norm_rows(SplitSums(torch.zeros(2, 3, 16), torch.float32), torch.ones(16), 1e-5, None, torch.int8)
 
 
 @pytest.mark.parametrize(("num_rows", "n"), [(17, 72), (2, 4996)])
