@@ -43,7 +43,10 @@ MIN_HOPPER_W4A16_ROWS = 33
 #: Rows of int8 that are `hopper_w8a8_linear`'s on sm_90: a layer of 160, 256 and 512 takes 112, 146 and 238 us where the plain kernel has
 #: 178, 168 and 282, of 128 rows 120 where that has 108 (8B, H200: docs/perf-log.md).
 MIN_HOPPER_W8A8_ROWS, MAX_HOPPER_W8A8_ROWS = 129, 512
-MAX_HOPPER_W8A8_PARTS = 4
+#: Parts of a tile that are left to who reads the sum, and their rows in all. What reads 256 rows takes 1.5 us more for each part: an output
+#: and a down projection of 144 and 192 rows are faster by three parts than by equal shares, of 256 slower, of 144 by four slower, too (8B,
+#: H200).
+MAX_HOPPER_W8A8_PARTS, MAX_HOPPER_W8A8_PART_ROWS = 3, 576
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,15 +185,21 @@ def hopper_w8a8_config(num_rows: int, n: int, num_sms: int) -> HopperTiles:
     config = hopper_w8a8_tiles(_rows_of_hopper_tile(ceil_div(num_rows, row_blocks)), num_sms)
     num_tiles = row_blocks * (n // 128)
     num_waves = ceil_div(num_tiles, num_sms)
-    if 3 * num_tiles < 2 * num_waves * num_sms:
+    if not _keeps_most_busy(num_tiles, num_waves * num_sms):
         return config
     return replace(config, num_programs=ceil_div(num_tiles, num_waves))
 
 
 def hopper_w8a8_parts(num_rows: int, n: int, k: int, num_sms: int) -> int:
-    """Programs that share a tile's inputs and leave their parts to what reads the sum, as many as there are multiprocessors for; at least
-    four turns each."""
-    return clamp(num_sms // (ceil_div(num_rows, 256) * (n // 128)), 1, clamp(k // 512, 1, MAX_HOPPER_W8A8_PARTS))
+    """Programs that share a tile's inputs and leave their parts to what reads the sum, at least four turns each; 1 where as many as there
+    may be would keep too few multiprocessors busy."""
+    num_tiles = ceil_div(num_rows, 256) * (n // 128)
+    num_parts = min(num_sms // num_tiles, k // 512, MAX_HOPPER_W8A8_PARTS, MAX_HOPPER_W8A8_PART_ROWS // num_rows)
+    return num_parts if num_parts > 1 and _keeps_most_busy(num_tiles * num_parts, num_sms) else 1
+
+
+def _keeps_most_busy(num_programs: int, num_sms: int) -> bool:
+    return 3 * num_programs >= 2 * num_sms
 
 
 def hopper_w8a8_tiles(block_m: int, num_sms: int) -> HopperTiles:

@@ -211,8 +211,8 @@ def unlaunched(monkeypatch):
     ("num_rows", "k", "n", "bias", "num_parts"),
     [
         (256, 4096, 6144, False, 2),
-        (256, 14336, 4096, False, 4),
-        (257, 14336, 4096, False, 2),
+        (144, 14336, 4096, False, 3),
+        (256, 14336, 4096, False, 0),
         (256, 4096, 6144, True, 0),
         (256, 4096, 28672, False, 0),
         (128, 4096, 6144, False, 0),
@@ -229,8 +229,8 @@ def test_where_parts_are_left(num_rows, k, n, bias, num_parts, unlaunched):
 
 
 def test_a_projection_is_split_before_a_norm_or_rotary_and_nowhere_else(unlaunched):
-    rows, weight = empty_operands(200, 4096, 4096, BF16)
-    norm, residual = NormWeight(torch.empty(4096, dtype=BF16), 1e-5), torch.empty(200, 4096, dtype=BF16)
+    rows, weight = empty_operands(192, 4096, 4096, BF16)
+    norm, residual = NormWeight(torch.empty(4096, dtype=BF16), 1e-5), torch.empty(192, 4096, dtype=BF16)
     projected = triton_column.down_projection(rows, weight)
     assert isinstance(projected, SplitSums)
     assert isinstance(triton_column.linear(rows, weight), torch.Tensor)
@@ -271,24 +271,35 @@ def test_how_the_layers_of_models_are_shared():
         return hopper_w8a8_config(num_rows, n, 132).num_programs, hopper_w8a8_parts(num_rows, n, k, 132)
 
     layers = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
-    assert {name: shared(256, *layer) for name, layer in layers.items()} == {
-        "qkv": (132, 2),
-        "o": (132, 4),
-        "gate_up": (112, 1),
-        "down": (132, 4),
-    }
+    for num_rows, of_few in ((144, 3), (192, 3), (193, 1), (256, 1)):
+        assert {name: shared(num_rows, *layer) for name, layer in layers.items()} == {
+            "qkv": (132, 2),
+            "o": (132, of_few),
+            "gate_up": (112, 1),
+            "down": (132, of_few),
+        }
     assert {name: shared(400, *layer) for name, layer in layers.items()} == {
         "qkv": (96, 1),
-        "o": (132, 2),
+        "o": (132, 1),
         "gate_up": (112, 1),
-        "down": (132, 2),
+        "down": (132, 1),
     }
     assert [shared(144, *layer) for layer in ((4096, 2048), (2048, 2048), (16384, 2048), (2048, 8192))] == [
-        (132, 4),
-        (132, 4),
+        (132, 3),
+        (132, 1),
         (128, 1),
-        (132, 4),
+        (132, 1),
     ]
+
+
+@pytest.mark.parametrize("n", [128, 2048, 4096, 6144, 28672])
+@pytest.mark.parametrize("num_rows", [129, 192, 193, 256, 257, 512])
+def test_parts_have_inputs_and_multiprocessors(num_rows, n):
+    for k in (128, 512, 1024, 4096):
+        num_parts = hopper_w8a8_parts(num_rows, n, k, 132)
+        assert 1 <= num_parts <= max(k // 512, 1)
+        num_programs = num_parts * -(-num_rows // 256) * (n // 128)
+        assert num_parts == 1 or (88 <= num_programs <= 132 and num_parts * num_rows <= 576)
 
 
 @pytest.mark.parametrize(
