@@ -1,12 +1,13 @@
 """y = x W + b over int8 weights and rows, as `w8a8_linear`, for Hopper and batches of decodes. In Gluon: a warp that only fetches, and two
-groups of four warps that only multiply.
+groups of four warps that only multiply, and wait for nothing of each other.
 
-    fetching     | x, W of step 0 | of step 1 | ...   TMA into a ring of NUM_STAGES steps of 128 inputs, on into the next tile
-    both groups  y^T[128, BLOCK_M] += W[128, 128] x^T[128, BLOCK_M]       int32; a step's products begin while those before them end
+    fetching   | x, W of step 0 | of step 1 | ...   TMA into a ring of NUM_STAGES steps of 128 inputs, on into the next tile
+    a group    y^T[64, BLOCK_M] += W[64, 128] x^T[128, BLOCK_M]       int32; a step's products begin while those before them end
 
-A tile's rows are all of a batch up to 256, so that W is read once: LOW and HIGH more, two products, since triton knows none of int8 with
-256 rows. A stage has two barriers: `full`, which its bytes complete, and `free`, at which the groups arrive when their products have read
-it. Step number n of a program, over all its tiles, lies in stage n % NUM_STAGES.
+A tile is 128 outputs, of which a group has the first or the second half, and all rows of a batch up to 256, so that W is read once: LOW
+and HIGH more, two products, since triton knows none of int8 with 256 rows. A stage has two barriers: `full`, which its bytes complete, and
+`free`, at which the groups arrive when their products have read it. Step number n of a program, over all its tiles, lies in stage
+n % NUM_STAGES.
 
 How programs have the tiles is in hopper_shares.py: whole ones, equal shares of all, or a part of one each, whose sum is left to what reads
 it (SplitSums).
@@ -29,8 +30,11 @@ from .tuning import MAX_PARTS, ceil_div
 
 __all__ = ["linear", "split_linear"]
 
-WARPS = gl.constexpr(8)  # that compute, in two groups
-FETCH_REGISTERS = gl.constexpr(40)  # a thread; what is left of 3 x 128 threads of 168 goes to the groups that compute
+NUM_GROUPS = gl.constexpr(2)
+WARPS = gl.constexpr(4)  # of a group
+OUT = gl.constexpr(64)  # outputs of a group
+COMPUTE_REGISTERS = gl.constexpr(232)  # a thread; a program is launched with 3 x 128 threads of 168
+FETCH_REGISTERS = gl.constexpr(40)
 LOW = gl.constexpr(128)
 CHUNK = gl.constexpr(32)  # rows that are added up or stored at once
 BYTES = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
@@ -73,12 +77,12 @@ def _fetch(
 
 
 @gluon.jit
-def _step(acc, high, number, is_first, rings, NUM_STAGES: gl.constexpr):
+def _step(acc, high, number, is_first, rings, GROUP: gl.constexpr, NUM_STAGES: gl.constexpr):
     """Issues the products of step `number`; those of the step before, of the same tile unless is_first, have ended."""
     x_tiles, high_tiles, weight_tiles, full, free = rings
     stage = number % NUM_STAGES
     mbarrier.wait(full.index(stage), number // NUM_STAGES & 1)
-    weight = weight_tiles.index(stage)
+    weight = weight_tiles.index(stage).slice(GROUP * OUT, OUT, 0)
     acc = warpgroup_mma(weight, x_tiles.index(stage).permute((1, 0)), acc, is_async=True)
     high = warpgroup_mma(weight, high_tiles.index(stage).permute((1, 0)), high, is_async=True)
     acc, high = warpgroup_mma_wait(2, [acc, high])
@@ -88,19 +92,19 @@ def _step(acc, high, number, is_first, rings, NUM_STAGES: gl.constexpr):
 
 @gluon.jit
 def _store(chunk, x_scale_ptr, scale_ptr, bias_ptr, y_ptr, begin_n, begin_m, num_rows, N, HAS_BIAS: gl.constexpr):
-    """Sums [128, CHUNK] of the outputs from begin_n on as rows of y from begin_m on."""
+    """Sums [64, CHUNK] of the outputs from begin_n on as rows of y from begin_m on."""
     WIDTH: gl.constexpr = 4 if y_ptr.dtype.element_ty == gl.float32 else 8  # 16 bytes
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, CHUNK, 32])
-    ROWS: gl.constexpr = gl.BlockedLayout([WIDTH, 1], [128 // WIDTH, WIDTH // 4], [1, WARPS], [0, 1])
+    ROWS: gl.constexpr = gl.BlockedLayout([WIDTH, 1], [OUT // WIDTH, 32 * WIDTH // OUT], [1, WARPS], [0, 1])
     numbers = gl.convert_layout(chunk, LAYOUT, assert_trivial=True).to(gl.float32)
-    outputs = begin_n + gl.arange(0, 128, layout=gl.SliceLayout(1, LAYOUT))
+    outputs = begin_n + gl.arange(0, OUT, layout=gl.SliceLayout(1, LAYOUT))
     rows = begin_m + gl.arange(0, CHUNK, layout=gl.SliceLayout(0, LAYOUT))
     x_scale = gl.load(x_scale_ptr + rows, mask=rows < num_rows, other=0.0)
     numbers = numbers * x_scale[None, :] * gl.load(scale_ptr + outputs)[:, None]
     if HAS_BIAS:
         numbers += gl.load(bias_ptr + outputs).to(gl.float32)[:, None]
     y = gl.convert_layout(numbers.to(y_ptr.dtype.element_ty), ROWS)
-    offs_n = begin_n + gl.arange(0, 128, layout=gl.SliceLayout(1, ROWS))
+    offs_n = begin_n + gl.arange(0, OUT, layout=gl.SliceLayout(1, ROWS))
     offs_m = begin_m + gl.arange(0, CHUNK, layout=gl.SliceLayout(0, ROWS))
     y_rows = offs_m.to(gl.int64) * N
     gl.store(y_ptr + (y_rows[None, :] + offs_n[:, None]), y, mask=(offs_m < num_rows)[None, :])
@@ -109,10 +113,10 @@ def _store(chunk, x_scale_ptr, scale_ptr, bias_ptr, y_ptr, begin_n, begin_m, num
 @gluon.jit
 def _compute(
     x_scale_ptr, scale_ptr, bias_ptr, y_ptr, parts_ptr, counters_ptr, num_rows, N, work, rings,
-    HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr, NUM_STAGES: gl.constexpr, HAS_SHARES: gl.constexpr, LEAVES_PARTS: gl.constexpr,
-    PATIENCE: gl.constexpr, PDL: gl.constexpr,
+    GROUP: gl.constexpr, HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr, NUM_STAGES: gl.constexpr, HAS_SHARES: gl.constexpr,
+    LEAVES_PARTS: gl.constexpr, PATIENCE: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """The two groups of warps: each has 64 of every 128 outputs."""
+    """Four warps: the first or the second 64 outputs of each tile."""
     LOW_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, LOW, 32])
     HIGH_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M - LOW, 32])
     CHUNK_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, CHUNK, 32])
@@ -120,6 +124,9 @@ def _compute(
     num_row_blocks, num_turns, share, begin, end = work
     _x_tiles, _high_tiles, _weight_tiles, _full, free = rings
     program = gl.program_id(0)
+    if HAS_SHARES:
+        parts_ptr += GROUP * OUT * BLOCK_M * 2 * gl.num_programs(0)
+        counters_ptr += GROUP * num_row_blocks * (N // (NUM_GROUPS * OUT))
     first_tile = begin // num_turns
     end_tile = (end + num_turns - 1) // num_turns
     if PDL:
@@ -130,14 +137,14 @@ def _compute(
     for tile in range(first_tile, end_tile):
         first = gl.maximum(begin - tile * num_turns, 0)
         last = gl.minimum(end - tile * num_turns, num_turns)
-        acc = gl.zeros([128, LOW], gl.int32, LOW_LAYOUT)
-        high = gl.zeros([128, BLOCK_M - LOW], gl.int32, HIGH_LAYOUT)
+        acc = gl.zeros([OUT, LOW], gl.int32, LOW_LAYOUT)
+        high = gl.zeros([OUT, BLOCK_M - LOW], gl.int32, HIGH_LAYOUT)
         for turn in range(first, last):
-            acc, high = _step(acc, high, number, (turn == first).to(gl.int32), rings, NUM_STAGES)
+            acc, high = _step(acc, high, number, (turn == first).to(gl.int32), rings, GROUP, NUM_STAGES)
             number += 1
         acc, high = warpgroup_mma_wait(0, [acc, high])
         mbarrier.arrive(free.index((number + NUM_STAGES - 1) % NUM_STAGES), count=1)
-        begin_n = tile // num_row_blocks * 128
+        begin_n = (tile // num_row_blocks * NUM_GROUPS + GROUP) * OUT
         begin_m = tile % num_row_blocks * BLOCK_M
         part_ptr = y_ptr
         if LEAVES_PARTS:
@@ -159,7 +166,7 @@ def _compute(
             if (begin > tile * num_turns) | (end < (tile + 1) * num_turns):
                 seen_here = gl.where(tile == first_tile, seen_first, seen)
                 chunks, first_slot, sharer, num_parts = find_parts(counters_ptr, seen_here, tile, work, NUM_CHUNKS, PATIENCE)
-                begin_n = tile // num_row_blocks * 128
+                begin_n = (tile // num_row_blocks * NUM_GROUPS + GROUP) * OUT
                 begin_m = tile % num_row_blocks * BLOCK_M
                 for index in range(NUM_CHUNKS):
                     if chunks >> index & 1 != 0:
@@ -201,7 +208,7 @@ def _hopper_w8a8_kernel(
     free = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(NUM_STAGES):
         mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(free.index(stage), count=1)
+        mbarrier.init(free.index(stage), count=NUM_GROUPS)
     fence_async_shared()
     num_row_blocks = (num_rows + BLOCK_M - 1) // BLOCK_M
     num_turns = K // 128
@@ -217,11 +224,13 @@ def _hopper_w8a8_kernel(
     gl.warp_specialize(
         [
             (_compute, (x_scale_ptr, scale_ptr, bias_ptr, y_ptr, parts_ptr, counters_ptr, num_rows, N, work, rings,
-                        HAS_BIAS, BLOCK_M, NUM_STAGES, HAS_SHARES, LEAVES_PARTS, PATIENCE, PDL)),
+                        0, HAS_BIAS, BLOCK_M, NUM_STAGES, HAS_SHARES, LEAVES_PARTS, PATIENCE, PDL)),
+            (_compute, (x_scale_ptr, scale_ptr, bias_ptr, y_ptr, parts_ptr, counters_ptr, num_rows, N, work, rings,
+                        1, HAS_BIAS, BLOCK_M, NUM_STAGES, HAS_SHARES, LEAVES_PARTS, PATIENCE, PDL)),
             (_fetch, (x_desc, high_desc, weight_desc, work, rings, BLOCK_M, NUM_STAGES, PDL)),
         ],
-        [1],
-        [FETCH_REGISTERS],
+        [WARPS, 1],
+        [COMPUTE_REGISTERS, FETCH_REGISTERS],
     )
     # fmt: on
 
@@ -238,7 +247,7 @@ def linear(x: QuantizedRows, weight: W8A8Weight, config: HopperTiles) -> torch.T
         _launch(x, weight, y, config, config.num_programs)
         return y
     assert 2 * config.num_programs * config.block_n * config.block_m <= MAX_PARTS, "no room for the parts of so many programs"
-    assert num_tiles <= NUM_COUNTERS, "no counters for so many tiles"
+    assert NUM_GROUPS.value * num_tiles <= NUM_COUNTERS, "no counters for so many tiles"
     _launch(x, weight, y, config, min(config.num_programs, num_tiles * (k // 128)), has_shares=True)
     return y
 

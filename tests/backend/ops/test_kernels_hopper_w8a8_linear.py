@@ -128,6 +128,9 @@ MISTAKES = {
     ),
     "W asked for twice": ("_fetch", "if number >= num_early:", "if number >= num_early - 1:"),
     "turns of another share": ("_fetch", "for turn in range(first, last):", "for turn in range(first * 0, last - first):"),
+    "weights of the other group": ("_step", "slice(GROUP * OUT, OUT, 0)", "slice(0, OUT, 0)"),
+    "parts of both groups in one place": ("_compute", "parts_ptr += GROUP * OUT * BLOCK_M * 2 * gl.num_programs(0)", "pass"),
+    "a counter of both groups": ("_compute", "counters_ptr += GROUP * num_row_blocks * (N // (NUM_GROUPS * OUT))", "pass"),
     "sums used too early": ("_compute", "warpgroup_mma_wait(0, [acc, high])", "warpgroup_mma_wait(1, [acc, high])"),
 }
 
@@ -314,7 +317,7 @@ def test_parts_have_inputs_and_multiprocessors(num_rows, n):
 )
 @pytest.mark.parametrize("num_parts", [0, 4])
 def test_products_follow_each_other(tiles, bias, num_parts, monkeypatch, tmp_path):
-    """Integer products, nothing spilled, not serialised by ptxas, one group of products waited for while the next runs."""
+    """Integer products, nothing spilled, not serialised by ptxas, a step's products waited for while the next run, by either group."""
     launches = []
     monkeypatch.setattr(module, KERNEL, Recorder(getattr(module, KERNEL), launches))
     monkeypatch.setattr(module, "has_pdl", lambda device: True)
@@ -330,9 +333,13 @@ def test_products_follow_each_other(tiles, bias, num_parts, monkeypatch, tmp_pat
     assert "serialized" not in said
     assert "0 bytes spill stores" in said
     code, loops = loops_of(compiled, tmp_path)
-    inner = min((code[b:e] for b, e in loops if any("IGMMA" in each for each in code[b:e])), key=len)
-    assert sum("IGMMA" in each for each in inner) == 2 * 4
-    assert sum("DEPBAR" in each and "gsb0" in each for each in inner) == 1
+    first, second = sorted((e - b, b) for b, e in loops if any("IGMMA" in each for each in code[b:e]))[:2]
+    assert abs(first[1] - second[1]) > first[0], "one loop for both groups"
+    for length, begin in (first, second):
+        inner = code[begin : begin + length]
+        assert sum("IGMMA" in each for each in inner) == 2 * 4
+        assert sum("DEPBAR" in each and "gsb0" in each for each in inner) == 1
+        assert all("0x80" in each for each in inner if each.startswith("BAR.")), "a barrier of more than a group"
 
 
 GPU_SHAPES = [
