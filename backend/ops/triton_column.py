@@ -24,7 +24,7 @@ from .kernels.hopper_tuning import is_for_hopper_gate_up
 from .kernels.launch import is_hopper, shared_memory_bytes
 from .kernels.paged_decode_attention import paged_decode_attention
 from .kernels.paged_prefill_attention import paged_prefill_attention
-from .kernels.quantize_rows import quantize_rows, rms_norm_rows, silu_and_mul_rows
+from .kernels.quantize_rows import quantize_rows, rms_norm_rows
 from .kernels.quantized_decode_attention import quantized_decode_attention
 from .kernels.quantized_prefill_attention import quantized_prefill_attention
 from .kernels.rms_norm import rms_norm
@@ -49,7 +49,7 @@ from .kernels.tuning import (
 )
 from .kernels.w4a16_dequantize import dequantize_w4a16
 from .kernels.w4a16_linear import w4a16_gate_up, w4a16_linear
-from .kernels.w8a8_linear import w8a8_linear, w8a8_split_linear
+from .kernels.w8a8_linear import w8a8_gate_up, w8a8_linear, w8a8_split_linear
 from .operands import (
     Added,
     AttentionBatch,
@@ -268,8 +268,8 @@ def norm_gate_up_silu(
     x: Projected, residual: torch.Tensor, norm: NormWeight, weight: LinearWeight
 ) -> tuple[torch.Tensor | QuantizedRows, torch.Tensor]:
     if isinstance(weight, EIGHT_BIT):  # all of a model's layers are stored alike: down_projection is 8 bit too
-        gate_up, residual = norm_linear(x, residual, norm, weight)
-        return silu_and_mul_rows(gate_up, weight.weight.dtype), residual
+        rows, residual = _norm_rows(x, residual, norm, weight)
+        return w8a8_gate_up(rows, weight), residual
     functions = hopper_row_linear.norm_gate_up, skinny_linear.norm_gate_up, hopper_row_w4a16.norm_gate_up
     if (joined := _joined(functions, x, residual, norm, weight)) is not None:
         return joined

@@ -157,6 +157,8 @@ def quantised_linears(m: Maker) -> None:
                 hopper_w8a8_linear.split_linear(rows, int8, config, num_parts=2)
             else:  # equal shares, or whole tiles
                 hopper_w8a8_linear.linear(rows, int8, config)
+            if num_rows == 300 and m.dtype is torch.bfloat16:
+                hopper_w8a8_linear.gate_up(rows, int8, config)
     for num_rows, k, n in ((3, 72, 40), (33, 208, 130), (3, 2064, 33)):
         int8 = W8A8Weight(m.zeros(n, k, dtype=torch.int8).t(), m.zeros(n, dtype=torch.float32), m.zeros(n))
         fp8 = Fp8Weight(m.zeros(n, k, dtype=torch.float8_e4m3fn).t(), m.zeros(n, dtype=torch.float32))

@@ -92,6 +92,11 @@ class HopperTiles:
         """The rows beside them, another power of two, or none."""
         return self.block_m - self.low
 
+    def has_whole_tiles(self, num_rows: int, n: int) -> bool:
+        """Whether all programs have as many tiles of n outputs, but for the last, which may have fewer."""
+        num_tiles = ceil_div(num_rows, self.block_m) * (n // self.block_n)
+        return ceil_div(num_tiles, ceil_div(num_tiles, self.num_programs)) == self.num_programs
+
 
 def hopper_gate_up_config(num_rows: int, k: int) -> HopperGateUpConfig:
     """Four stages and the tile of y fill the shared memory. A group's rows of x are 4 MiB where all would be more than 16."""

@@ -1,5 +1,5 @@
-"""y = x W + b over int8 weights and rows, as `w8a8_linear`, for Hopper and batches of decodes. In Gluon: a warp that only fetches, and two
-groups of four warps that only multiply, and wait for nothing of each other.
+"""y = x W + b over int8 weights and rows, as `w8a8_linear`, or silu(gate) * up of such, for Hopper and batches of decodes. In Gluon: a
+warp that only fetches, and two groups of four warps that only multiply, and wait for nothing of each other.
 
     fetching   | x, W of step 0 | of step 1 | ...   TMA into a ring of NUM_STAGES steps of 128 inputs, on into the next tile
     a group    y^T[64, BLOCK_M] += W[64, 128] x^T[128, BLOCK_M]       int32; a step's products begin while those before them end
@@ -11,6 +11,9 @@ n % NUM_STAGES.
 
 How programs have the tiles is in hopper_shares.py: whole ones, equal shares of all, or a part of one each, whose sum is left to what reads
 it (SplitSums).
+
+A tile with a gate is 64 gates and their ups, which the copy engine brings eight by eight in turn, so that a gate and its up, outputs r and
+r + 8 of a strip of 16, are of one thread, which stores silu(gate) * up.
 """
 
 import torch
@@ -22,13 +25,14 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from turbotriton.backend.ops.operands import QuantizedRows, SplitSums, W8A8Weight
 
 from .fast_launch import Tiles, launch
+from .hopper_math import rounded, sigmoid
 from .hopper_shares import PATIENCE, chunk_of, find_parts, leave_part, load_tile, my_part, my_share, my_tiles, sum_of_parts
 from .hopper_tuning import HopperTiles
 from .launch import has_pdl, launch_options
 from .split_sum import NUM_COUNTERS, workspace
 from .tuning import MAX_PARTS, ceil_div
 
-__all__ = ["linear", "split_linear"]
+__all__ = ["gate_up", "linear", "split_linear"]
 
 NUM_GROUPS = gl.constexpr(2)
 WARPS = gl.constexpr(4)  # of a group
@@ -38,17 +42,28 @@ FETCH_REGISTERS = gl.constexpr(40)
 LOW = gl.constexpr(128)
 CHUNK = gl.constexpr(32)  # rows that are added up or stored at once
 BYTES = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
+GATED_BYTES = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=4)
+
+
+@gluon.jit
+def _fetch_weights(weight_desc, column, turn, stage, rings, GATED: gl.constexpr):
+    """Of the tile whose outputs begin at `column`."""
+    _x_tiles, _high_tiles, weight_tiles, full, _free = rings
+    if GATED:
+        load_tile(weight_desc, [column // 16, 0, 0, turn * 128], full.index(stage), weight_tiles.index(stage))
+    else:
+        load_tile(weight_desc, [column, turn * 128], full.index(stage), weight_tiles.index(stage))
 
 
 @gluon.jit
 def _fetch(
     x_desc, high_desc, weight_desc, work, rings,
-    BLOCK_M: gl.constexpr, NUM_STAGES: gl.constexpr, PDL: gl.constexpr,
+    GATED: gl.constexpr, BLOCK_M: gl.constexpr, NUM_STAGES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """The one warp that brings x and W. W of the first tile that finds room at once is asked for before the wait for the kernel before.
     Nothing is divided in a step: that alone took as long as the products."""
     STAGE_BYTES: gl.constexpr = (BLOCK_M + 128) * 128
-    x_tiles, high_tiles, weight_tiles, full, free = rings
+    x_tiles, high_tiles, _weight_tiles, full, free = rings
     num_row_blocks, num_turns, _share, begin, end = work
     first_tile = begin // num_turns
     end_tile = (end + num_turns - 1) // num_turns
@@ -57,7 +72,7 @@ def _fetch(
     first_column = first_tile // num_row_blocks * 128
     for number in range(num_early):
         mbarrier.expect(full.index(number), STAGE_BYTES)
-        load_tile(weight_desc, [first_column, (first_turn + number) * 128], full.index(number), weight_tiles.index(number))
+        _fetch_weights(weight_desc, first_column, first_turn + number, number, rings, GATED)
     if PDL:
         gdc_wait()
     number = 0
@@ -70,7 +85,7 @@ def _fetch(
             if number >= num_early:
                 mbarrier.wait(free.index(stage), (number // NUM_STAGES & 1) ^ 1)  # the first round passes at once
                 mbarrier.expect(full.index(stage), STAGE_BYTES)
-                load_tile(weight_desc, [column, turn * 128], full.index(stage), weight_tiles.index(stage))
+                _fetch_weights(weight_desc, column, turn, stage, rings, GATED)
             load_tile(x_desc, [row, turn * 128], full.index(stage), x_tiles.index(stage))
             load_tile(high_desc, [row + LOW, turn * 128], full.index(stage), high_tiles.index(stage))
             number += 1
@@ -82,7 +97,7 @@ def _step(acc, high, number, is_first, rings, GROUP: gl.constexpr, NUM_STAGES: g
     x_tiles, high_tiles, weight_tiles, full, free = rings
     stage = number % NUM_STAGES
     mbarrier.wait(full.index(stage), number // NUM_STAGES & 1)
-    weight = weight_tiles.index(stage).slice(GROUP * OUT, OUT, 0)
+    weight = weight_tiles.index(stage).reshape([NUM_GROUPS * OUT, 128]).slice(GROUP * OUT, OUT, 0)
     acc = warpgroup_mma(weight, x_tiles.index(stage).permute((1, 0)), acc, is_async=True)
     high = warpgroup_mma(weight, high_tiles.index(stage).permute((1, 0)), high, is_async=True)
     acc, high = warpgroup_mma_wait(2, [acc, high])
@@ -91,30 +106,44 @@ def _step(acc, high, number, is_first, rings, GROUP: gl.constexpr, NUM_STAGES: g
 
 
 @gluon.jit
-def _store(chunk, x_scale_ptr, scale_ptr, bias_ptr, y_ptr, begin_n, begin_m, num_rows, N, HAS_BIAS: gl.constexpr):
+def _store(
+    chunk, x_scale_ptr, scale_ptr, bias_ptr, y_ptr, begin_n, begin_m, num_rows, N, HAS_BIAS: gl.constexpr, GATED: gl.constexpr
+):
     """Sums [64, CHUNK] of the outputs from begin_n on as rows of y from begin_m on."""
     WIDTH: gl.constexpr = 4 if y_ptr.dtype.element_ty == gl.float32 else 8  # 16 bytes
+    STORED: gl.constexpr = OUT // 2 if GATED else OUT
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, CHUNK, 32])
-    ROWS: gl.constexpr = gl.BlockedLayout([WIDTH, 1], [OUT // WIDTH, 32 * WIDTH // OUT], [1, WARPS], [0, 1])
+    ROWS: gl.constexpr = gl.BlockedLayout([WIDTH, 1], [STORED // WIDTH, 32 * WIDTH // STORED], [1, WARPS], [0, 1])
+    dtype: gl.constexpr = y_ptr.dtype.element_ty
     numbers = gl.convert_layout(chunk, LAYOUT, assert_trivial=True).to(gl.float32)
     outputs = begin_n + gl.arange(0, OUT, layout=gl.SliceLayout(1, LAYOUT))
+    if GATED:
+        outputs = outputs // 16 * 8 + outputs % 8 + outputs // 8 % 2 * (N // 2)
     rows = begin_m + gl.arange(0, CHUNK, layout=gl.SliceLayout(0, LAYOUT))
     x_scale = gl.load(x_scale_ptr + rows, mask=rows < num_rows, other=0.0)
     numbers = numbers * x_scale[None, :] * gl.load(scale_ptr + outputs)[:, None]
     if HAS_BIAS:
         numbers += gl.load(bias_ptr + outputs).to(gl.float32)[:, None]
-    y = gl.convert_layout(numbers.to(y_ptr.dtype.element_ty), ROWS)
-    offs_n = begin_n + gl.arange(0, OUT, layout=gl.SliceLayout(1, ROWS))
+    num_columns = N
+    if GATED:
+        pairs = gl.permute(gl.reshape(numbers, (WARPS, 2, 8, CHUNK)), (0, 2, 3, 1))
+        gate, up = gl.split(gl.reshape(pairs, (STORED, CHUNK, 2)))
+        gate = rounded(gate, dtype)
+        numbers = gate * sigmoid(gate) * rounded(up, dtype)
+        num_columns = N // 2
+        begin_n = begin_n // 2
+    y = gl.convert_layout(numbers.to(dtype), ROWS)
+    offs_n = begin_n + gl.arange(0, STORED, layout=gl.SliceLayout(1, ROWS))
     offs_m = begin_m + gl.arange(0, CHUNK, layout=gl.SliceLayout(0, ROWS))
-    y_rows = offs_m.to(gl.int64) * N
+    y_rows = offs_m.to(gl.int64) * num_columns
     gl.store(y_ptr + (y_rows[None, :] + offs_n[:, None]), y, mask=(offs_m < num_rows)[None, :])
 
 
 @gluon.jit
 def _compute(
     x_scale_ptr, scale_ptr, bias_ptr, y_ptr, parts_ptr, counters_ptr, num_rows, N, work, rings,
-    GROUP: gl.constexpr, HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr, NUM_STAGES: gl.constexpr, HAS_SHARES: gl.constexpr,
-    LEAVES_PARTS: gl.constexpr, PATIENCE: gl.constexpr, PDL: gl.constexpr,
+    GROUP: gl.constexpr, HAS_BIAS: gl.constexpr, GATED: gl.constexpr, BLOCK_M: gl.constexpr, NUM_STAGES: gl.constexpr,
+    HAS_SHARES: gl.constexpr, LEAVES_PARTS: gl.constexpr, PATIENCE: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Four warps: the first or the second 64 outputs of each tile."""
     LOW_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, LOW, 32])
@@ -156,7 +185,7 @@ def _compute(
             for index in gl.static_range(NUM_CHUNKS):
                 chunk = chunk_of(acc, high, index, CHUNK)
                 row = begin_m + index * CHUNK
-                _store(chunk, x_scale_ptr, scale_ptr, bias_ptr, part_ptr, begin_n, row, num_rows, N, HAS_BIAS)
+                _store(chunk, x_scale_ptr, scale_ptr, bias_ptr, part_ptr, begin_n, row, num_rows, N, HAS_BIAS, GATED)
         elif HAS_SHARES:
             slot = 2 * program + (first == 0).to(gl.int32)
             seen = leave_part(acc, high, parts_ptr, counters_ptr + tile, slot, 1, BLOCK_M, CHUNK, WARPS)
@@ -174,7 +203,7 @@ def _compute(
                             parts_ptr, index, first_slot, sharer, num_parts, gl.int32, 1, BLOCK_M, CHUNK, CHUNK_LAYOUT, WARPS
                         )
                         row = begin_m + index * CHUNK
-                        _store(sums, x_scale_ptr, scale_ptr, bias_ptr, y_ptr, begin_n, row, num_rows, N, HAS_BIAS)
+                        _store(sums, x_scale_ptr, scale_ptr, bias_ptr, y_ptr, begin_n, row, num_rows, N, HAS_BIAS, GATED)
 
 
 @gluon.jit(do_not_specialize=["num_rows"])
@@ -192,6 +221,7 @@ def _hopper_w8a8_kernel(
     N,
     K,
     HAS_BIAS: gl.constexpr,
+    GATED: gl.constexpr,
     BLOCK_M: gl.constexpr,
     NUM_STAGES: gl.constexpr,
     HAS_SHARES: gl.constexpr,
@@ -203,7 +233,9 @@ def _hopper_w8a8_kernel(
         gdc_launch_dependents()
     x_tiles = gl.allocate_shared_memory(x_desc.dtype, [NUM_STAGES, LOW, 128], x_desc.layout)
     high_tiles = gl.allocate_shared_memory(x_desc.dtype, [NUM_STAGES, BLOCK_M - LOW, 128], high_desc.layout)
-    weight_tiles = gl.allocate_shared_memory(weight_desc.dtype, [NUM_STAGES, 128, 128], weight_desc.layout)
+    weight_tiles = gl.allocate_shared_memory(
+        weight_desc.dtype, [NUM_STAGES, 8, 2, 8, 128] if GATED else [NUM_STAGES, 128, 128], weight_desc.layout
+    )
     full = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(NUM_STAGES):
@@ -224,10 +256,10 @@ def _hopper_w8a8_kernel(
     gl.warp_specialize(
         [
             (_compute, (x_scale_ptr, scale_ptr, bias_ptr, y_ptr, parts_ptr, counters_ptr, num_rows, N, work, rings,
-                        0, HAS_BIAS, BLOCK_M, NUM_STAGES, HAS_SHARES, LEAVES_PARTS, PATIENCE, PDL)),
+                        0, HAS_BIAS, GATED, BLOCK_M, NUM_STAGES, HAS_SHARES, LEAVES_PARTS, PATIENCE, PDL)),
             (_compute, (x_scale_ptr, scale_ptr, bias_ptr, y_ptr, parts_ptr, counters_ptr, num_rows, N, work, rings,
-                        1, HAS_BIAS, BLOCK_M, NUM_STAGES, HAS_SHARES, LEAVES_PARTS, PATIENCE, PDL)),
-            (_fetch, (x_desc, high_desc, weight_desc, work, rings, BLOCK_M, NUM_STAGES, PDL)),
+                        1, HAS_BIAS, GATED, BLOCK_M, NUM_STAGES, HAS_SHARES, LEAVES_PARTS, PATIENCE, PDL)),
+            (_fetch, (x_desc, high_desc, weight_desc, work, rings, GATED, BLOCK_M, NUM_STAGES, PDL)),
         ],
         [WARPS, 1],
         [COMPUTE_REGISTERS, FETCH_REGISTERS],
@@ -241,11 +273,11 @@ def linear(x: QuantizedRows, weight: W8A8Weight, config: HopperTiles) -> torch.T
     x: at least one row   weight: contiguous along in_features, a multiple of 128; out_features a multiple of 128
     """
     k, n = weight.weight.shape
-    num_tiles = ceil_div(x.num_rows, config.block_m) * (n // config.block_n)
     y = torch.empty((x.num_rows, n), dtype=x.dtype, device=x.values.device)
-    if ceil_div(num_tiles, ceil_div(num_tiles, config.num_programs)) == config.num_programs:
+    if config.has_whole_tiles(x.num_rows, n):
         _launch(x, weight, y, config, config.num_programs)
         return y
+    num_tiles = ceil_div(x.num_rows, config.block_m) * (n // config.block_n)
     assert 2 * config.num_programs * config.block_n * config.block_m <= MAX_PARTS, "no room for the parts of so many programs"
     assert NUM_GROUPS.value * num_tiles <= NUM_COUNTERS, "no counters for so many tiles"
     _launch(x, weight, y, config, min(config.num_programs, num_tiles * (k // 128)), has_shares=True)
@@ -263,6 +295,16 @@ def split_linear(x: QuantizedRows, weight: W8A8Weight, config: HopperTiles, num_
     return SplitSums(parts, x.dtype)
 
 
+def gate_up(x: QuantizedRows, weight: W8A8Weight, config: HopperTiles) -> torch.Tensor:
+    """As `linear` with a weight of [gate | up] and a config of whole tiles: silu(x gate) * (x up), both rounded to x's dtype before:
+    [num_rows, out_features / 2]."""
+    n = weight.weight.shape[1]
+    assert config.has_whole_tiles(x.num_rows, n), "a gate and its up are of one program"
+    y = torch.empty((x.num_rows, n // 2), dtype=x.dtype, device=x.values.device)
+    _launch(x, weight, y, config, config.num_programs, gated=True)
+    return y
+
+
 def _launch(
     x: QuantizedRows,
     weight: W8A8Weight,
@@ -270,18 +312,24 @@ def _launch(
     config: HopperTiles,
     num_programs: int,
     *,
+    gated: bool = False,
     has_shares: bool = False,
     leaves_parts: bool = False,
 ) -> None:
-    """y: [num_rows, out_features], or [num_parts, num_rows, out_features]."""
+    """y: [num_rows, columns], or [num_parts, num_rows, out_features]."""
     k, n = weight.weight.shape
     parts, counters = workspace(y.device) if has_shares else (None, None)
+    weights = Tiles(weight.weight.t(), (128, 128), BYTES)
+    if gated:  # eight gates, their ups, the next eight, ...
+        row = weight.weight.stride(1)
+        by_eights = weight.weight.as_strided((n // 16, 2, 8, k), (8 * row, n // 2 * row, row, 1))
+        weights = Tiles(by_eights, (8, 2, 8, 128), GATED_BYTES)
     launch(
         _hopper_w8a8_kernel,
         (num_programs,),
         Tiles(x.values, (LOW.value, 128), BYTES),
         Tiles(x.values, (config.block_m - LOW.value, 128), BYTES),
-        Tiles(weight.weight.t(), (128, 128), BYTES),
+        weights,
         x.scale,
         weight.scale,
         weight.bias,
@@ -292,6 +340,7 @@ def _launch(
         n,
         k,
         HAS_BIAS=weight.bias is not None,
+        GATED=gated,
         BLOCK_M=config.block_m,
         NUM_STAGES=config.num_stages,
         HAS_SHARES=has_shares,

@@ -31,10 +31,11 @@ from . import hopper_w8a8_linear
 from .fast_launch import Tiles, launch
 from .hopper_tuning import hopper_w8a8_config, hopper_w8a8_parts, takes_hopper_w8a8
 from .launch import has_pdl, is_hopper, launch_options, num_sms, wait_for_previous
+from .quantize_rows import quantize_rows, silu_and_mul_rows
 from .split_sum import sum_of_splits, workspace
 from .tuning import FP8_FAST_ACCUMULATION, MAX_OWN_FP8_ROWS, ceil_div, w8a8_linear_config
 
-__all__ = ["w8a8_linear", "w8a8_split_linear"]
+__all__ = ["w8a8_gate_up", "w8a8_linear", "w8a8_split_linear"]
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -151,6 +152,16 @@ def w8a8_split_linear(x: QuantizedRows, weight: W8A8Weight | Fp8Weight) -> Unadd
         if num_parts > 1:
             return hopper_w8a8_linear.split_linear(x, weight, hopper_w8a8_config(x.num_rows, n, sms), num_parts)
     return w8a8_linear(x, weight)
+
+
+def w8a8_gate_up(x: QuantizedRows, weight: W8A8Weight | Fp8Weight) -> QuantizedRows:
+    """Of `w8a8_linear`'s columns [gate | up], round(silu(gate) * up) as 8 bit rows for the layer after: [num_rows, out_features / 2]."""
+    if _is_for_hopper(x, weight):
+        n = weight.weight.shape[1]
+        config = hopper_w8a8_config(x.num_rows, n, num_sms(x.values.device))
+        if config.has_whole_tiles(x.num_rows, n):
+            return quantize_rows(hopper_w8a8_linear.gate_up(x, weight, config), weight.weight.dtype)
+    return silu_and_mul_rows(w8a8_linear(x, weight), weight.weight.dtype)
 
 
 def _is_for_hopper(x: QuantizedRows, weight: W8A8Weight | Fp8Weight) -> TypeGuard[W8A8Weight]:

@@ -77,6 +77,7 @@ def operations_of_8_and_4_bits():
     package = f"{kernels.__name__}."
     names = "rotary_store_quantized_kv", "quantized_decode_attention", "quantized_prefill_attention", "w8a8_linear"
     store, decode, prefill, w8a8_linear = (getattr(import_module(package + name), name) for name in names)
+    gate_up = import_module(package + "w8a8_linear").w8a8_gate_up
     rows = import_module(package + "quantize_rows")
     narrow, w4a16 = import_module(package + "narrow_linear"), import_module(package + "w4a16_linear")
     stage = import_module(package + "stage_decode")
@@ -98,13 +99,14 @@ def operations_of_8_and_4_bits():
     dense, bias = [empty(1024, 512).t() for _ in range(2)], empty(1024)
     token_ids, staged = empty(300, 21, dtype=torch.int32), {n: torch.zeros((2, n), dtype=torch.int64) for n in (1, 3, 40, 256)}
     int8 = [W8A8Weight(empty(1024, 512, dtype=torch.int8).t(), empty(1024, dtype=FP32)) for _ in range(2)]
+    wide = [W8A8Weight(empty(12288, 128, dtype=torch.int8).t(), empty(12288, dtype=FP32)) for _ in range(2)]
     fp8 = [Fp8Weight(empty(1024, 512, dtype=FP8).t(), empty(1024, dtype=FP32)) for _ in range(2)]
     words = [empty(64, 8, 32, 4, dtype=torch.int32) for _ in range(2)]
     tiles = [W4A16Tiles(each, empty(4, 1024, dtype=torch.int32), None, BF16) for each in words]
 
-    def eight_bit(n, weight):
-        values = empty(640, 512, dtype=weight.weight.dtype)
-        return lambda: w8a8_linear(QuantizedRows(values, scales, n, BF16), weight)
+    def eight_bit(n, weight, op=w8a8_linear):
+        values = empty(640, weight.weight.shape[0], dtype=weight.weight.dtype)
+        return lambda: op(QuantizedRows(values, scales, n, BF16), weight)
 
     scales = empty(640, dtype=FP32)
     return {
@@ -120,7 +122,11 @@ def operations_of_8_and_4_bits():
             *(lambda r=r, n=n: rows.rms_norm_rows(x[:n], norm, 1e-5, r, torch.int8) for r in (None, residual) for n in (1, 600)),
             *(lambda dtype=dtype: rows.silu_and_mul_rows(qkv, dtype) for dtype in (FP8, torch.int8)),
         ],
-        "8 bit": [*(eight_bit(n, w) for w in int8 for n in (8, 200, 600)), *(eight_bit(n, w) for w in fp8 for n in (8, 60))],
+        "8 bit": [
+            *(eight_bit(n, w) for w in int8 for n in (8, 200, 600)),
+            *(eight_bit(n, w) for w in fp8 for n in (8, 60)),
+            *(eight_bit(n, w, gate_up) for w in wide for n in (200, 250)),
+        ],
         "narrow": [
             *(lambda w=w, n=n: narrow.linear(x[:n], w) for w in dense for n in (2, 40)),
             *(lambda w=w, n=n: narrow.gate_up(x[:n], w) for w in dense for n in (2, 40, 100)),

@@ -4,6 +4,8 @@ On the CPU in an emulation of its barriers, rings and counters (gluon_emulation.
 test_kernels_w8a8_linear.py: sums are exact.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tests.backend.ops.conftest import Target
@@ -26,12 +28,19 @@ BF16, FP16, INT8 = torch.bfloat16, torch.float16, torch.int8
 KERNEL = "_hopper_w8a8_kernel"
 
 
-def tolerance(dtype):
+def tolerance(dtype, *, gated=False):
     eps = torch.finfo(dtype).eps
+    if gated:
+        return {"max_error": 8 * eps, "rms_error": 1.5 * eps}
     return {"max_error": 4 * eps + 2e-6, "rms_error": 0.6 * eps + 1e-6}
 
 
-def run(shape, dtype, monkeypatch, *, config=None, num_parts=0, seed=0, patience=1000):
+def gated64(rows, weight):
+    gate, up = product64(rows, weight).to(rows.dtype).double().chunk(2, dim=1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def run(shape, dtype, monkeypatch, *, config=None, num_parts=0, gated=False, seed=0, patience=1000):
     """(result, exact result), emulated; rows of no meaning behind x. num_parts: of SplitSums."""
     target = Target("cpu", dtype, torch.Generator().manual_seed(seed))
     weight = weight_of(target, shape, INT8, by_outputs=True)
@@ -45,6 +54,8 @@ def run(shape, dtype, monkeypatch, *, config=None, num_parts=0, seed=0, patience
             patch.setattr(launcher, "hopper_w8a8_config", lambda *args: config)
         patch.setattr(module, "has_pdl", lambda device: True)
         emulate(module, KERNEL, patch, seed, early=("weight_desc",))
+        if gated:
+            return module.gate_up(rows, weight, config), gated64(rows, weight)
         y = module.split_linear(rows, weight, config, num_parts) if num_parts else w8a8_linear(rows, weight)
     assert not workspace(torch.device("cpu"))[1].any(), "counters did not return to zero"
     return y, product64(rows, weight)
@@ -115,6 +126,22 @@ def test_programs_leave_their_parts_to_who_reads_them(
     assert_close(sums[:], expected, **tolerance(dtype))
 
 
+GATED_CASES = [
+    (Shape(130, 384, 128, bias=True), HopperTiles(160, 1, 2, 1)),  # 64 gates with their ups
+    (Shape(180, 256, 384), HopperTiles(192, 1, 2, 2)),  # the second program has one tile
+    (Shape(300, 128, 256, bias=True), HopperTiles(160, 1, 3, 2)),  # a tile of either row block each
+    (Shape(256, 256, 512), HopperTiles(256, 1, 2, 4)),
+]
+
+
+@pytest.mark.parametrize("dtype", [FP16, BF16, torch.float32], ids=str)
+@pytest.mark.parametrize(("shape", "config"), GATED_CASES, ids=str)
+def test_gates_meet_their_ups(shape, config, dtype, monkeypatch, assert_close, guarded_outputs):
+    y, expected = run(shape, dtype, monkeypatch, config=config, gated=True)
+    assert y.shape == (shape.num_rows, shape.n // 2)
+    assert_close(y, expected, **tolerance(BF16 if dtype is torch.float32 else dtype, gated=True))
+
+
 ARRIVE = "    mbarrier.arrive(free.index((number + NUM_STAGES - 1) % NUM_STAGES), count=1, pred=is_first == 0)\n"
 MISTAKES = {
     "x read before it is there": ("_step", "    mbarrier.wait(full.index(stage), number // NUM_STAGES & 1)\n", ""),
@@ -181,6 +208,45 @@ def test_the_emulation_finds_wrong_tiles_and_parts(mistake, monkeypatch):
     assert shows_a_mistake(attempt)
 
 
+MISTAKES_OF_GATES = {
+    "gates of other ups": ("_store", "outputs // 16 * 8 + outputs % 8", "outputs // 16 * 8 + outputs % 4"),
+    "scales of gates for ups": ("_store", "+ outputs // 8 % 2 * (N // 2)", ""),
+    "a gate not rounded": ("_store", "        gate = rounded(gate, dtype)\n", ""),
+    "another tile": ("_fetch_weights", "column // 16", "column // 8"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES_OF_GATES)
+def test_the_emulation_finds_wrong_gates(mistake, monkeypatch):
+    function, *change = MISTAKES_OF_GATES[mistake]
+    plant(module, function, [change], monkeypatch)
+
+    def attempt(seed):
+        y, expected = run(Shape(130, 256, 384), BF16, monkeypatch, config=HopperTiles(160, 1, 2, 3), gated=True, seed=seed)
+        return y, expected.bfloat16().double()
+
+    assert shows_a_mistake(attempt, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "n", "kernels", "gated"),
+    [
+        (256, 28672, [KERNEL, "_quantize_rows_kernel"], [True]),
+        (256, 4096, [KERNEL, "_silu_and_mul_rows_kernel"], [False]),  # shares
+        (128, 28672, ["_w8a8_linear_kernel", "_silu_and_mul_rows_kernel"], []),
+        (0, 28672, [], []),
+    ],
+)
+def test_a_gate_is_applied_where_tiles_are_whole(num_rows, n, kernels, gated, unlaunched):
+    _, weight = empty_operands(0, 4096, n, BF16)
+    norm, x = NormWeight(torch.empty(4096, dtype=BF16), 1e-5), torch.empty(num_rows, 4096, dtype=BF16)
+    y, _ = triton_column.norm_gate_up_silu(x, x, norm, weight)
+    assert isinstance(y, QuantizedRows)
+    assert (y.values.shape[1], y.num_rows, y.dtype) == (n // 2, num_rows, BF16)
+    assert [kernel.__name__ for kernel, _ in unlaunched] == ["_rms_norm_rows_kernel"] * (num_rows > 0) + kernels
+    assert [arguments["GATED"] for kernel, arguments in unlaunched if kernel.__name__ == KERNEL] == gated
+
+
 @pytest.mark.parametrize(
     ("num_rows", "k", "n", "is_hopper", "expected"),
     [
@@ -203,7 +269,8 @@ def test_what_it_does_not_take_is_the_plain_kernels(num_rows, k, n, is_hopper, e
 def unlaunched(monkeypatch):
     """The names of the kernels that are launched as on sm_90 with 132 multiprocessors."""
     launches = []
-    for owner, name in ((module, KERNEL), (launcher, "_w8a8_linear_kernel"), (rows_module, "_rms_norm_rows_kernel")):
+    names = ("_rms_norm_rows_kernel", "_quantize_rows_kernel", "_silu_and_mul_rows_kernel")
+    for owner, name in ((module, KERNEL), (launcher, "_w8a8_linear_kernel"), *((rows_module, name) for name in names)):
         monkeypatch.setattr(owner, name, Recorder(getattr(owner, name), launches))
     monkeypatch.setattr(launcher, "is_hopper", lambda device: True)
     monkeypatch.setattr(launcher, "num_sms", lambda device: 132)
@@ -315,14 +382,17 @@ def test_parts_have_inputs_and_multiprocessors(num_rows, n):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("num_parts", [0, 4])
-def test_products_follow_each_other(tiles, bias, num_parts, monkeypatch, tmp_path):
+@pytest.mark.parametrize(("num_parts", "gated"), [(0, False), (4, False), (0, True)])
+def test_products_follow_each_other(tiles, bias, num_parts, gated, monkeypatch, tmp_path):
     """Integer products, nothing spilled, not serialised by ptxas, a step's products waited for while the next run, by either group."""
     launches = []
     monkeypatch.setattr(module, KERNEL, Recorder(getattr(module, KERNEL), launches))
     monkeypatch.setattr(module, "has_pdl", lambda device: True)
     if num_parts:
         module.split_linear(*empty_operands(tiles.block_m, 4096, 28672, BF16), tiles, num_parts)
+    elif gated:
+        tiles = replace(tiles, num_programs=112)
+        module.gate_up(*empty_operands(tiles.block_m, 4096, 28672, BF16, bias=bias), tiles)
     else:
         module.linear(*empty_operands(tiles.block_m, 4096, 28672, BF16, bias=bias), tiles)
     compiled = compiled_for_hopper(*launches[0])
@@ -364,6 +434,27 @@ def test_every_row_and_output_on_a_gpu(shape, dtype, assert_close):
     if not shape.bias:
         sums = module.split_linear(rows, weight, config, 4)
         assert_close(sums[:], product64(rows, weight), **tolerance(dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "num_programs"),
+    [
+        (Shape(130, 384, 128, bias=True), 1),
+        (Shape(180, 1024, 2176), 9),
+        (Shape(256, 4096, 28672), 112),
+        (Shape(400, 512, 1280), 20),
+    ],
+    ids=str,
+)
+def test_gates_meet_their_ups_on_a_gpu(shape, num_programs, dtype, assert_close):
+    skip_unless_hopper()
+    rows, weight = operands_on_gpu(shape, dtype)
+    config = replace(hopper_w8a8_config(shape.num_rows, shape.n, 132), num_programs=num_programs)
+    y = module.gate_up(rows, weight, config)
+    assert_close(y, gated64(rows, weight), **tolerance(dtype, gated=True))
+    assert all(torch.equal(module.gate_up(rows, weight, config), y) for _ in range(20))
 
 
 def operands_on_gpu(shape, dtype):
