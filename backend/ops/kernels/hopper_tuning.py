@@ -197,8 +197,10 @@ def hopper_w8a8_config(num_rows: int, n: int, num_sms: int) -> HopperTiles:
 
 def hopper_w8a8_parts(num_rows: int, n: int, k: int, num_sms: int) -> int:
     """Programs that share a tile's inputs and leave their parts to what reads the sum, at least four turns each; 1 where as many as there
-    may be would keep too few multiprocessors busy."""
-    num_tiles = ceil_div(num_rows, 256) * (n // 128)
+    may be would keep too few multiprocessors busy, and of more rows than a tile has."""
+    num_tiles = n // 128
+    if num_rows > 256:
+        return 1
     num_parts = min(num_sms // num_tiles, k // 512, MAX_HOPPER_W8A8_PARTS, MAX_HOPPER_W8A8_PART_ROWS // num_rows)
     return num_parts if num_parts > 1 and _keeps_most_busy(num_tiles * num_parts, num_sms) else 1
 

@@ -23,6 +23,7 @@ from turbotriton.backend.ops.kernels.quantize_rows import quantize_rows
 from turbotriton.backend.ops.kernels.split_sum import workspace
 from turbotriton.backend.ops.kernels.w8a8_linear import w8a8_linear, w8a8_split_linear
 from turbotriton.backend.ops.operands import Added, NormWeight, QuantizedRows, SplitSums, W8A8Weight
+from turbotriton.backend.runner import warm_up
 
 BF16, FP16, INT8 = torch.bfloat16, torch.float16, torch.int8
 KERNEL = "_hopper_w8a8_kernel"
@@ -368,8 +369,21 @@ def test_parts_have_inputs_and_multiprocessors(num_rows, n):
     for k in (128, 512, 1024, 4096):
         num_parts = hopper_w8a8_parts(num_rows, n, k, 132)
         assert 1 <= num_parts <= max(k // 512, 1)
-        num_programs = num_parts * -(-num_rows // 256) * (n // 128)
-        assert num_parts == 1 or (88 <= num_programs <= 132 and num_parts * num_rows <= 576)
+        assert num_parts == 1 or (88 <= num_parts * (n // 128) <= 132 and num_parts * num_rows <= 576)
+
+
+@pytest.mark.parametrize("num_sms", [78, 114, 132])
+@pytest.mark.parametrize("layers", [(6144, 4096, 28672, 4096), (4096, 2048, 16384, 2048), (5120, 5120, 27648, 5120)], ids=str)
+def test_a_runner_warms_up_with_every_form_of_the_kernel(layers, num_sms):
+    def forms(num_rows):
+        for index, n in enumerate(layers):
+            config = hopper_w8a8_config(num_rows, n, num_sms)
+            is_whole = config.has_whole_tiles(num_rows, n)
+            is_split = index != 2 and hopper_w8a8_parts(num_rows, n, 4096, num_sms) > 1
+            yield config.block_m, config.num_stages, is_split, is_whole and not is_split, is_whole and index == 2
+
+    warm = {form for num_rows in warm_up.TOKEN_COUNTS if 129 <= num_rows <= 512 for form in forms(num_rows)}
+    assert {form for num_rows in range(129, 513) for form in forms(num_rows)} <= warm
 
 
 @pytest.mark.parametrize(
