@@ -48,7 +48,7 @@ from .kernels.tuning import (
     num_product_parts,
 )
 from .kernels.w4a16_dequantize import dequantize_w4a16
-from .kernels.w4a16_linear import w4a16_gate_up, w4a16_linear
+from .kernels.w4a16_linear import w4a16_gate_up, w4a16_linear, w4a16_split_linear
 from .kernels.w8a8_linear import w8a8_gate_up, w8a8_linear, w8a8_split_linear
 from .operands import (
     Added,
@@ -149,7 +149,9 @@ def down_projection(x: torch.Tensor | QuantizedRows, weight: LinearWeight, resid
     and writes while it computes, where the norm would do nothing else for as long."""
     if isinstance(weight, EIGHT_BIT):
         return w8a8_split_linear(_in_8_bit(x, weight), weight)
-    if isinstance(weight, W4A16Tiles) and isinstance(x, torch.Tensor) and x.shape[0] > MAX_W4A16_ROWS:
+    if isinstance(weight, W4A16Tiles) and isinstance(x, torch.Tensor):
+        if x.shape[0] <= MAX_W4A16_ROWS:
+            return linear(x, weight) if hopper_row_w4a16.takes(x, weight) else w4a16_split_linear(x, weight)
         weight = DenseWeight(dequantize_w4a16(weight), weight.bias)
     if isinstance(weight, DenseWeight) and weight.bias is None and isinstance(x, torch.Tensor) and not _is_skinny(weight, x):
         if x.shape[0] > MAX_SPLIT_PRODUCT_ROWS and residual is not None:
@@ -214,6 +216,11 @@ def _norm_linear_before_rotary(
     if isinstance(weight, EIGHT_BIT):
         rows, residual = _norm_rows(x, residual, norm, weight)
         return w8a8_split_linear(rows, weight), residual
+    if isinstance(weight, W4A16Tiles):
+        if x.shape[0] > MAX_W4A16_ROWS or (isinstance(x, torch.Tensor) and hopper_row_w4a16.takes(x, weight)):
+            return norm_linear(x, residual, norm, weight)
+        y, residual = rms_norm(x, norm.weight, norm.eps, residual)
+        return w4a16_split_linear(y, weight), residual
     if not isinstance(weight, DenseWeight) or (isinstance(x, torch.Tensor) and _is_skinny(weight, x)):
         return norm_linear(x, residual, norm, weight)
     y, residual = rms_norm(x, norm.weight, norm.eps, residual)

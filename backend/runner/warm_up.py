@@ -16,7 +16,7 @@ from turbotriton.contract.wire import SamplingParams
 __all__ = ["TOKEN_COUNTS", "warm_up_plans"]
 
 #: Rows of a matrix product: some of every span that has a kernel of its own, of ours or of others.
-TOKEN_COUNTS = (1, 2, 3, 4, 8, 16, 32, 48, 64, 128, 160, 192, 256, 320, 384, 512, 1024)
+TOKEN_COUNTS = (1, 2, 3, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 512, 1024)
 #: Of a decode: one that is never split, and one that is wherever splitting pays. Longer ones only take longer.
 CONTEXTS = (2, 1024)
 GREEDY = SamplingParams(temperature=0.0)

@@ -6,6 +6,7 @@ PYTORCH_NO_CUDA_MEMORY_CACHING=1 makes each tensor an allocation of its own, so 
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from unittest import mock
 
 import torch
@@ -99,7 +100,8 @@ def dense_linears(m: Maker) -> None:
     if m.dtype is torch.bfloat16:  # the parts are fp32 in both
         narrow_linear.split_linear(m.zeros(33, 1100), m.weight(1100, 130), m.zeros(130))
     if m.device == "cpu" or torch.cuda.get_device_capability() == (9, 0):
-        hopper_narrow_linear.gate_up(m.zeros(5, 200), m.weight(200, 140), m.zeros(140))
+        num_rows = 5 if m.dtype is torch.bfloat16 else 70  # one group of warps, or two
+        hopper_narrow_linear.gate_up(m.zeros(num_rows, 200), m.weight(200, 140), m.zeros(140))
         if m.dtype is torch.bfloat16:
             hopper_narrow_linear.split_linear(m.zeros(33, 1104), m.weight(1104, 130), m.zeros(130))
         for num_rows, k, n in ((1, 72, 8), (200, 200, 136)):
@@ -142,11 +144,14 @@ def quantised_linears(m: Maker) -> None:
                 call(m.zeros(num_rows, k), weight)
         w4a16_dequantize.dequantize_w4a16(weight)
     if m.device == "cpu" or torch.cuda.get_device_capability() == (9, 0):
-        for num_rows, k, n, group_size, gated in ((3, 256, 256, 128, False), (130, 384, 128, 64, True)):
+        for num_rows, k, n, group_size, gated, num_sms in ((3, 256, 256, 128, False, 1), (130, 384, 128, 64, True, 132)):
             words, params = m.zeros(n // 16, k // 64, 32, 4, dtype=torch.int32), m.zeros(k // group_size, n, dtype=torch.int32)
             weight = W4A16Tiles(words, params, m.zeros(n), m.dtype, gated)
-            hopper_w4a16_linear.linear(m.zeros(num_rows, k), weight, hopper_w4a16_config(num_rows, n, num_sms=132))
-        for num_rows, k, n, num_sms in ((130, 384, 128, 132), (180, 256, 256, None), (300, 256, 128, 2)):
+            config = hopper_w4a16_config(num_rows, n, num_sms)  # a whole tile, or shares of one
+            hopper_w4a16_linear.linear(m.zeros(num_rows, k), weight, config)
+            if not gated and m.dtype is torch.bfloat16:
+                hopper_w4a16_linear.split_linear(m.zeros(num_rows, k), replace(weight, bias=None), config, num_parts=2)
+        for num_rows, k, n, num_sms in ((130, 384, 128, 132), (180, 256, 256, None), (300, 256, 128, 1)):
             scale, bias = m.zeros(n, dtype=torch.float32), None if num_sms is None else m.zeros(n)
             int8 = W8A8Weight(m.zeros(n, k, dtype=torch.int8).t(), scale, bias)
             rows = QuantizedRows(
@@ -158,7 +163,7 @@ def quantised_linears(m: Maker) -> None:
             else:  # equal shares, or whole tiles
                 hopper_w8a8_linear.linear(rows, int8, config)
             if num_rows == 300 and m.dtype is torch.bfloat16:
-                hopper_w8a8_linear.gate_up(rows, int8, config)
+                hopper_w8a8_linear.gate_up(rows, int8, replace(config, whole=True))
     for num_rows, k, n in ((3, 72, 40), (33, 208, 130), (3, 2064, 33)):
         int8 = W8A8Weight(m.zeros(n, k, dtype=torch.int8).t(), m.zeros(n, dtype=torch.float32), m.zeros(n))
         fp8 = Fp8Weight(m.zeros(n, k, dtype=torch.float8_e4m3fn).t(), m.zeros(n, dtype=torch.float32))

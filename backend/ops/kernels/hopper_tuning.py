@@ -14,6 +14,7 @@ __all__ = [
     "hopper_row_config",
     "hopper_row_w4a16_blocks",
     "hopper_w4a16_config",
+    "hopper_w4a16_parts",
     "hopper_w4a16_tiles",
     "hopper_w8a8_config",
     "hopper_w8a8_parts",
@@ -37,11 +38,16 @@ MIN_HOPPER_GATE_UP_ROWS, HOPPER_GATE_UP_GAP = 256, range(257, 353)
 #: Up to so many rows `hopper_narrow_linear` has the layers of `narrow_linear` that leave parts or have a gate. Steps of 8 to 32 rows are
 #: 2 to 3 % (8B) and 5 to 6 % (1.8B) shorter with it, of 64 rows 1.3 and half a percent, of 96 2.5 % longer (H200: docs/perf-log.md).
 MAX_HOPPER_NARROW_ROWS = 64
-#: So many rows of 4 bit weights and more are `hopper_w4a16_linear`'s on sm_90: a layer's four products take 92 us of 64 rows where the
-#: plain kernel has 99, of 32 rows 74 and 64 (8B, H200: docs/perf-log.md).
+#: And gated ones that fill the device with tiles of 128 columns up to so many: gate and up of 80 and 128 rows take 64 and 65 us, cuBLAS and
+#: SiLU 68 and 73; from 129 to 192 rows as long as these (8B, H200: docs/perf-log.md).
+MAX_HOPPER_NARROW_GATED_ROWS = 128
+#: So many rows of 4 bit weights and more are `hopper_w4a16_linear`'s on sm_90: a layer's four products take 77 us of 64 rows where the
+#: plain kernel has 102, of 32 rows 65 and 64 (8B, H200: docs/perf-log.md).
 MIN_HOPPER_W4A16_ROWS = 33
-#: Rows of int8 that are `hopper_w8a8_linear`'s on sm_90: a layer of 160, 256 and 512 takes 112, 146 and 238 us where the plain kernel has
-#: 178, 168 and 282, of 128 rows 120 where that has 108 (8B, H200: docs/perf-log.md).
+#: Rows of all parts of a tile that are left to who reads their sum: output and down projections of up to 64 rows, q, k and v of up to 128.
+MAX_HOPPER_W4A16_PART_ROWS = 256
+#: Rows of int8 that are `hopper_w8a8_linear`'s on sm_90: a layer's four products of 144 and 256 take 88 and 120 us where the plain kernel
+#: has 178 for 160 and 168 for 256 (8B, H200: docs/perf-log.md). Fewer rows were not timed since programs go in step.
 MIN_HOPPER_W8A8_ROWS, MAX_HOPPER_W8A8_ROWS = 129, 512
 #: Parts of a tile that are left to who reads the sum, and their rows in all. What reads 256 rows takes 1.5 us more for each part: an output
 #: and a down projection of 144 and 192 rows are faster by three parts than by equal shares, of 256 slower, of 144 by four slower, too (8B,
@@ -61,26 +67,10 @@ class HopperRowConfig:
     num_warps: int
 
 
-@dataclass(frozen=True, slots=True)
-class HopperNarrowConfig:
-    block_m: int  # rows of x, padded: a power of two
-    num_splits: int  # programs that share a tile's inputs
-    num_stages: int  # steps of 64 inputs that a program has room for
-    together: int = 2  # steps that are asked for at once
+class _RowTile:
+    """Rows of x that a program pads its own to: a power of two, 96, 160 or 192."""
 
-
-@dataclass(frozen=True, slots=True)
-class HopperTiles:
-    """Of the kernels that share their tiles (hopper_shares.py)."""
-
-    block_m: int  # rows of x a program, padded: a power of two, 160 or 192
-    strips: int  # of 16 outputs a warp, of eight
-    num_stages: int
-    num_programs: int  # at most; equal shares of all tiles' steps, or whole tiles
-
-    @property
-    def block_n(self) -> int:
-        return 128 * self.strips
+    block_m: int
 
     @property
     def low(self) -> int:
@@ -92,10 +82,30 @@ class HopperTiles:
         """The rows beside them, another power of two, or none."""
         return self.block_m - self.low
 
-    def has_whole_tiles(self, num_rows: int, n: int) -> bool:
-        """Whether all programs have as many tiles of n outputs, but for the last, which may have fewer."""
-        num_tiles = ceil_div(num_rows, self.block_m) * (n // self.block_n)
-        return ceil_div(num_tiles, ceil_div(num_tiles, self.num_programs)) == self.num_programs
+
+@dataclass(frozen=True, slots=True)
+class HopperNarrowConfig(_RowTile):
+    block_m: int
+    num_splits: int  # programs that share a tile's inputs
+    num_stages: int  # steps of 64 inputs that a program has room for
+    together: int = 2  # steps that are asked for at once
+    groups: int = 1  # of four warps, each with 64 columns of a tile
+
+
+@dataclass(frozen=True, slots=True)
+class HopperTiles(_RowTile):
+    """Of the kernels that share their tiles (hopper_shares.py)."""
+
+    block_m: int
+    strips: int  # of 16 outputs a warp, of eight
+    num_stages: int
+    num_programs: int  # at most
+    halves: int = 1  # of 64 inputs, of a step over 4 bit weights
+    whole: bool = False  # programs have as many whole tiles; otherwise equal shares of all tiles' turns
+
+    @property
+    def block_n(self) -> int:
+        return 128 * self.strips
 
 
 def hopper_gate_up_config(num_rows: int, k: int) -> HopperGateUpConfig:
@@ -105,7 +115,11 @@ def hopper_gate_up_config(num_rows: int, k: int) -> HopperGateUpConfig:
 
 
 def hopper_narrow_config(num_rows: int, n: int, num_sms: int, *, gated: bool) -> HopperNarrowConfig:
-    """n: columns of y, of which a program has 64. A layer with more programs than there are multiprocessors has two on each."""
+    """n: columns of y, of which a program has 64, or 128 of a gated layer of more than 64 rows. A layer with more programs than there are
+    multiprocessors has two on each."""
+    if gated and num_rows > 64:
+        block_m = 96 if num_rows <= 96 else 128
+        return HopperNarrowConfig(block_m, 1, (209 << 10) // (128 * (block_m + 256)), together=1, groups=2)
     block_m = clamp(next_power_of_2(num_rows), MIN_DOT_ROWS, 128)
     tiles = ceil_div(n, 64)
     num_splits = 1 if gated else narrow_splits(tiles, block_m, num_sms)
@@ -113,9 +127,10 @@ def hopper_narrow_config(num_rows: int, n: int, num_sms: int, *, gated: bool) ->
     return HopperNarrowConfig(block_m, num_splits, min(shared_bytes // (128 * (block_m + (128 if gated else 64))), 12))
 
 
-def takes_hopper_narrow(num_rows: int, k: int, element_bytes: int, *, is_hopper: bool) -> bool:
-    """What `hopper_narrow_linear` is written for, and faster at: 16 bits, rows of x and W at multiples of 16 bytes."""
-    return is_hopper and element_bytes == 2 and 0 < num_rows <= MAX_HOPPER_NARROW_ROWS and k % 8 == 0
+def takes_hopper_narrow(num_rows: int, k: int, n: int, element_bytes: int, num_sms: int, *, gated: bool, is_hopper: bool) -> bool:
+    """What `hopper_narrow_linear` is written for, and faster at: 16 bits, rows of x and W at multiples of 16 bytes. n: columns of y."""
+    most = MAX_HOPPER_NARROW_GATED_ROWS if gated and _fill(ceil_div(n, 128), num_sms) else MAX_HOPPER_NARROW_ROWS
+    return is_hopper and element_bytes == 2 and 0 < num_rows <= most and k % 8 == 0
 
 
 def hopper_row_config(k: int) -> HopperRowConfig:
@@ -158,23 +173,33 @@ def takes_hopper_prefill(
     return group_size <= 64 and is_dense and sliding_window == 0 and compute_capability == 90
 
 
-def takes_hopper_w4a16(num_rows: int, n: int, k: int, num_sms: int, *, is_hopper: bool) -> bool:
-    """What `hopper_w4a16_linear` is written for and meant to be faster at: tiles of 128 outputs, turns of 128 inputs, and of 65 to 128 rows
-    only layers whose tiles do not fill the device by themselves."""
-    is_faster = num_rows >= MIN_HOPPER_W4A16_ROWS and (not 64 < num_rows <= 128 or n // 128 < num_sms)
-    return is_hopper and is_faster and n % 128 == 0 and k % 128 == 0
+def takes_hopper_w4a16(num_rows: int, n: int, k: int, *, is_hopper: bool) -> bool:
+    """What `hopper_w4a16_linear` is written for and faster at: tiles of 128 outputs, turns of 128 inputs."""
+    return is_hopper and num_rows >= MIN_HOPPER_W4A16_ROWS and n % 128 == 0 and k % 128 == 0
 
 
 def hopper_w4a16_config(num_rows: int, n: int, num_sms: int) -> HopperTiles:
-    """n must be a multiple of 128. Tiles of 128 outputs and up to 256 rows, or 256 outputs and up to 64, which read x half as often."""
+    """n must be a multiple of 128. Whole tiles of 256 outputs, which read x half as often, for up to 128 rows, where they keep most of the
+    multiprocessors busy, else tiles of 128."""
     block_m = _rows_of_hopper_tile(num_rows)
-    return hopper_w4a16_tiles(block_m, 2 if n % 256 == 0 and block_m <= 64 else 1, num_sms)
+    is_wide = n % 256 == 0 and block_m <= 128 and _fill(n // 256, num_sms)
+    config = hopper_w4a16_tiles(block_m, 2 if is_wide else 1, num_sms)
+    return _in_step(config, n, num_sms)
+
+
+def hopper_w4a16_parts(num_rows: int, n: int, k: int, num_sms: int) -> int:
+    """Programs that share a tile's inputs and leave their parts to what reads the sum, at least four turns each; 1 where that would have to
+    read too much, or too few multiprocessors would be busy."""
+    num_parts = min(num_sms // (n // 128), k // 512, 4)
+    is_little = num_rows <= 128 and _rows_of_hopper_tile(num_rows) * num_parts <= MAX_HOPPER_W4A16_PART_ROWS
+    return num_parts if num_parts > 1 and is_little and _fill(n // 128 * num_parts, num_sms) else 1
 
 
 def hopper_w4a16_tiles(block_m: int, strips: int, num_sms: int) -> HopperTiles:
-    """The most stages and programs for such tiles. A step of 64 inputs takes 128 bytes a row of x and, of 128 outputs, 4.5 KiB of words and
-    params; 18 KiB stay for what else the kernel needs."""
-    return _hopper_tiles(block_m, strips, 128 * block_m + 4608 * strips, num_sms)
+    """The most stages and programs for such tiles. 64 inputs take 128 bytes a row of x and, of 128 outputs, 4.5 KiB of words and params;
+    18 KiB stay for what else the kernel needs. Three steps of 128 inputs find room with up to 192 rows."""
+    halves = 2 if block_m <= 192 else 1
+    return replace(_hopper_tiles(block_m, strips, halves * (128 * block_m + 4608 * strips), num_sms), halves=halves)
 
 
 def takes_hopper_w8a8(num_rows: int, n: int, k: int, *, is_hopper: bool) -> bool:
@@ -184,15 +209,10 @@ def takes_hopper_w8a8(num_rows: int, n: int, k: int, *, is_hopper: bool) -> bool
 
 def hopper_w8a8_config(num_rows: int, n: int, num_sms: int) -> HopperTiles:
     """Tiles of 128 outputs; num_rows: more than 128, as `takes_hopper_w8a8` has it. As few row blocks as can be, since each reads W, and no
-    more rows in them than must be. Whole tiles where these keep most of the multiprocessors busy: a turn of programs that are at the same
-    inputs takes 0.88 us, of others 1.28 (256 rows, H200)."""
+    more rows in them than must be."""
     row_blocks = ceil_div(num_rows, 256)
     config = hopper_w8a8_tiles(_rows_of_hopper_tile(ceil_div(num_rows, row_blocks)), num_sms)
-    num_tiles = row_blocks * (n // 128)
-    num_waves = ceil_div(num_tiles, num_sms)
-    if not _keeps_most_busy(num_tiles, num_waves * num_sms):
-        return config
-    return replace(config, num_programs=ceil_div(num_tiles, num_waves))
+    return _in_step(config, n, num_sms)
 
 
 def hopper_w8a8_parts(num_rows: int, n: int, k: int, num_sms: int) -> int:
@@ -202,16 +222,27 @@ def hopper_w8a8_parts(num_rows: int, n: int, k: int, num_sms: int) -> int:
     if num_rows > 256:
         return 1
     num_parts = min(num_sms // num_tiles, k // 512, MAX_HOPPER_W8A8_PARTS, MAX_HOPPER_W8A8_PART_ROWS // num_rows)
-    return num_parts if num_parts > 1 and _keeps_most_busy(num_tiles * num_parts, num_sms) else 1
-
-
-def _keeps_most_busy(num_programs: int, num_sms: int) -> bool:
-    return 3 * num_programs >= 2 * num_sms
+    return num_parts if num_parts > 1 and _fill(num_tiles * num_parts, num_sms) else 1
 
 
 def hopper_w8a8_tiles(block_m: int, num_sms: int) -> HopperTiles:
     """The most stages and programs for such tiles: a step of 128 inputs takes 128 bytes of each row and output."""
     return _hopper_tiles(block_m, 1, 128 * (block_m + 128), num_sms)
+
+
+def _fill(num_tiles: int, num_sms: int) -> bool:
+    """Whether whole tiles, or parts, as many for each program, keep two thirds of the multiprocessors busy."""
+    return 3 * num_tiles >= 2 * ceil_div(num_tiles, num_sms) * num_sms
+
+
+def _in_step(config: HopperTiles, n: int, num_sms: int) -> HopperTiles:
+    """With as many programs as give each as many whole tiles, or each tile as many programs, where that fills the device: they are at the
+    same inputs at the same time. Else as it is. It depends on the tiles of one row block, so that a few numbers of rows show all."""
+    num_tiles = n // config.block_n
+    if _fill(num_tiles, num_sms):
+        return replace(config, num_programs=ceil_div(num_tiles, ceil_div(num_tiles, num_sms)), whole=True)
+    num_programs = config.num_programs // num_tiles * num_tiles
+    return replace(config, num_programs=num_programs) if _fill(num_programs, num_sms) else config
 
 
 def _rows_of_hopper_tile(num_rows: int) -> int:

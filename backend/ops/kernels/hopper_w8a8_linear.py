@@ -274,10 +274,10 @@ def linear(x: QuantizedRows, weight: W8A8Weight, config: HopperTiles) -> torch.T
     """
     k, n = weight.weight.shape
     y = torch.empty((x.num_rows, n), dtype=x.dtype, device=x.values.device)
-    if config.has_whole_tiles(x.num_rows, n):
-        _launch(x, weight, y, config, config.num_programs)
-        return y
     num_tiles = ceil_div(x.num_rows, config.block_m) * (n // config.block_n)
+    if config.whole:
+        _launch(x, weight, y, config, min(config.num_programs, num_tiles))
+        return y
     assert 2 * config.num_programs * config.block_n * config.block_m <= MAX_PARTS, "no room for the parts of so many programs"
     assert NUM_GROUPS.value * num_tiles <= NUM_COUNTERS, "no counters for so many tiles"
     _launch(x, weight, y, config, min(config.num_programs, num_tiles * (k // 128)), has_shares=True)
@@ -299,9 +299,10 @@ def gate_up(x: QuantizedRows, weight: W8A8Weight, config: HopperTiles) -> torch.
     """As `linear` with a weight of [gate | up] and a config of whole tiles: silu(x gate) * (x up), both rounded to x's dtype before:
     [num_rows, out_features / 2]."""
     n = weight.weight.shape[1]
-    assert config.has_whole_tiles(x.num_rows, n), "a gate and its up are of one program"
+    assert config.whole, "a gate and its up are of one program"
     y = torch.empty((x.num_rows, n // 2), dtype=x.dtype, device=x.values.device)
-    _launch(x, weight, y, config, config.num_programs, gated=True)
+    num_tiles = ceil_div(x.num_rows, config.block_m) * (n // config.block_n)
+    _launch(x, weight, y, config, min(config.num_programs, num_tiles), gated=True)
     return y
 
 

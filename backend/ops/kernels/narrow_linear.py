@@ -23,7 +23,7 @@ from turbotriton.backend.ops.operands import SplitSums, Unadded
 from . import hopper_narrow_linear
 from .fast_launch import launch
 from .hopper_tuning import takes_hopper_narrow
-from .launch import has_pdl, is_hopper, launch_options, num_sms
+from .launch import chosen, has_pdl, is_hopper, launch_options, num_sms
 from .split_sum import sum_of_splits, workspace
 from .tuning import NarrowLinearConfig, ceil_div, narrow_linear_config
 
@@ -136,14 +136,20 @@ def split_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 
 def gate_up(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """As `linear` with weight [in_features, 2 inter], columns [gate | up], and silu(gate) * up: [num_rows, inter]."""
-    if _is_for_hopper(x, weight):
+    if _is_for_hopper(x, weight, gated=True):
         return hopper_narrow_linear.gate_up(x, weight, bias)
     return _linear(x, weight, bias, gated=True)
 
 
-def _is_for_hopper(x: torch.Tensor, weight: torch.Tensor) -> bool:
+def _is_for_hopper(x: torch.Tensor, weight: torch.Tensor, *, gated: bool = False) -> bool:
+    """Whether a layer that leaves parts, or a gated one, is handed on to `hopper_narrow_linear`."""
     is_aligned = weight.stride(0) == 1 and weight.stride(1) % 8 == 0 and weight.data_ptr() % 16 == 0 and x.stride(1) == 1
-    return is_aligned and takes_hopper_narrow(*x.shape, x.element_size(), is_hopper=is_hopper(x.device))
+    if not is_aligned:
+        return False
+    (num_rows, k), n, device = x.shape, weight.shape[1] // 2 if gated else weight.shape[1], x.device
+    return chosen(
+        takes_hopper_narrow, num_rows, k, n, x.element_size(), num_sms(device), gated=gated, is_hopper=is_hopper(device)
+    )
 
 
 def _config(x: torch.Tensor, weight: torch.Tensor, *, gated: bool) -> NarrowLinearConfig:

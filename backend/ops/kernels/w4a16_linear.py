@@ -21,17 +21,17 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from turbotriton.backend.ops.operands import W4A16Tiles
+from turbotriton.backend.ops.operands import Unadded, W4A16Tiles
 
 from . import hopper_w4a16_linear
 from .fast_launch import Tiles, launch
-from .hopper_tuning import hopper_w4a16_config, takes_hopper_w4a16
+from .hopper_tuning import hopper_w4a16_config, hopper_w4a16_parts, takes_hopper_w4a16
 from .launch import chosen, has_pdl, is_hopper, launch_options, num_sms
 from .split_sum import sum_of_splits, workspace
 from .tuning import ceil_div, w4a16_linear_config
 from .w4a16_words import load_weights, numbers_of
 
-__all__ = ["w4a16_gate_up", "w4a16_linear"]
+__all__ = ["w4a16_gate_up", "w4a16_linear", "w4a16_split_linear"]
 
 
 @triton.jit
@@ -186,14 +186,30 @@ def w4a16_gate_up(x: torch.Tensor, weight: W4A16Tiles) -> torch.Tensor:
     return _linear(x, weight)
 
 
-def _linear(x: torch.Tensor, weight: W4A16Tiles) -> torch.Tensor:
-    num_rows, k = x.shape
+def w4a16_split_linear(x: torch.Tensor, weight: W4A16Tiles) -> Unadded:
+    """As `w4a16_linear`, before what adds up SplitSums."""
+    (num_rows, k), n, device = x.shape, weight.out_features, x.device
+    if weight.bias is None and chosen(takes_hopper_w4a16, num_rows, n, k, is_hopper=is_hopper(device)):
+        num_parts = chosen(hopper_w4a16_parts, num_rows, n, k, num_sms(device))
+        if num_parts > 1:
+            _assert_fits(x, weight)
+            config = chosen(hopper_w4a16_config, num_rows, n, num_sms(device))
+            return hopper_w4a16_linear.split_linear(x, weight, config, num_parts)
+    return w4a16_linear(x, weight)
+
+
+def _assert_fits(x: torch.Tensor, weight: W4A16Tiles) -> None:
     assert x.stride(1) == 1, "x must be contiguous inside a row"
-    assert k == weight.in_features, f"x has {k} columns"
+    assert x.shape[1] == weight.in_features, f"x has {x.shape[1]} columns"
     assert x.dtype is weight.dtype, f"the weight was packed for {weight.dtype}"
+
+
+def _linear(x: torch.Tensor, weight: W4A16Tiles) -> torch.Tensor:
+    _assert_fits(x, weight)
+    num_rows, k = x.shape
     n = weight.out_features
     device = x.device
-    if chosen(takes_hopper_w4a16, num_rows, n, k, num_sms(device), is_hopper=is_hopper(device)):
+    if chosen(takes_hopper_w4a16, num_rows, n, k, is_hopper=is_hopper(device)):
         return hopper_w4a16_linear.linear(x, weight, chosen(hopper_w4a16_config, num_rows, n, num_sms(device)))
     y = torch.empty((num_rows, n // 2 if weight.gated else n), dtype=x.dtype, device=x.device)
     if num_rows == 0:

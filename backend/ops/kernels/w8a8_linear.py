@@ -159,7 +159,7 @@ def w8a8_gate_up(x: QuantizedRows, weight: W8A8Weight | Fp8Weight) -> QuantizedR
     if _is_for_hopper(x, weight):
         n = weight.weight.shape[1]
         config = hopper_w8a8_config(x.num_rows, n, num_sms(x.values.device))
-        if config.has_whole_tiles(x.num_rows, n):
+        if config.whole:
             return quantize_rows(hopper_w8a8_linear.gate_up(x, weight, config), weight.weight.dtype)
     return silu_and_mul_rows(w8a8_linear(x, weight), weight.weight.dtype)
 

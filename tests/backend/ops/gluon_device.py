@@ -67,7 +67,11 @@ class Shared:
     def permute(self, order: Sequence[int]) -> "Shared":
         return Shared(self.data.permute(*order))
 
-    def slice(self, start: int, length: int, dim: int) -> "Shared":
+    @property
+    def shape(self) -> torch.Size:
+        return self.data.shape
+
+    def slice(self, start: int, length: int, dim: int = 0) -> "Shared":
         return Shared(self.data.narrow(dim, start, length))
 
     def load(self, layout: Any) -> torch.Tensor:

@@ -74,6 +74,8 @@ SHAPES = [
     Shape(64, 384, 256, gated=True, bias=True),
     Shape(20, 200, 88, gated=True, bias=True),
     Shape(100, 1024, 64, gated=True),
+    Shape(96, 448, 192, gated=True, bias=True),  # a tile of 64 rows and one of 32 beside it; half a tile of columns
+    Shape(128, 320, 256, gated=True),
 ]
 
 
@@ -102,13 +104,27 @@ MISTAKES = {
     "x before the kernel before has ended": ("_fetch", "    if PDL:\n        gdc_wait()\n", ""),
     "the bias in every part": ("_compute", "part == 0", "part >= 0"),
 }
+MISTAKES_OF_PAIRS = {
+    "freed by one group for both": ("_compute", "count=1, pred", "count=2, pred"),
+    "the other group's weights": ("_compute", "stage * GROUPS + GROUP", "stage * GROUPS + 1 - GROUP"),
+    "the other group's columns": ("_compute", "column + GROUP * 64", "column + (1 - GROUP) * 64"),
+    "freed while the other product reads it": (
+        "_compute",
+        "warpgroup_mma_wait(2, [acc, high])",
+        "warpgroup_mma_wait(4, [acc, high])",
+    ),
+    "high sums used too early": ("_compute", "warpgroup_mma_wait(0, [acc, high])", "warpgroup_mma_wait(1, [acc, high])"),
+    "the same rows twice": ("_fetch_rows", "[LOW, step * 64]", "[0, step * 64]"),
+}
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize("mistake", [*MISTAKES, *MISTAKES_OF_PAIRS])
 def test_the_emulation_finds_what_a_kernel_may_not_do(mistake, monkeypatch):
-    function, *change = MISTAKES[mistake]
+    function, *change = {**MISTAKES, **MISTAKES_OF_PAIRS}[mistake]
     plant(module, function, [change], monkeypatch)
     shape, config = Shape(24, 640, 128, bias=True), HopperNarrowConfig(32, 2, 2, 1)
+    if mistake in MISTAKES_OF_PAIRS:
+        shape, config = Shape(48, 640, 256, gated=True), HopperNarrowConfig(48, 1, 2, 1, 2)
     assert shows_a_mistake(lambda seed: run(shape, FP16, monkeypatch, config=config, seed=seed))
 
 
@@ -120,8 +136,9 @@ def test_programs_fit_on_their_multiprocessors(num_rows, gated, n, num_sms):
     config = hopper_narrow_config(num_rows, n, num_sms, gated=gated)
     assert config.num_stages >= 3
     num_programs = -(-n // 64) * config.num_splits
-    places = 1 if num_programs <= num_sms else 2
-    assert places * config.num_stages * 128 * (config.block_m + (128 if gated else 64)) <= SHARED_LIMIT_BYTES[90] - (16 << 10)
+    places = 1 if num_programs <= num_sms or config.groups == 2 else 2
+    outputs = 64 * config.groups * (2 if gated else 1)
+    assert places * config.num_stages * 128 * (config.block_m + outputs) <= SHARED_LIMIT_BYTES[90] - (16 << 10)
     assert config.num_splits == 1 or num_programs <= 2 * num_sms
 
 
@@ -168,6 +185,7 @@ def launched(shape, dtype, monkeypatch):
         Shape(64, 4096, 14336, gated=True),
         Shape(64, 14336, 4096),
         Shape(16, 4096, 6144, bias=True),
+        Shape(96, 4096, 14336, gated=True),
         pytest.param(Shape(128, 4096, 14336, gated=True, bias=True), marks=pytest.mark.slow),
     ],
     ids=str,
@@ -176,8 +194,9 @@ def test_products_follow_each_other(shape, monkeypatch, tmp_path):
     """Nothing spilled, not serialised by ptxas, one group of products waited for while the next runs."""
     kernel, arguments = launched(shape, BF16, monkeypatch)
     compiled = compiled_for_hopper(kernel, arguments)
-    num_programs = -(-shape.n // 64) * hopper_narrow_config(shape.num_rows, shape.n, 132, gated=shape.gated).num_splits
-    assert compiled.metadata.shared <= SHARED_LIMIT_BYTES[90] // (1 if num_programs <= 132 else 2) - 1024
+    config = hopper_narrow_config(shape.num_rows, shape.n, 132, gated=shape.gated)
+    num_programs = -(-shape.n // 64) * config.num_splits
+    assert compiled.metadata.shared <= SHARED_LIMIT_BYTES[90] // (1 if num_programs <= 132 or config.groups == 2 else 2) - 1024
     usage = resource_usage(compiled.asm["cubin"], tmp_path)
     assert usage["LOCAL"] == usage["STACK"] == 0, usage
     said = ptxas_report(compiled, tmp_path)
@@ -185,7 +204,7 @@ def test_products_follow_each_other(shape, monkeypatch, tmp_path):
     assert "0 bytes spill stores" in said
     code, loops = loops_of(compiled, tmp_path)
     inner = min((code[b:e] for b, e in loops if any("HGMMA" in each for each in code[b:e])), key=len)
-    assert sum("HGMMA" in each for each in inner) == 4 * (1 + shape.gated)
+    assert sum("HGMMA" in each for each in inner) == 4 * (1 + shape.gated) * (2 if config.high else 1)
     assert sum("DEPBAR" in each and "gsb0" in each for each in inner) == 1
 
 
@@ -195,6 +214,8 @@ GPU_SHAPES = [
     Shape(64, 14336, 4096),
     Shape(16, 4096, 6144, bias=True),
     Shape(128, 2048, 8192, gated=True, bias=True),
+    Shape(96, 4096, 14336, gated=True),
+    Shape(128, 4096, 14336, gated=True, bias=True),
 ]
 
 
@@ -208,7 +229,11 @@ def test_every_row_and_output_on_a_gpu(shape, dtype, assert_close):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [Shape(64, 4096, 14336, gated=True), Shape(48, 14336, 4096), Shape(7, 4096, 6144)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [Shape(64, 4096, 14336, gated=True), Shape(96, 4096, 14336, gated=True), Shape(48, 14336, 4096), Shape(7, 4096, 6144)],
+    ids=str,
+)
 def test_the_same_bits_again_and_again(shape, assert_close):
     """A race in the ring would show as a difference between runs."""
     skip_unless_hopper()

@@ -4,6 +4,7 @@ On the CPU in an emulation of its barriers, rings and counters (gluon_emulation.
 in test_kernels_w4a16_linear.py.
 """
 
+import dataclasses
 import re
 
 import pytest
@@ -16,11 +17,18 @@ from tests.backend.ops.test_kernels_w4a16_linear import Shape, weight_of
 
 from turbotriton.backend.ops.kernels import hopper_w4a16_linear as module
 from turbotriton.backend.ops.kernels import w4a16_linear as launcher
-from turbotriton.backend.ops.kernels.hopper_tuning import HopperTiles, hopper_w4a16_config, hopper_w4a16_tiles
+from turbotriton.backend.ops.kernels.hopper_tuning import (
+    MIN_HOPPER_W4A16_ROWS,
+    HopperTiles,
+    hopper_w4a16_config,
+    hopper_w4a16_parts,
+    hopper_w4a16_tiles,
+)
 from turbotriton.backend.ops.kernels.split_sum import NUM_COUNTERS, workspace
 from turbotriton.backend.ops.kernels.tuning import MAX_W4A16_ROWS, ceil_div
-from turbotriton.backend.ops.kernels.w4a16_linear import w4a16_gate_up, w4a16_linear
-from turbotriton.backend.ops.operands import W4A16Tiles
+from turbotriton.backend.ops.kernels.w4a16_linear import w4a16_gate_up, w4a16_linear, w4a16_split_linear
+from turbotriton.backend.ops.operands import SplitSums, W4A16Tiles
+from turbotriton.backend.runner import warm_up
 
 BF16, FP16 = torch.bfloat16, torch.float16
 KERNEL = "_hopper_w4a16_kernel"
@@ -95,6 +103,16 @@ def test_equal_shares_cover_every_tile_once(num_programs, num_stages, monkeypatc
         assert_close(out, expected, **tolerance(BF16))
 
 
+@pytest.mark.parametrize("strips", [1, 2])
+@pytest.mark.parametrize("halves", [1, 2])
+@pytest.mark.parametrize("group_size", [64, 128, 256])
+def test_steps_of_one_and_two_halves(strips, halves, group_size, monkeypatch, assert_close):
+    config = HopperTiles(64, strips, 3, 3, halves)
+    for gated in (False, True):
+        out, expected = run(Shape(50, 512, 512, group_size), BF16, monkeypatch, config=config, gated=gated)
+        assert_close(out, expected, **tolerance(BF16, gated=gated))
+
+
 @pytest.mark.parametrize("patience", [0, 1, 3])
 def test_who_does_not_wait_leaves_its_chunks_to_the_last(patience, monkeypatch, assert_close):
     for seed in range(4):
@@ -113,14 +131,48 @@ def test_the_sums_of_parts_do_not_depend_on_who_adds_them(num_programs, monkeypa
         assert torch.equal(run(shape, FP16, monkeypatch, config=config, patience=patience)[0], first)
 
 
+def run_split(shape, dtype, config, num_parts, monkeypatch, *, seed=0):
+    """(SplitSums, float64 result), emulated."""
+    target = Target("cpu", dtype, torch.Generator().manual_seed(seed))
+    weight, values = weight_of(target, shape)
+    x = target.randn(shape.num_rows, shape.k + 8)[:, :-8]
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "has_pdl", lambda device: True)
+        emulate(module, KERNEL, patch, seed, early=("words_desc", "params_desc"))
+        sums = module.split_linear(x, weight, config, num_parts)
+    return sums, wanted(x, weight, values)
+
+
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "config", "num_parts", "found_parts"),
+    [
+        (Shape(33, 512, 256, 128), HopperTiles(64, 1, 3, 8, 2), 4, 4),
+        (Shape(64, 896, 256, 64), HopperTiles(64, 2, 2, 3, 2), 3, 3),  # 3, 3 and 1 turns
+        (Shape(20, 640, 384, 128), HopperTiles(32, 1, 2, 12), 4, 3),  # of four parts the last would have none
+        (Shape(150, 256, 128, 128), HopperTiles(160, 1, 3, 9), 9, 2),
+        (Shape(16, 128, 128, 128), HopperTiles(16, 1, 2, 1, 2), 1, 1),
+    ],
+    ids=str,
+)
+def test_programs_leave_their_parts_to_who_reads_them(
+    shape, config, num_parts, found_parts, dtype, monkeypatch, assert_close, guarded_outputs
+):
+    sums, expected = run_split(shape, dtype, config, num_parts, monkeypatch)
+    assert sums.parts.shape == (found_parts, shape.num_rows, shape.n)
+    assert sums.parts.dtype is torch.float32
+    assert_close(sums[:], expected, **tolerance(dtype))
+
+
 ARRIVE = "    mbarrier.arrive(free.index(stage), count=1)\n"
 MISTAKES = {
     "x read before it is there": ("_step", "    mbarrier.wait(full.index(stage), number // NUM_STAGES & 1)\n", ""),
     "another phase": ("_step", "number // NUM_STAGES & 1", "number // NUM_STAGES + 1 & 1"),
     "x freed while it is read": ("_step", "warpgroup_mma_wait(0, [acc])", "warpgroup_mma_wait(1, [acc])"),
     "never freed": ("_step", ARRIVE, ""),
-    "freed by one group for both": ("_step", "count=1)", "count=2)"),
-    "the other group's weights": ("_step", "stage * NUM_GROUPS + GROUP", "stage * NUM_GROUPS + 1 - GROUP"),
+    "freed by one group for both": ("_step", "free.index(stage), count=1)", "free.index(stage), count=2)"),
+    "the other group's words": ("_step", "S, HALVES, GROUP)", "S, HALVES, 1 - GROUP)"),
+    "the other group's params": ("_step", "index(stage), 0, S, GROUP)", "index(stage), 0, S, 1 - GROUP)"),
     "parts at one place": ("_compute", "parts_ptr += GROUP *", "parts_ptr += 0 *"),
     "no wait for the other parts": ("_chunks_to_add", "    is_whole = is_last\n", "    is_whole = is_last | True\n"),
     "nobody adds what was left": ("_chunks_to_add", "seen >> 16 & 0xFF", "0"),
@@ -153,7 +205,7 @@ def test_the_emulation_finds_what_a_kernel_may_not_do(mistake, monkeypatch):
         (512, 4096, 6144, True, KERNEL),
         (32, 4096, 6144, True, "_w4a16_linear_kernel"),
         (64, 4096, 28672, True, KERNEL),
-        (128, 4096, 28672, True, "_w4a16_linear_kernel"),
+        (128, 4096, 28672, True, KERNEL),
         (256, 4096, 6144, False, "_w4a16_linear_kernel"),
         (256, 192, 6144, True, "_w4a16_linear_kernel"),
         (256, 4096, 192, True, "_w4a16_linear_kernel"),
@@ -170,6 +222,59 @@ def test_what_it_does_not_take_is_the_plain_kernels(num_rows, k, n, is_hopper, e
     assert [kernel.__name__ for kernel, _ in launches] == [expected]
 
 
+@pytest.mark.parametrize(
+    ("num_rows", "n", "block_n", "num_programs", "num_parts"),
+    [
+        (64, 28672, 256, 112, 1),  # of an 8B model on 132 multiprocessors, K = 4096: gate and up
+        (128, 28672, 256, 112, 1),
+        (256, 28672, 128, 112, 1),  # two tiles each
+        (64, 6144, 128, 96, 2),
+        (128, 6144, 128, 96, 2),
+        (129, 6144, 128, 96, 1),
+        (64, 4096, 128, 128, 4),
+        (65, 4096, 128, 128, 1),
+        (65, 6144, 128, 96, 2),
+        (1000, 6144, 128, 96, 1),  # as many tiles as four row blocks have, in equal shares
+        (33, 512, 128, 132, 1),  # too few programs
+    ],
+)
+def test_a_layer_has_whole_tiles_or_parts_or_shares(num_rows, n, block_n, num_programs, num_parts):
+    config = hopper_w4a16_config(num_rows, n, 132)
+    assert (config.block_n, config.num_programs) == (block_n, num_programs)
+    assert config.whole == (n == 28672)
+    assert hopper_w4a16_parts(num_rows, n, 4096, 132) == num_parts
+
+
+def test_what_stands_before_a_norm_leaves_its_parts_to_it(monkeypatch):
+    launches = []
+    monkeypatch.setattr(module, KERNEL, Recorder(getattr(module, KERNEL), launches))
+    monkeypatch.setattr(launcher, "is_hopper", lambda device: True)
+    monkeypatch.setattr(launcher, "num_sms", lambda device: 132)
+    words, params = torch.empty((256, 64, 32, 4), dtype=torch.int32), torch.empty((32, 4096), dtype=torch.int32)
+    weight = W4A16Tiles(words, params, None, BF16)
+    y = w4a16_split_linear(torch.empty((40, 4096), dtype=BF16), weight)
+    assert isinstance(y, SplitSums)
+    assert y.parts.shape == (4, 40, 4096)
+    with_bias = dataclasses.replace(weight, bias=torch.empty(4096, dtype=BF16))
+    assert isinstance(w4a16_split_linear(torch.empty((40, 4096), dtype=BF16), with_bias), torch.Tensor)
+    assert isinstance(w4a16_split_linear(torch.empty((200, 4096), dtype=BF16), weight), torch.Tensor)
+    assert [arguments["LEAVES_PARTS"] for _, arguments in launches] == [True, False, False]
+
+
+@pytest.mark.parametrize("num_sms", [78, 114, 132])
+@pytest.mark.parametrize("layers", [(6144, 4096, 28672, 4096), (4096, 2048, 16384, 2048), (5120, 5120, 27648, 5120)], ids=str)
+def test_a_runner_warms_up_with_every_form_of_the_kernel(layers, num_sms):
+    def forms(num_rows):
+        for index, n in enumerate(layers):
+            config = hopper_w4a16_config(num_rows, n, num_sms)
+            is_split = index != 2 and hopper_w4a16_parts(num_rows, n, 4096, num_sms) > 1
+            yield index == 2, config.block_m, config.strips, config.num_stages, is_split, config.whole and not is_split
+
+    spans = range(MIN_HOPPER_W4A16_ROWS, MAX_W4A16_ROWS + 1)
+    warm = {form for num_rows in warm_up.TOKEN_COUNTS if num_rows in spans for form in forms(num_rows)}
+    assert {form for num_rows in spans for form in forms(num_rows)} <= warm
+
+
 @pytest.mark.parametrize("num_sms", [78, 114, 132])
 @pytest.mark.parametrize("n", [128, 256, 384, 6144, 28672, 106496])
 @pytest.mark.parametrize("num_rows", [1, 17, 64, 65, 128, 129, 161, 193, 256, 257, 300, 512, MAX_W4A16_ROWS])
@@ -177,8 +282,10 @@ def test_tiles_fit_what_there_is(num_rows, n, num_sms):
     config = hopper_w4a16_config(num_rows, n, num_sms)
     assert n % config.block_n == 0
     assert config.block_m * config.strips <= 256, "more than 128 registers of sums"
-    assert config.num_stages >= 4
-    assert config.num_stages * (config.block_m * 128 + config.strips * 4608) <= SHARED_LIMIT_BYTES[90] - (18 << 10)
+    assert config.num_stages * config.halves >= 5
+    assert config.num_stages * config.halves * (config.block_m * 128 + config.strips * 4608) <= SHARED_LIMIT_BYTES[90] - (
+        18 << 10
+    )
     assert 0 < config.num_programs <= num_sms
     num_tiles = ceil_div(num_rows, config.block_m) * (n // config.block_n)
     assert module.NUM_GROUPS.value * num_tiles <= NUM_COUNTERS
@@ -256,7 +363,7 @@ def test_a_step_has_one_wait_for_its_products(dtype, config, gated, bias, monkey
     loop = product_loop(compiled, tmp_path)
     products = [each for each in loop if "HGMMA" in each]
     per_step = 1 if config.block_m.bit_count() == 1 else 2
-    assert len(products) == 4 * config.strips * per_step
+    assert len(products) == 4 * config.strips * config.halves * per_step
     waits = [each for each in loop if "DEPBAR" in each and "gsb0" in each]
     assert [re.findall(r"0x\d", each)[-1] for each in waits] == ["0x0"], waits
     # twice around: the registers of a group of products are theirs from the first of them until all have ended
@@ -286,6 +393,10 @@ def test_a_step_has_one_wait_for_its_products(dtype, config, gated, bias, monkey
         (Shape(256, 4096, 4096, 128), True),
         (Shape(300, 4096, 2048, 64, bias=True), True),
         (Shape(1000, 1024, 1152, 128), False),
+        (Shape(64, 2048, 28672, 128), True),  # whole tiles
+        (Shape(100, 2048, 28672, 64), True),
+        (Shape(190, 2048, 28672, 128), True),
+        (Shape(300, 1024, 12288, 128, bias=True), False),
     ],
     ids=str,
 )
@@ -296,6 +407,24 @@ def test_every_row_and_output_on_a_gpu(shape, gated, dtype, monkeypatch, assert_
     x = target.randn(shape.num_rows, shape.k + 8)[:, :-8]
     y = module.linear(x, weight, hopper_w4a16_config(shape.num_rows, shape.n, 132))
     assert_close(y, wanted(x, weight, values), **tolerance(dtype, gated=gated))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "num_parts"),
+    [(Shape(64, 14336, 4096, 128), 4), (Shape(40, 4096, 4096, 64), 4), (Shape(100, 4096, 6144, 128), 2)],
+    ids=str,
+)
+def test_parts_on_a_gpu(shape, num_parts, dtype, assert_close):
+    skip_unless_hopper()
+    target = Target("cuda", dtype, torch.Generator().manual_seed(0))
+    weight, values = weight_of(target, shape)
+    x = target.randn(shape.num_rows, shape.k)
+    sums = w4a16_split_linear(x, weight)
+    assert sums.parts.shape[0] == num_parts
+    assert_close(sums[:], wanted(x, weight, values), **tolerance(dtype))
+    assert all(torch.equal(w4a16_split_linear(x, weight).parts, sums.parts) for _ in range(50))
 
 
 @pytest.mark.gpu

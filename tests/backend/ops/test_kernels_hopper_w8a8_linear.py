@@ -56,7 +56,7 @@ def run(shape, dtype, monkeypatch, *, config=None, num_parts=0, gated=False, see
         patch.setattr(module, "has_pdl", lambda device: True)
         emulate(module, KERNEL, patch, seed, early=("weight_desc",))
         if gated:
-            return module.gate_up(rows, weight, config), gated64(rows, weight)
+            return module.gate_up(rows, weight, replace(config, whole=True)), gated64(rows, weight)
         y = module.split_linear(rows, weight, config, num_parts) if num_parts else w8a8_linear(rows, weight)
     assert not workspace(torch.device("cpu"))[1].any(), "counters did not return to zero"
     return y, product64(rows, weight)
@@ -103,7 +103,7 @@ def test_programs_have_whole_tiles(shape, num_programs, monkeypatch, assert_clos
         raise AssertionError("whole tiles take no workspace")
 
     monkeypatch.setattr(module, "workspace", refuse)
-    assert_close(*run(shape, BF16, monkeypatch, config=HopperTiles(160, 1, 2, num_programs)), **tolerance(BF16))
+    assert_close(*run(shape, BF16, monkeypatch, config=HopperTiles(160, 1, 2, num_programs, whole=True)), **tolerance(BF16))
 
 
 @pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
@@ -202,7 +202,7 @@ def test_the_emulation_finds_wrong_tiles_and_parts(mistake, monkeypatch):
 
     def attempt(seed):
         found, exact = run(
-            Shape(150, 640, 384), FP16, monkeypatch, config=HopperTiles(160, 1, 2, 2), num_parts=num_parts, seed=seed
+            Shape(150, 640, 384), FP16, monkeypatch, config=HopperTiles(160, 1, 2, 2, whole=True), num_parts=num_parts, seed=seed
         )
         return found[:], exact
 
@@ -344,22 +344,22 @@ def test_how_the_layers_of_models_are_shared():
     layers = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
     for num_rows, of_few in ((144, 3), (192, 3), (193, 1), (256, 1)):
         assert {name: shared(num_rows, *layer) for name, layer in layers.items()} == {
-            "qkv": (132, 2),
-            "o": (132, of_few),
+            "qkv": (96, 2),
+            "o": (128, of_few),
             "gate_up": (112, 1),
-            "down": (132, of_few),
+            "down": (128, of_few),
         }
     assert {name: shared(400, *layer) for name, layer in layers.items()} == {
         "qkv": (96, 1),
-        "o": (132, 1),
+        "o": (128, 1),
         "gate_up": (112, 1),
-        "down": (132, 1),
+        "down": (128, 1),
     }
     assert [shared(144, *layer) for layer in ((4096, 2048), (2048, 2048), (16384, 2048), (2048, 8192))] == [
-        (132, 3),
-        (132, 1),
+        (128, 3),
         (128, 1),
-        (132, 1),
+        (128, 1),
+        (128, 1),
     ]
 
 
@@ -378,7 +378,7 @@ def test_a_runner_warms_up_with_every_form_of_the_kernel(layers, num_sms):
     def forms(num_rows):
         for index, n in enumerate(layers):
             config = hopper_w8a8_config(num_rows, n, num_sms)
-            is_whole = config.has_whole_tiles(num_rows, n)
+            is_whole = config.whole
             is_split = index != 2 and hopper_w8a8_parts(num_rows, n, 4096, num_sms) > 1
             yield config.block_m, config.num_stages, is_split, is_whole and not is_split, is_whole and index == 2
 
@@ -405,7 +405,7 @@ def test_products_follow_each_other(tiles, bias, num_parts, gated, monkeypatch, 
     if num_parts:
         module.split_linear(*empty_operands(tiles.block_m, 4096, 28672, BF16), tiles, num_parts)
     elif gated:
-        tiles = replace(tiles, num_programs=112)
+        tiles = replace(tiles, whole=True)
         module.gate_up(*empty_operands(tiles.block_m, 4096, 28672, BF16, bias=bias), tiles)
     else:
         module.linear(*empty_operands(tiles.block_m, 4096, 28672, BF16, bias=bias), tiles)
@@ -465,7 +465,7 @@ def test_every_row_and_output_on_a_gpu(shape, dtype, assert_close):
 def test_gates_meet_their_ups_on_a_gpu(shape, num_programs, dtype, assert_close):
     skip_unless_hopper()
     rows, weight = operands_on_gpu(shape, dtype)
-    config = replace(hopper_w8a8_config(shape.num_rows, shape.n, 132), num_programs=num_programs)
+    config = replace(hopper_w8a8_config(shape.num_rows, shape.n, 132), num_programs=num_programs, whole=True)
     y = module.gate_up(rows, weight, config)
     assert_close(y, gated64(rows, weight), **tolerance(dtype, gated=True))
     assert all(torch.equal(module.gate_up(rows, weight, config), y) for _ in range(20))
