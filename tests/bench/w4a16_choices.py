@@ -51,27 +51,37 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Hopper:
-    """The kernel in Gluon. num_stages: 0: the most."""
+    """The kernel in Gluon. num_stages: 0: the most. form: equal "shares", "whole" tiles in waves, or "parts" that are left to a norm, where
+    two or more of a tile find room, and otherwise whole tiles."""
 
     block_m: int
     strips: int = 1
     num_stages: int = 0
+    form: str = "shares"
 
     def config(self, rows: int, k: int, n: int, num_sms: int) -> HopperTiles | None:
         most = hopper_w4a16_tiles(self.block_m, self.strips, num_sms)
         if n % most.block_n or k % 128:
             return None
-        return replace(most, num_stages=self.num_stages or most.num_stages)
+        most = replace(most, num_stages=self.num_stages or most.num_stages)
+        tiles = n // most.block_n
+        if self.form == "shares":
+            return most
+        if self.form == "parts" and rows <= self.block_m and 1 < num_sms // tiles <= k // 128:
+            return replace(most, num_programs=num_sms // tiles * tiles)
+        return replace(most, num_programs=ceil_div(tiles, ceil_div(tiles, num_sms)), whole=True)
 
     def num_programs(self, rows: int, k: int, n: int, num_sms: int) -> int:
         config = self.config(rows, k, n, num_sms)
         assert config is not None
+        if self.form != "shares":
+            return config.num_programs
         turns = ceil_div(rows, config.block_m) * (n // config.block_n) * (k // 128)
         return ceil_div(turns, ceil_div(turns, config.num_programs))
 
     def __str__(self) -> str:
         stages = f", stages {self.num_stages}" if self.num_stages else ""
-        return f"Hopper, block_m {self.block_m}, strips {self.strips}{stages}"
+        return f"Hopper, {self.form}, block_m {self.block_m}, strips {self.strips}{stages}"
 
 
 @dataclass(frozen=True)
@@ -97,13 +107,13 @@ def choices(rows: int) -> list[Choice]:
 
 
 def _hopper(rows: int) -> list[Choice]:
-    if rows <= 64:
+    forms = ("shares", "whole", "parts")
+    if rows <= 128:
         block_m = max(next_power_of_2(rows), 16)
-        return [Hopper(block_m, strips, stages) for strips, stages in ((1, 0), (2, 0), (2, 4))]
-    found: list[Choice] = [Hopper(128), Hopper(128, 2), Hopper(128, 2, 4)]
-    if rows > 128:
-        found += [Hopper(256), Hopper(256, 1, 4)]
-    return [*found, Dequantised()] if rows >= 256 else found
+        return [Hopper(block_m, strips, form=form) for strips in (1, 2) for form in forms]
+    block_m = -(-rows // 32) * 32 if rows <= 192 else 256
+    found: list[Choice] = [Hopper(block_m, form=form) for form in forms]
+    return [*found, Hopper(block_m, num_stages=4), Dequantised()] if rows >= 256 else found
 
 
 def _plain(rows: int) -> list[Choice]:
