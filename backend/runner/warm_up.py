@@ -13,10 +13,13 @@ from typing import Any
 from turbotriton.backend.scheduling.plan import JoinedRequest, ScheduledRow, StepPlan
 from turbotriton.contract.wire import SamplingParams
 
-__all__ = ["TOKEN_COUNTS", "warm_up_plans"]
+__all__ = ["DECODE_COUNTS", "TOKEN_COUNTS", "warm_up_plans"]
 
 #: Rows of a matrix product: some of every span that has a kernel of its own, of ours or of others.
 TOKEN_COUNTS = (1, 2, 3, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 512, 1024)
+#: Decodes of a step, four to an octave: attention's tiles and splits change with their number, by a third or more at a time, at numbers
+#: that depend on the heads and the device (ops/kernels/attention_tuning.py).
+DECODE_COUNTS = (*range(1, 8), *((4 + step) << octave for octave in range(1, 9) for step in range(4)))
 #: Of a decode: one that is never split, and one that is wherever splitting pays. Longer ones only take longer.
 CONTEXTS = (2, 1024)
 GREEDY = SamplingParams(temperature=0.0)
@@ -55,19 +58,20 @@ def warm_up_plans(
         return [ScheduledRow(request.slot, 0, len(request.token_ids), samples) for request in requests]
 
     yield group([joined(0, 2, GREEDY)], [ScheduledRow(0, 0, 1, False)])  # a chunk that the budget cut to one token
-    for num_tokens in TOKEN_COUNTS[1:]:
+    most = max_batch_size * max(longest - 1, 1)
+    for num_tokens in sorted({min(count, most) for count in TOKEN_COUNTS[1:]}):
         num_chunks = -(-num_tokens // max(longest - 1, 1))  # prompts may be shorter than what several of them bring to a step
-        if num_chunks <= max_batch_size:
-            lengths = [num_tokens // num_chunks + (slot < num_tokens % num_chunks) for slot in range(num_chunks)]
-            some = [joined(slot, length, GREEDY) for slot, length in enumerate(lengths)]
-            yield group(some, whole(some, samples=num_chunks > 1))  # one that samples would replay a graph of more tokens
+        lengths = [num_tokens // num_chunks + (slot < num_tokens % num_chunks) for slot in range(num_chunks)]
+        some = [joined(slot, length, GREEDY) for slot, length in enumerate(lengths)]
+        yield group(some, whole(some, samples=num_chunks > 1))  # one that samples would replay a graph of more tokens
     for way in _draws():
         yield group(some := [joined(0, 2, way)], whole(some))
     everyone = [joined(slot, 2, GREEDY) for slot in range(max_batch_size)]  # once: a join is a dozen launches
     sampled = [whole(everyone[:size]) for size in (*(size for size in TOKEN_COUNTS[1:] if size < max_batch_size), max_batch_size)]
     starts = sorted({min(context, longest) - 1 for context in CONTEXTS})  # nothing was computed there: the keys are zeros
+    sizes = sorted({*decode_sizes, *(size for size in DECODE_COUNTS if size < max_batch_size)})
     decodes = [
         [*(ScheduledRow(slot, start, 1, True) for slot in range(size)), *whole(everyone[size : size + 1])]
-        for size, start in itertools.product(decode_sizes, starts)
+        for size, start in itertools.product(sizes, starts)
     ]
     yield group(everyone, *sampled, *decodes)

@@ -109,7 +109,12 @@ def _load(config: ModelConfig, reader: "_Reader", device: torch.device, dtype: t
 
 def _dense(weight: torch.Tensor, bias: torch.Tensor | None = None) -> DenseWeight:
     """weight: [in_features, out_features]. On a GPU it is stored by outputs: the skinny kernels read rows, and cuBLAS likes it."""
-    return DenseWeight(weight.t().contiguous().t() if weight.is_cuda else weight, bias)
+    return DenseWeight(_by_outputs(weight), bias)
+
+
+def _by_outputs(weight: torch.Tensor) -> torch.Tensor:
+    """Stored so where matrix instructions read it."""
+    return weight.t().contiguous().t() if weight.is_cuda else weight
 
 
 class _Loader:
@@ -171,9 +176,7 @@ class _Loader:
                 nibbles, scales, zeros = (deinterleave_w13(part) for part in (nibbles, scales, zeros))
             return self._int4(nibbles, scales, zeros, bias, gated)
         if self._config.weight_type in ("int8", "fp8"):
-            weight, scale = columns("weight").clone(), columns("scale").clone()
-            if weight.is_cuda:  # stored by outputs, as 8 bit matrix instructions read it
-                weight = weight.t().contiguous().t()
+            weight, scale = _by_outputs(columns("weight").clone()), columns("scale").clone()
             if self._config.weight_type == "int8":
                 return W8A8Weight(weight, scale, bias)
             return Fp8Weight(weight.view(torch.float8_e4m3fn), scale, bias)

@@ -38,20 +38,20 @@ MIN_HOPPER_GATE_UP_ROWS, HOPPER_GATE_UP_GAP = 256, range(257, 353)
 #: Up to so many rows `hopper_narrow_linear` has the layers of `narrow_linear` that leave parts or have a gate. Steps of 8 to 32 rows are
 #: 2 to 3 % (8B) and 5 to 6 % (1.8B) shorter with it, of 64 rows 1.3 and half a percent, of 96 2.5 % longer (H200: docs/perf-log.md).
 MAX_HOPPER_NARROW_ROWS = 64
-#: And gated ones that fill the device with tiles of 128 columns up to so many: gate and up of 80 and 128 rows take 64 and 65 us, cuBLAS and
-#: SiLU 68 and 73; from 129 to 192 rows as long as these (8B, H200: docs/perf-log.md).
+#: And gated ones that fill the device with tiles of 128 columns up to so many: gate and up of 72 and 128 rows take 63 and 65 us, cuBLAS and
+#: SiLU 66 and 73; from 129 to 192 rows as long as these (8B, H200: docs/perf-log.md).
 MAX_HOPPER_NARROW_GATED_ROWS = 128
-#: So many rows of 4 bit weights and more are `hopper_w4a16_linear`'s on sm_90: a layer's four products take 77 us of 64 rows where the
-#: plain kernel has 102, of 32 rows 65 and 64 (8B, H200: docs/perf-log.md).
+#: So many rows of 4 bit weights and more are `hopper_w4a16_linear`'s on sm_90: a layer's four products take 78 us of 64 rows where the
+#: plain kernel has 99; of 32 rows 64 before their parts are read, and 65 (8B, H200: docs/perf-log.md).
 MIN_HOPPER_W4A16_ROWS = 33
 #: Rows of all parts of a tile that are left to who reads their sum: output and down projections of up to 64 rows, q, k and v of up to 128.
 MAX_HOPPER_W4A16_PART_ROWS = 256
 #: Rows of int8 that are `hopper_w8a8_linear`'s on sm_90: a layer's four products of 144 and 256 take 88 and 120 us where the plain kernel
-#: has 178 for 160 and 168 for 256 (8B, H200: docs/perf-log.md). Fewer rows were not timed since programs go in step.
+#: has 178 for 160 and 168 for 256 (8B, H200: docs/perf-log.md). Fewer rows, and more than 256, were not timed since programs go in step.
 MIN_HOPPER_W8A8_ROWS, MAX_HOPPER_W8A8_ROWS = 129, 512
 #: Parts of a tile that are left to who reads the sum, and their rows in all. What reads 256 rows takes 1.5 us more for each part: an output
-#: and a down projection of 144 and 192 rows are faster by three parts than by equal shares, of 256 slower, of 144 by four slower, too (8B,
-#: H200).
+#: and a down projection of 144 and 192 rows are faster by three parts than by equal shares, of 256 slower, and by four (8B, H200:
+#: docs/perf-log.md).
 MAX_HOPPER_W8A8_PARTS, MAX_HOPPER_W8A8_PART_ROWS = 3, 576
 
 
@@ -173,9 +173,10 @@ def takes_hopper_prefill(
     return group_size <= 64 and is_dense and sliding_window == 0 and compute_capability == 90
 
 
-def takes_hopper_w4a16(num_rows: int, n: int, k: int, *, is_hopper: bool) -> bool:
-    """What `hopper_w4a16_linear` is written for and faster at: tiles of 128 outputs, turns of 128 inputs."""
-    return is_hopper and num_rows >= MIN_HOPPER_W4A16_ROWS and n % 128 == 0 and k % 128 == 0
+def takes_hopper_w4a16(num_rows: int, n: int, k: int, group_size: int, *, is_hopper: bool) -> bool:
+    """What `hopper_w4a16_linear` is written for and faster at: tiles of 128 outputs, turns of 128 inputs that are two groups or in one."""
+    is_aligned = n % 128 == 0 and k % 128 == 0 and (group_size == 64 or group_size % 128 == 0)
+    return is_hopper and is_aligned and num_rows >= MIN_HOPPER_W4A16_ROWS
 
 
 def hopper_w4a16_config(num_rows: int, n: int, num_sms: int) -> HopperTiles:
@@ -183,8 +184,7 @@ def hopper_w4a16_config(num_rows: int, n: int, num_sms: int) -> HopperTiles:
     multiprocessors busy, else tiles of 128."""
     block_m = _rows_of_hopper_tile(num_rows)
     is_wide = n % 256 == 0 and block_m <= 128 and _fill(n // 256, num_sms)
-    config = hopper_w4a16_tiles(block_m, 2 if is_wide else 1, num_sms)
-    return _in_step(config, n, num_sms)
+    return _in_step(hopper_w4a16_tiles(block_m, 2 if is_wide else 1, num_sms), num_rows, n, num_sms)
 
 
 def hopper_w4a16_parts(num_rows: int, n: int, k: int, num_sms: int) -> int:
@@ -212,7 +212,7 @@ def hopper_w8a8_config(num_rows: int, n: int, num_sms: int) -> HopperTiles:
     more rows in them than must be."""
     row_blocks = ceil_div(num_rows, 256)
     config = hopper_w8a8_tiles(_rows_of_hopper_tile(ceil_div(num_rows, row_blocks)), num_sms)
-    return _in_step(config, n, num_sms)
+    return _in_step(config, num_rows, n, num_sms)
 
 
 def hopper_w8a8_parts(num_rows: int, n: int, k: int, num_sms: int) -> int:
@@ -235,14 +235,15 @@ def _fill(num_tiles: int, num_sms: int) -> bool:
     return 3 * num_tiles >= 2 * ceil_div(num_tiles, num_sms) * num_sms
 
 
-def _in_step(config: HopperTiles, n: int, num_sms: int) -> HopperTiles:
+def _in_step(config: HopperTiles, num_rows: int, n: int, num_sms: int) -> HopperTiles:
     """With as many programs as give each as many whole tiles, or each tile as many programs, where that fills the device: they are at the
-    same inputs at the same time. Else as it is. It depends on the tiles of one row block, so that a few numbers of rows show all."""
+    same inputs at the same time. Else as it is. One row block says whether tiles are whole, so a few numbers of rows show all forms."""
     num_tiles = n // config.block_n
     if _fill(num_tiles, num_sms):
         return replace(config, num_programs=ceil_div(num_tiles, ceil_div(num_tiles, num_sms)), whole=True)
-    num_programs = config.num_programs // num_tiles * num_tiles
-    return replace(config, num_programs=num_programs) if _fill(num_programs, num_sms) else config
+    num_tiles *= ceil_div(num_rows, config.block_m)
+    num_programs = config.num_programs // num_tiles * num_tiles  # none where there are more tiles than programs
+    return replace(config, num_programs=num_programs) if num_programs and _fill(num_programs, num_sms) else config
 
 
 def _rows_of_hopper_tile(num_rows: int) -> int:

@@ -356,6 +356,7 @@ def _launch(
     num_rows, k = x.shape
     n, low, high = weight.out_features, config.low, config.high
     parts, counters = workspace(x.device) if has_shares else (None, None)
+    assert num_programs > 0, "a launch of no program would leave y as it is"
     launch(
         _hopper_w4a16_kernel,
         (num_programs,),

@@ -325,6 +325,7 @@ def _launch(
         row = weight.weight.stride(1)
         by_eights = weight.weight.as_strided((n // 16, 2, 8, k), (8 * row, n // 2 * row, row, 1))
         weights = Tiles(by_eights, (8, 2, 8, 128), GATED_BYTES)
+    assert num_programs > 0, "a launch of no program would leave y as it is"
     launch(
         _hopper_w8a8_kernel,
         (num_programs,),

@@ -189,7 +189,7 @@ def w4a16_gate_up(x: torch.Tensor, weight: W4A16Tiles) -> torch.Tensor:
 def w4a16_split_linear(x: torch.Tensor, weight: W4A16Tiles) -> Unadded:
     """As `w4a16_linear`, before what adds up SplitSums."""
     (num_rows, k), n, device = x.shape, weight.out_features, x.device
-    if weight.bias is None and chosen(takes_hopper_w4a16, num_rows, n, k, is_hopper=is_hopper(device)):
+    if weight.bias is None and chosen(takes_hopper_w4a16, num_rows, n, k, weight.group_size, is_hopper=is_hopper(device)):
         num_parts = chosen(hopper_w4a16_parts, num_rows, n, k, num_sms(device))
         if num_parts > 1:
             _assert_fits(x, weight)
@@ -209,7 +209,7 @@ def _linear(x: torch.Tensor, weight: W4A16Tiles) -> torch.Tensor:
     num_rows, k = x.shape
     n = weight.out_features
     device = x.device
-    if chosen(takes_hopper_w4a16, num_rows, n, k, is_hopper=is_hopper(device)):
+    if chosen(takes_hopper_w4a16, num_rows, n, k, weight.group_size, is_hopper=is_hopper(device)):
         return hopper_w4a16_linear.linear(x, weight, chosen(hopper_w4a16_config, num_rows, n, num_sms(device)))
     y = torch.empty((num_rows, n // 2 if weight.gated else n), dtype=x.dtype, device=x.device)
     if num_rows == 0:

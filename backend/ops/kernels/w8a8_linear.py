@@ -30,7 +30,7 @@ from turbotriton.backend.ops.operands import Fp8Weight, QuantizedRows, Unadded, 
 from . import hopper_w8a8_linear
 from .fast_launch import Tiles, launch
 from .hopper_tuning import hopper_w8a8_config, hopper_w8a8_parts, takes_hopper_w8a8
-from .launch import has_pdl, is_hopper, launch_options, num_sms, wait_for_previous
+from .launch import chosen, has_pdl, is_hopper, launch_options, num_sms, wait_for_previous
 from .quantize_rows import quantize_rows, silu_and_mul_rows
 from .split_sum import sum_of_splits, workspace
 from .tuning import FP8_FAST_ACCUMULATION, MAX_OWN_FP8_ROWS, ceil_div, w8a8_linear_config
@@ -123,9 +123,8 @@ def w8a8_linear(x: QuantizedRows, weight: W8A8Weight | Fp8Weight) -> torch.Tenso
 
     Returns [num_rows, out_features], contiguous, in the dtype that x was made from. num_rows may be 0.
     """
-    k, n = weight.weight.shape
-    assert x.values.shape[1] == k, f"x has {x.values.shape[1]} columns"
-    assert x.values.dtype is weight.weight.dtype, f"{x.values.dtype} times {weight.weight.dtype}"
+    _assert_fits(x, weight)
+    n = weight.weight.shape[1]
     if x.num_rows == 0:
         return torch.empty((0, n), dtype=x.dtype, device=x.values.device)
     if isinstance(weight, Fp8Weight) and x.num_rows > MAX_OWN_FP8_ROWS and _is_for_cublas(x, weight):
@@ -139,35 +138,42 @@ def w8a8_linear(x: QuantizedRows, weight: W8A8Weight | Fp8Weight) -> torch.Tenso
             use_fast_accum=FP8_FAST_ACCUMULATION,
         )[: x.num_rows]
     if _is_for_hopper(x, weight):
-        return hopper_w8a8_linear.linear(x, weight, hopper_w8a8_config(x.num_rows, n, num_sms(x.values.device)))
+        return hopper_w8a8_linear.linear(x, weight, chosen(hopper_w8a8_config, x.num_rows, n, num_sms(x.values.device)))
     return _linear(x, weight)
 
 
 def w8a8_split_linear(x: QuantizedRows, weight: W8A8Weight | Fp8Weight) -> Unadded:
     """As `w8a8_linear`, before what adds up SplitSums."""
-    if _is_for_hopper(x, weight) and weight.bias is None:
+    if weight.bias is None and _is_for_hopper(x, weight):
+        _assert_fits(x, weight)
         k, n = weight.weight.shape
         sms = num_sms(x.values.device)
-        num_parts = hopper_w8a8_parts(x.num_rows, n, k, sms)
+        num_parts = chosen(hopper_w8a8_parts, x.num_rows, n, k, sms)
         if num_parts > 1:
-            return hopper_w8a8_linear.split_linear(x, weight, hopper_w8a8_config(x.num_rows, n, sms), num_parts)
+            return hopper_w8a8_linear.split_linear(x, weight, chosen(hopper_w8a8_config, x.num_rows, n, sms), num_parts)
     return w8a8_linear(x, weight)
 
 
 def w8a8_gate_up(x: QuantizedRows, weight: W8A8Weight | Fp8Weight) -> QuantizedRows:
     """Of `w8a8_linear`'s columns [gate | up], round(silu(gate) * up) as 8 bit rows for the layer after: [num_rows, out_features / 2]."""
     if _is_for_hopper(x, weight):
+        _assert_fits(x, weight)
         n = weight.weight.shape[1]
-        config = hopper_w8a8_config(x.num_rows, n, num_sms(x.values.device))
+        config = chosen(hopper_w8a8_config, x.num_rows, n, num_sms(x.values.device))
         if config.whole:
             return quantize_rows(hopper_w8a8_linear.gate_up(x, weight, config), weight.weight.dtype)
     return silu_and_mul_rows(w8a8_linear(x, weight), weight.weight.dtype)
 
 
+def _assert_fits(x: QuantizedRows, weight: W8A8Weight | Fp8Weight) -> None:
+    assert x.values.shape[1] == weight.weight.shape[0], f"x has {x.values.shape[1]} columns"
+    assert x.values.dtype is weight.weight.dtype, f"{x.values.dtype} times {weight.weight.dtype}"
+
+
 def _is_for_hopper(x: QuantizedRows, weight: W8A8Weight | Fp8Weight) -> TypeGuard[W8A8Weight]:
     k, n = weight.weight.shape
     is_stored_so = isinstance(weight, W8A8Weight) and weight.weight.stride(0) == 1
-    return is_stored_so and takes_hopper_w8a8(x.num_rows, n, k, is_hopper=is_hopper(x.values.device))
+    return is_stored_so and chosen(takes_hopper_w8a8, x.num_rows, n, k, is_hopper=is_hopper(x.values.device))
 
 
 def _is_for_cublas(x: QuantizedRows, weight: Fp8Weight) -> bool:

@@ -5,6 +5,7 @@ in test_kernels_w4a16_linear.py.
 """
 
 import dataclasses
+import itertools
 import re
 
 import pytest
@@ -23,6 +24,8 @@ from turbotriton.backend.ops.kernels.hopper_tuning import (
     hopper_w4a16_config,
     hopper_w4a16_parts,
     hopper_w4a16_tiles,
+    hopper_w8a8_config,
+    takes_hopper_w4a16,
 )
 from turbotriton.backend.ops.kernels.split_sum import NUM_COUNTERS, workspace
 from turbotriton.backend.ops.kernels.tuning import MAX_W4A16_ROWS, ceil_div
@@ -164,6 +167,13 @@ def test_programs_leave_their_parts_to_who_reads_them(
     assert_close(sums[:], expected, **tolerance(dtype))
 
 
+@pytest.mark.parametrize("num_rows", [40, 150])
+def test_more_tiles_than_programs_that_do_not_fill_them_twice(num_rows, monkeypatch, assert_close):
+    """Five tiles of 128 outputs on four multiprocessors: equal shares that end in a tile."""
+    monkeypatch.setattr(launcher, "num_sms", lambda device: 4)
+    assert_close(*run(Shape(num_rows, 256, 640, 128), FP16, monkeypatch), **tolerance(FP16))
+
+
 ARRIVE = "    mbarrier.arrive(free.index(stage), count=1)\n"
 MISTAKES = {
     "x read before it is there": ("_step", "    mbarrier.wait(full.index(stage), number // NUM_STAGES & 1)\n", ""),
@@ -173,6 +183,14 @@ MISTAKES = {
     "freed by one group for both": ("_step", "free.index(stage), count=1)", "free.index(stage), count=2)"),
     "the other group's words": ("_step", "S, HALVES, GROUP)", "S, HALVES, 1 - GROUP)"),
     "the other group's params": ("_step", "index(stage), 0, S, GROUP)", "index(stage), 0, S, 1 - GROUP)"),
+    "the first half's rows twice": ("_step", "HALVES * stage + 1, rings", "HALVES * stage, rings"),
+    "the first half's params twice": ("_step", "index(stage), 1, S, GROUP)", "index(stage), 0, S, GROUP)"),
+    "weights asked for twice": ("_fetch", "if number >= num_early:", "if number >= num_early - 1:"),
+    "more weights asked for early than the tile has": (
+        "_fetch",
+        "gl.minimum(end - first_tile * num_turns, num_turns)",
+        "(end - first_tile * num_turns)",
+    ),
     "parts at one place": ("_compute", "parts_ptr += GROUP *", "parts_ptr += 0 *"),
     "no wait for the other parts": ("_chunks_to_add", "    is_whole = is_last\n", "    is_whole = is_last | True\n"),
     "nobody adds what was left": ("_chunks_to_add", "seen >> 16 & 0xFF", "0"),
@@ -185,6 +203,10 @@ def test_the_emulation_finds_what_a_kernel_may_not_do(mistake, monkeypatch):
     plant(module, function, [change], monkeypatch)
     workspace(torch.device("cpu"))[0].fill_(float("nan"))  # nothing of an earlier run
     shape, config = Shape(64, 640, 256, 128), HopperTiles(64, 1, 2, 3)
+    if "half's" in mistake:
+        shape, config = shape._replace(group_size=64), dataclasses.replace(config, halves=2)
+    if "early" in mistake:
+        config = dataclasses.replace(config, num_stages=6)
 
     def attempt(seed):
         return run(shape, FP16, monkeypatch, config=config, seed=seed, patience=1 + seed % 2)
@@ -209,6 +231,7 @@ def test_the_emulation_finds_what_a_kernel_may_not_do(mistake, monkeypatch):
         (256, 4096, 6144, False, "_w4a16_linear_kernel"),
         (256, 192, 6144, True, "_w4a16_linear_kernel"),
         (256, 4096, 192, True, "_w4a16_linear_kernel"),
+        (256, 4096, 22016, True, KERNEL),  # 1.3 tiles for each multiprocessor
     ],
 )
 def test_what_it_does_not_take_is_the_plain_kernels(num_rows, k, n, is_hopper, expected, monkeypatch):
@@ -234,7 +257,8 @@ def test_what_it_does_not_take_is_the_plain_kernels(num_rows, k, n, is_hopper, e
         (64, 4096, 128, 128, 4),
         (65, 4096, 128, 128, 1),
         (65, 6144, 128, 96, 2),
-        (1000, 6144, 128, 96, 1),  # as many tiles as four row blocks have, in equal shares
+        (500, 6144, 128, 96, 1),  # a tile each
+        (1000, 6144, 128, 132, 1),  # 192 tiles in equal shares
         (33, 512, 128, 132, 1),  # too few programs
     ],
 )
@@ -259,6 +283,21 @@ def test_what_stands_before_a_norm_leaves_its_parts_to_it(monkeypatch):
     assert isinstance(w4a16_split_linear(torch.empty((40, 4096), dtype=BF16), with_bias), torch.Tensor)
     assert isinstance(w4a16_split_linear(torch.empty((200, 4096), dtype=BF16), weight), torch.Tensor)
     assert [arguments["LEAVES_PARTS"] for _, arguments in launches] == [True, False, False]
+
+
+@pytest.mark.parametrize("num_sms", [4, 78, 114, 132])
+def test_there_are_programs_for_any_number_of_outputs(num_sms):
+    for num_rows, n in itertools.product((33, 64, 100, 128, 160, 256, 300, 1023), range(128, 40000, 128)):
+        for config in (hopper_w4a16_config(num_rows, n, num_sms), hopper_w8a8_config(max(num_rows, 129), n, num_sms)):
+            assert 0 < config.num_programs <= num_sms
+            assert n % config.block_n == 0
+
+
+@pytest.mark.parametrize(
+    ("group_size", "is_taken"), [(64, True), (128, True), (192, False), (256, True), (320, False), (384, True)]
+)
+def test_a_step_of_two_halves_meets_whole_groups(group_size, is_taken):
+    assert takes_hopper_w4a16(64, 4096, 3840, group_size, is_hopper=True) == is_taken
 
 
 @pytest.mark.parametrize("num_sms", [78, 114, 132])
@@ -291,8 +330,8 @@ def test_tiles_fit_what_there_is(num_rows, n, num_sms):
     assert module.NUM_GROUPS.value * num_tiles <= NUM_COUNTERS
 
 
-def launched(dtype, config, monkeypatch, *, gated=False, bias=False, group_size=128):
-    """The kernel, and what a call on sm_90 gives it."""
+def launched(dtype, config, monkeypatch, *, gated=False, bias=False, group_size=128, num_parts=0):
+    """The kernel, and what a call on sm_90 gives it. num_parts: that are left to a norm."""
     launches = []
     monkeypatch.setattr(module, KERNEL, Recorder(getattr(module, KERNEL), launches))
     monkeypatch.setattr(module, "has_pdl", lambda device: True)
@@ -302,7 +341,11 @@ def launched(dtype, config, monkeypatch, *, gated=False, bias=False, group_size=
         torch.empty((k // group_size, n), dtype=torch.int32),
     )
     weight = W4A16Tiles(words, params, torch.empty(n, dtype=dtype) if bias else None, dtype, gated)
-    module.linear(torch.empty((config.block_m, k), dtype=dtype), weight, config)
+    x = torch.empty((config.block_m, k), dtype=dtype)
+    if num_parts:
+        module.split_linear(x, weight, config, num_parts)
+    else:
+        module.linear(x, weight, config)
     ((kernel, arguments),) = launches
     return kernel, arguments
 
@@ -351,8 +394,31 @@ TILES = [
     ids=str,
 )
 def test_a_step_has_one_wait_for_its_products(dtype, config, gated, bias, monkeypatch, tmp_path):
-    """Nothing spilled, products not serialised by ptxas, room for the ring; the registers of a product stay until it has ended."""
     compiled = compiled_for_hopper(*launched(dtype, config, monkeypatch, gated=gated, bias=bias))
+    assert_products_keep_their_registers(compiled, config, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        (hopper_w4a16_config(64, 28672, 132), {"gated": True}),  # whole tiles
+        (hopper_w4a16_config(128, 28672, 132), {"gated": True, "group_size": 64}),
+        (hopper_w4a16_config(256, 28672, 132), {"bias": True}),
+        (hopper_w4a16_tiles(64, 1, 132), {"num_parts": 4}),
+        (hopper_w4a16_tiles(128, 1, 132), {"num_parts": 2, "group_size": 64}),
+        (hopper_w4a16_tiles(192, 1, 132), {"group_size": 64}),
+    ],
+    ids=str,
+)
+def test_so_has_a_step_of_whole_tiles_and_parts(dtype, config, options, monkeypatch, tmp_path):
+    compiled = compiled_for_hopper(*launched(dtype, config, monkeypatch, **options))
+    assert_products_keep_their_registers(compiled, config, tmp_path)
+
+
+def assert_products_keep_their_registers(compiled, config, tmp_path):
+    """Nothing spilled, products not serialised by ptxas, room for the ring; the registers of a product stay until it has ended."""
     assert compiled.metadata.shared <= SHARED_LIMIT_BYTES[90]
     usage = resource_usage(compiled.asm["cubin"], tmp_path)
     assert usage["LOCAL"] == usage["STACK"] == 0, usage
@@ -397,6 +463,8 @@ def test_a_step_has_one_wait_for_its_products(dtype, config, gated, bias, monkey
         (Shape(100, 2048, 28672, 64), True),
         (Shape(190, 2048, 28672, 128), True),
         (Shape(300, 1024, 12288, 128, bias=True), False),
+        (Shape(64, 1024, 22016, 128), True),  # 1.3 tiles for each multiprocessor
+        (Shape(256, 1024, 22016, 128), True),
     ],
     ids=str,
 )

@@ -106,6 +106,12 @@ def test_programs_have_whole_tiles(shape, num_programs, monkeypatch, assert_clos
     assert_close(*run(shape, BF16, monkeypatch, config=HopperTiles(160, 1, 2, num_programs, whole=True)), **tolerance(BF16))
 
 
+def test_more_tiles_than_programs_that_do_not_fill_them_twice(monkeypatch, assert_close):
+    """Five tiles on four multiprocessors: equal shares that end in a tile."""
+    monkeypatch.setattr(launcher, "num_sms", lambda device: 4)
+    assert_close(*run(Shape(150, 256, 640), BF16, monkeypatch), **tolerance(BF16))
+
+
 @pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
 @pytest.mark.parametrize(
     ("shape", "block_m", "asked_for", "num_parts"),

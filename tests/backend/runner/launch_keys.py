@@ -70,7 +70,7 @@ def _argument_key(value: Any, parameter: Any) -> Any:
 
 
 @contextmanager
-def noted_launches(monkeypatch: Any) -> Iterator[set[tuple[Any, ...]]]:
+def noted_launches(monkeypatch: Any, num_sms: int = NUM_SMS) -> Iterator[set[tuple[Any, ...]]]:
     """The runner of a "cpu" device takes the CUDA column; `clear()` what is yielded to start anew."""
     from triton.runtime.jit import JITFunction
 
@@ -97,10 +97,10 @@ def noted_launches(monkeypatch: Any) -> Iterator[set[tuple[Any, ...]]]:
         patch.setattr(model_runner, "ops_for", lambda device, *, deterministic: DETERMINISTIC if deterministic else TRITON)
         patch.setattr(model_runner, "DecodeGraphs", EagerGraphs)
         patch.setattr(model_runner, "PromptGraphs", EagerPromptGraphs)
-        patch.setattr(weights, "_dense", lambda weight, bias=None: weights.DenseWeight(weight.t().contiguous().t(), bias))
+        patch.setattr(weights, "_by_outputs", lambda weight: weight.t().contiguous().t())
         for info in pkgutil.iter_modules(kernels.__path__):
             module = import_module(f"{kernels.__name__}.{info.name}")
-            for name, value in (("num_sms", NUM_SMS), ("is_hopper", True), ("_compute_capability", 90)):
+            for name, value in (("num_sms", num_sms), ("is_hopper", True), ("_compute_capability", 90)):
                 if hasattr(module, name):
                     patch.setattr(module, name, lambda device, value=value: value)
         yield keys

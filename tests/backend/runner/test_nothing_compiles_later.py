@@ -1,5 +1,6 @@
 """No kernel is compiled while a request waits: what loading compiles is all that any request needs."""
 
+import dataclasses
 import itertools
 import random
 import subprocess
@@ -11,18 +12,21 @@ from unittest import mock
 
 import pytest
 import torch
-from tests.backend.runner.launch_keys import noted_launches
-from tests.bench.make_checkpoint import make_checkpoint
+from tests.backend.runner.launch_keys import NUM_SMS, noted_launches
+from tests.bench.make_checkpoint import SHAPES, Shape, make_checkpoint
 
 from turbotriton.backend.engine.engine import Engine
 from turbotriton.backend.model.decoder import Decoder
 from turbotriton.backend.ops import triton_column
+from turbotriton.backend.ops.kernels.attention_tuning import decode_attention_config
 from turbotriton.backend.runner import library_kernels, model_runner, precompile
 from turbotriton.backend.runner.all_steps import run_all_steps
 from turbotriton.backend.runner.cuda_driver import Gpu
+from turbotriton.backend.runner.decode_graphs import batch_buckets
 from turbotriton.backend.runner.library_kernels import load_library_kernels
 from turbotriton.backend.runner.model_runner import ModelRunner
 from turbotriton.backend.runner.precompile import Precompilation
+from turbotriton.backend.runner.warm_up import DECODE_COUNTS
 from turbotriton.backend.runner.weights import DTYPES
 from turbotriton.contract.ini import EngineConfig, ModelConfig, read_workspace_config
 from turbotriton.contract.wire import GenerateRequest, SamplingParams
@@ -130,16 +134,46 @@ def test_requests_need_no_kernel_variant_that_loading_did_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, options: dict[str, str]
 ) -> None:
     """By the keys that triton caches compiled kernels under; nothing is compiled or run here."""
-    compute_dtype = COMPUTE_DTYPES.get(dtype, dtype)
-    with noted_launches(monkeypatch) as keys:
-        engine = make_engine(tmp_path, dtype, {"device": "cpu", "compute_dtype": compute_dtype, **options}, load_as_on_a_gpu)
+    loaded, served = keys_of_loading_and_serving(tmp_path, monkeypatch, dtype, options)
+    assert len(loaded) > 15
+    assert len(served) > 10
+    assert not served - loaded, "\n".join(map(str, sorted(served - loaded, key=str)))
+
+
+def keys_of_loading_and_serving(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, options: dict[str, str], num_sms: int = NUM_SMS
+) -> tuple[set[Any], set[Any]]:
+    with noted_launches(monkeypatch, num_sms) as keys:
+        shown = {"device": "cpu", "compute_dtype": COMPUTE_DTYPES.get(dtype, dtype), **options}
+        engine = make_engine(folder, dtype, shown, load_as_on_a_gpu)
         loaded = set(keys)
         keys.clear()
         serve_all_kinds(engine)
-        late = keys - loaded
-    assert len(loaded) > 15
-    assert len(keys) > 10
-    assert not late, "\n".join(map(str, sorted(late, key=str)))
+        return loaded, set(keys)
+
+
+@pytest.mark.parametrize("num_sms", [24, 32])
+@pytest.mark.parametrize("dtype", ["int4", "int8"])
+def test_so_it_is_where_layers_fill_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, num_sms: int) -> None:
+    """A model whose layers have as many tiles as a small device has programs for: whole tiles, parts and equal shares."""
+    monkeypatch.setitem(SHAPES, "tiny", Shape(1024, 2, 8, 4, 128, 2048, 320, 1e4))
+    loaded, served = keys_of_loading_and_serving(tmp_path, monkeypatch, dtype, {}, num_sms)
+    assert not served - loaded, "\n".join(map(str, sorted(served - loaded, key=str)))
+    kernel = {"int4": "_hopper_w4a16_kernel", "int8": "_hopper_w8a8_kernel"}[dtype]
+    forms = {(dict(key[1:])["HAS_SHARES"], dict(key[1:])["LEAVES_PARTS"]) for key in loaded if key[0] == kernel}
+    assert {(False, False), (False, True)} <= forms
+
+
+@pytest.mark.parametrize("num_sms", [16, 20, 58, 78, 114, 132])
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 4, 8, 32, 40])
+@pytest.mark.parametrize("max_context", [64, 1024, 8192])
+def test_some_numbers_of_decodes_show_every_form_of_attention(num_kv_heads: int, num_sms: int, max_context: int) -> None:
+    def form(num_rows: int) -> Any:
+        config = decode_attention_config(num_rows, num_kv_heads, 1, 128, 2, max_context, num_sms)
+        return dataclasses.replace(config, num_splits=min(config.num_splits, 2))  # more are the same kernel
+
+    warm = {form(size) for size in {*DECODE_COUNTS, *batch_buckets(256)} if size <= 256}
+    assert {form(num_rows) for num_rows in range(1, 257)} <= warm
 
 
 @pytest.mark.parametrize(("dtype", "options"), CASES)
