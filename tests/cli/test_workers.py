@@ -159,6 +159,8 @@ def test_ctrl_c_ends_all_of_them_also_while_they_start(nobody: str, tmp_path: Pa
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])
 def test_workers_do_not_outlive_a_killed_server(nobody: str, tmp_path: Path, number: int) -> None:
+    if number == signal.SIGHUP:
+        signal.signal(number, signal.SIG_DFL)  # of a suite that was started by nohup children inherit that it is ignored
     with workers(nobody, tmp_path / "log") as server:
         children = server.processes()
         server.process.send_signal(number)
