@@ -396,7 +396,7 @@ def test_a_runner_warms_up_with_every_form_of_the_kernel(layers, num_sms):
     ("tiles", "bias"),
     [
         (hopper_w8a8_config(256, 28672, 132), False),
-        (hopper_w8a8_tiles(256, 132), False),
+        pytest.param(hopper_w8a8_tiles(256, 132), False, marks=pytest.mark.slow),
         pytest.param(hopper_w8a8_tiles(192, 132), True, marks=pytest.mark.slow),
         pytest.param(hopper_w8a8_tiles(160, 132), False, marks=pytest.mark.slow),
     ],
