@@ -148,8 +148,9 @@ def quantised_linears(m: Maker) -> None:
             words, params = m.zeros(n // 16, k // 64, 32, 4, dtype=torch.int32), m.zeros(k // group_size, n, dtype=torch.int32)
             weight = W4A16Tiles(words, params, m.zeros(n), m.dtype, gated)
             config = hopper_w4a16_config(num_rows, n, num_sms)  # a whole tile, or shares of one
-            hopper_w4a16_linear.linear(m.zeros(num_rows, k), weight, config)
-            if not gated and m.dtype is torch.bfloat16:
+            if gated or m.dtype is torch.float16:
+                hopper_w4a16_linear.linear(m.zeros(num_rows, k), weight, config)
+            else:  # the parts are fp32 in both
                 hopper_w4a16_linear.split_linear(m.zeros(num_rows, k), replace(weight, bias=None), config, num_parts=2)
         for num_rows, k, n, num_sms in ((130, 384, 128, 132), (180, 256, 256, None), (300, 256, 128, 1)):
             scale, bias = m.zeros(n, dtype=torch.float32), None if num_sms is None else m.zeros(n)
