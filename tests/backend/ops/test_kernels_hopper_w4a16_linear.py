@@ -5,7 +5,6 @@ in test_kernels_w4a16_linear.py.
 """
 
 import dataclasses
-import itertools
 import re
 
 import pytest
@@ -19,19 +18,13 @@ from tests.backend.ops.test_kernels_w4a16_linear import Shape, weight_of
 from turbotriton.backend.ops.kernels import hopper_w4a16_linear as module
 from turbotriton.backend.ops.kernels import w4a16_linear as launcher
 from turbotriton.backend.ops.kernels.hopper_tuning import (
-    MIN_HOPPER_W4A16_ROWS,
     HopperTiles,
     hopper_w4a16_config,
-    hopper_w4a16_parts,
     hopper_w4a16_tiles,
-    hopper_w8a8_config,
-    takes_hopper_w4a16,
 )
-from turbotriton.backend.ops.kernels.split_sum import NUM_COUNTERS, workspace
-from turbotriton.backend.ops.kernels.tuning import MAX_W4A16_ROWS, ceil_div
+from turbotriton.backend.ops.kernels.split_sum import workspace
 from turbotriton.backend.ops.kernels.w4a16_linear import w4a16_gate_up, w4a16_linear, w4a16_split_linear
 from turbotriton.backend.ops.operands import SplitSums, W4A16Tiles
-from turbotriton.backend.runner import warm_up
 
 BF16, FP16 = torch.bfloat16, torch.float16
 KERNEL = "_hopper_w4a16_kernel"
@@ -245,30 +238,6 @@ def test_what_it_does_not_take_is_the_plain_kernels(num_rows, k, n, is_hopper, e
     assert [kernel.__name__ for kernel, _ in launches] == [expected]
 
 
-@pytest.mark.parametrize(
-    ("num_rows", "n", "block_n", "num_programs", "num_parts"),
-    [
-        (64, 28672, 256, 112, 1),  # of an 8B model on 132 multiprocessors, K = 4096: gate and up
-        (128, 28672, 256, 112, 1),
-        (256, 28672, 128, 112, 1),  # two tiles each
-        (64, 6144, 128, 96, 2),
-        (128, 6144, 128, 96, 2),
-        (129, 6144, 128, 96, 1),
-        (64, 4096, 128, 128, 4),
-        (65, 4096, 128, 128, 1),
-        (65, 6144, 128, 96, 2),
-        (500, 6144, 128, 96, 1),  # a tile each
-        (1000, 6144, 128, 132, 1),  # 192 tiles in equal shares
-        (33, 512, 128, 132, 1),  # too few programs
-    ],
-)
-def test_a_layer_has_whole_tiles_or_parts_or_shares(num_rows, n, block_n, num_programs, num_parts):
-    config = hopper_w4a16_config(num_rows, n, 132)
-    assert (config.block_n, config.num_programs) == (block_n, num_programs)
-    assert config.whole == (n == 28672)
-    assert hopper_w4a16_parts(num_rows, n, 4096, 132) == num_parts
-
-
 def test_what_stands_before_a_norm_leaves_its_parts_to_it(monkeypatch):
     launches = []
     monkeypatch.setattr(module, KERNEL, Recorder(getattr(module, KERNEL), launches))
@@ -283,51 +252,6 @@ def test_what_stands_before_a_norm_leaves_its_parts_to_it(monkeypatch):
     assert isinstance(w4a16_split_linear(torch.empty((40, 4096), dtype=BF16), with_bias), torch.Tensor)
     assert isinstance(w4a16_split_linear(torch.empty((200, 4096), dtype=BF16), weight), torch.Tensor)
     assert [arguments["LEAVES_PARTS"] for _, arguments in launches] == [True, False, False]
-
-
-@pytest.mark.parametrize("num_sms", [4, 78, 114, 132])
-def test_there_are_programs_for_any_number_of_outputs(num_sms):
-    for num_rows, n in itertools.product((33, 64, 100, 128, 160, 256, 300, 1023), range(128, 40000, 128)):
-        for config in (hopper_w4a16_config(num_rows, n, num_sms), hopper_w8a8_config(max(num_rows, 129), n, num_sms)):
-            assert 0 < config.num_programs <= num_sms
-            assert n % config.block_n == 0
-
-
-@pytest.mark.parametrize(
-    ("group_size", "is_taken"), [(64, True), (128, True), (192, False), (256, True), (320, False), (384, True)]
-)
-def test_a_step_of_two_halves_meets_whole_groups(group_size, is_taken):
-    assert takes_hopper_w4a16(64, 4096, 3840, group_size, is_hopper=True) == is_taken
-
-
-@pytest.mark.parametrize("num_sms", [78, 114, 132])
-@pytest.mark.parametrize("layers", [(6144, 4096, 28672, 4096), (4096, 2048, 16384, 2048), (5120, 5120, 27648, 5120)], ids=str)
-def test_a_runner_warms_up_with_every_form_of_the_kernel(layers, num_sms):
-    def forms(num_rows):
-        for index, n in enumerate(layers):
-            config = hopper_w4a16_config(num_rows, n, num_sms)
-            is_split = index != 2 and hopper_w4a16_parts(num_rows, n, 4096, num_sms) > 1
-            yield index == 2, config.block_m, config.strips, config.num_stages, is_split, config.whole and not is_split
-
-    spans = range(MIN_HOPPER_W4A16_ROWS, MAX_W4A16_ROWS + 1)
-    warm = {form for num_rows in warm_up.TOKEN_COUNTS if num_rows in spans for form in forms(num_rows)}
-    assert {form for num_rows in spans for form in forms(num_rows)} <= warm
-
-
-@pytest.mark.parametrize("num_sms", [78, 114, 132])
-@pytest.mark.parametrize("n", [128, 256, 384, 6144, 28672, 106496])
-@pytest.mark.parametrize("num_rows", [1, 17, 64, 65, 128, 129, 161, 193, 256, 257, 300, 512, MAX_W4A16_ROWS])
-def test_tiles_fit_what_there_is(num_rows, n, num_sms):
-    config = hopper_w4a16_config(num_rows, n, num_sms)
-    assert n % config.block_n == 0
-    assert config.block_m * config.strips <= 256, "more than 128 registers of sums"
-    assert config.num_stages * config.halves >= 5
-    assert config.num_stages * config.halves * (config.block_m * 128 + config.strips * 4608) <= SHARED_LIMIT_BYTES[90] - (
-        18 << 10
-    )
-    assert 0 < config.num_programs <= num_sms
-    num_tiles = ceil_div(num_rows, config.block_m) * (n // config.block_n)
-    assert module.NUM_GROUPS.value * num_tiles <= NUM_COUNTERS
 
 
 def launched(dtype, config, monkeypatch, *, gated=False, bias=False, group_size=128, num_parts=0):

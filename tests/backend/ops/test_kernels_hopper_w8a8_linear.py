@@ -18,12 +18,11 @@ from turbotriton.backend.ops import triton_column
 from turbotriton.backend.ops.kernels import hopper_w8a8_linear as module
 from turbotriton.backend.ops.kernels import quantize_rows as rows_module
 from turbotriton.backend.ops.kernels import w8a8_linear as launcher
-from turbotriton.backend.ops.kernels.hopper_tuning import HopperTiles, hopper_w8a8_config, hopper_w8a8_parts, hopper_w8a8_tiles
+from turbotriton.backend.ops.kernels.hopper_tuning import HopperTiles, hopper_w8a8_config, hopper_w8a8_tiles
 from turbotriton.backend.ops.kernels.quantize_rows import quantize_rows
 from turbotriton.backend.ops.kernels.split_sum import workspace
 from turbotriton.backend.ops.kernels.w8a8_linear import w8a8_linear, w8a8_split_linear
 from turbotriton.backend.ops.operands import Added, NormWeight, QuantizedRows, SplitSums, W8A8Weight
-from turbotriton.backend.runner import warm_up
 
 BF16, FP16, INT8 = torch.bfloat16, torch.float16, torch.int8
 KERNEL = "_hopper_w8a8_kernel"
@@ -328,68 +327,6 @@ def empty_operands(num_rows, k, n, dtype, *, bias=False):
     rows = QuantizedRows(torch.empty((num_rows, k), dtype=INT8), torch.empty(num_rows), num_rows, dtype)
     weight = torch.empty((n, k), dtype=INT8).t()
     return rows, W8A8Weight(weight, torch.empty(n), torch.empty(n, dtype=dtype) if bias else None)
-
-
-@pytest.mark.parametrize("num_sms", [78, 114, 132])
-@pytest.mark.parametrize("n", [128, 6144, 28672])
-@pytest.mark.parametrize("num_rows", [129, 160, 161, 193, 256, 257, 512])
-def test_tiles_fit_what_there_is(num_rows, n, num_sms):
-    config = hopper_w8a8_config(num_rows, n, num_sms)
-    assert config.block_m * config.strips <= 256, "more than 128 registers of sums"
-    assert config.num_stages >= 4
-    assert config.num_stages * 128 * (config.block_m + config.block_n) <= SHARED_LIMIT_BYTES[90] - (18 << 10)
-    assert 0 < config.num_programs <= num_sms
-
-
-def test_how_the_layers_of_models_are_shared():
-    """Of an 8B and a 1.8B model, on 132 multiprocessors: (programs, parts)."""
-
-    def shared(num_rows, n, k):
-        return hopper_w8a8_config(num_rows, n, 132).num_programs, hopper_w8a8_parts(num_rows, n, k, 132)
-
-    layers = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
-    for num_rows, of_few in ((144, 3), (192, 3), (193, 1), (256, 1)):
-        assert {name: shared(num_rows, *layer) for name, layer in layers.items()} == {
-            "qkv": (96, 2),
-            "o": (128, of_few),
-            "gate_up": (112, 1),
-            "down": (128, of_few),
-        }
-    assert {name: shared(400, *layer) for name, layer in layers.items()} == {
-        "qkv": (96, 1),
-        "o": (128, 1),
-        "gate_up": (112, 1),
-        "down": (128, 1),
-    }
-    assert [shared(144, *layer) for layer in ((4096, 2048), (2048, 2048), (16384, 2048), (2048, 8192))] == [
-        (128, 3),
-        (128, 1),
-        (128, 1),
-        (128, 1),
-    ]
-
-
-@pytest.mark.parametrize("n", [128, 2048, 4096, 6144, 28672])
-@pytest.mark.parametrize("num_rows", [129, 192, 193, 256, 257, 512])
-def test_parts_have_inputs_and_multiprocessors(num_rows, n):
-    for k in (128, 512, 1024, 4096):
-        num_parts = hopper_w8a8_parts(num_rows, n, k, 132)
-        assert 1 <= num_parts <= max(k // 512, 1)
-        assert num_parts == 1 or (88 <= num_parts * (n // 128) <= 132 and num_parts * num_rows <= 576)
-
-
-@pytest.mark.parametrize("num_sms", [78, 114, 132])
-@pytest.mark.parametrize("layers", [(6144, 4096, 28672, 4096), (4096, 2048, 16384, 2048), (5120, 5120, 27648, 5120)], ids=str)
-def test_a_runner_warms_up_with_every_form_of_the_kernel(layers, num_sms):
-    def forms(num_rows):
-        for index, n in enumerate(layers):
-            config = hopper_w8a8_config(num_rows, n, num_sms)
-            is_whole = config.whole
-            is_split = index != 2 and hopper_w8a8_parts(num_rows, n, 4096, num_sms) > 1
-            yield config.block_m, config.num_stages, is_split, is_whole and not is_split, is_whole and index == 2
-
-    warm = {form for num_rows in warm_up.TOKEN_COUNTS if 129 <= num_rows <= 512 for form in forms(num_rows)}
-    assert {form for num_rows in range(129, 513) for form in forms(num_rows)} <= warm
 
 
 @pytest.mark.parametrize(
