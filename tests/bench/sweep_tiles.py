@@ -1,8 +1,9 @@
-"""Tile choices of the kernels that a step lives on, compared: sweep_tiles.py [linear|narrow|attention|prefill|gate_up|w4a16]
+"""Tile choices of the kernels that a step lives on, compared: sweep_tiles.py [linear|narrow|attention|prefill|gate_up|w4a16|w8a8]
 
 Method as in bench_ops.py: calls over weights or caches that together exceed the L2 cache, captured in one CUDA graph; the median of
 its replays. All choices are compiled in several processes first. They stand in backend/ops/kernels/tuning.py; w4a16 (w4a16_choices.py)
-compares each result with today's, and `--plan` prints them with their programs and needs no GPU. gate_up compares with cuBLAS and SiLU.
+compares each result with today's, and `--plan` prints them with their programs and needs no GPU. gate_up compares with cuBLAS and SiLU,
+w8a8 Hopper's tiles with what a layer runs today; output and down projections there with the norm that reads their sums.
 """
 # ruff: noqa: B023 (every closure is called before the loop goes on)
 
@@ -11,7 +12,7 @@ import dataclasses
 import functools
 import itertools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import compile_ahead
 import torch
@@ -19,16 +20,18 @@ import w4a16_choices
 from sweep_steps import chosen
 from triton.errors import TritonError
 
-from turbotriton.backend.ops.kernels import attention_tuning, hopper_tuning, hopper_w4a16_linear, tuning
+from turbotriton.backend.ops.kernels import attention_tuning, hopper_tuning, hopper_w4a16_linear, hopper_w8a8_linear, tuning
 from turbotriton.backend.ops.kernels import hopper_gate_up as gate_up_module
 from turbotriton.backend.ops.kernels import narrow_linear as narrow_module
 from turbotriton.backend.ops.kernels import paged_decode_attention as attention_module
 from turbotriton.backend.ops.kernels import paged_prefill_attention as prefill_module
 from turbotriton.backend.ops.kernels import skinny_linear as linear_module
 from turbotriton.backend.ops.kernels import w4a16_linear as w4a16_module
+from turbotriton.backend.ops.kernels import w8a8_linear as w8a8_module
+from turbotriton.backend.ops.kernels.quantize_rows import quantize_rows, rms_norm_rows
 from turbotriton.backend.ops.kernels.silu_and_mul import silu_and_mul
 from turbotriton.backend.ops.kernels.w4a16_dequantize import dequantize_w4a16
-from turbotriton.backend.ops.operands import Unadded, W4A16Tiles, whole
+from turbotriton.backend.ops.operands import Unadded, W4A16Tiles, W8A8Weight, whole
 from turbotriton.backend.ops.packing import fragment_params
 
 SAMPLES = 11
@@ -345,6 +348,67 @@ def w4a16(all_rows: list[int]) -> None:
         print(f"a layer's four x {rows}: today {sums[0]:.1f} us: {best}", flush=True)
 
 
+def w8a8_tiles(rows: int, n: int, k: int, num_sms: int) -> Iterator[tuple[str, hopper_tuning.HopperTiles, int]]:
+    """(form, tiles, parts): whole tiles in waves, equal shares, parts of a tile that are left to who reads them."""
+    for strips in (1, 2):
+        most = 256 if strips == 1 else 128
+        block_m = hopper_tuning.rows_of_hopper_tile(tuning.ceil_div(rows, tuning.ceil_div(rows, most)))
+        tiles = hopper_tuning.hopper_w8a8_tiles(block_m, num_sms, strips)
+        columns = n // tiles.block_n
+        num_tiles = columns * tuning.ceil_div(rows, block_m)
+        name = f"{tiles.block_n} x {block_m}"
+        if 3 * columns > num_sms:
+            num_programs = tuning.ceil_div(columns, tuning.ceil_div(columns, num_sms))
+            yield f"{name}, whole", dataclasses.replace(tiles, num_programs=num_programs, whole=True), 1
+        yield f"{name}, shares", tiles, 1
+        if num_tiles * 2 <= num_sms:
+            yield f"{name}, shares in step", dataclasses.replace(tiles, num_programs=num_sms // num_tiles * num_tiles), 1
+            for num_parts in range(2, min(num_sms // num_tiles, k // 512) + 1):
+                yield f"{name}, {num_parts} parts", tiles, num_parts
+
+
+def w8a8(all_rows: list[int]) -> None:
+    num_sms = torch.cuda.get_device_properties(0).multi_processor_count
+    for rows in all_rows:
+        for layer, (k, n, gated) in w4a16_choices.LAYERS.items():
+            copies = max(2, min(24, (400 << 20) // (k * n)))
+            weights = [w8a8_weight(k, n) for _ in range(copies)]
+            x = quantize_rows(randn(rows, k), torch.int8)
+            residual, gain = randn(rows, n), randn(n)
+
+            def read(y: Unadded, layer: str = layer) -> Unadded:
+                return rms_norm_rows(y, gain, 1e-5, residual, torch.int8)[1] if layer in ("o", "down") else y
+
+            def today(w: W8A8Weight) -> object:
+                return w8a8_module.w8a8_gate_up(x, w) if gated else read(w8a8_module.w8a8_split_linear(x, w))
+
+            def of(w: W8A8Weight, tiles: hopper_tuning.HopperTiles, num_parts: int) -> Unadded:
+                if num_parts > 1:
+                    return read(hopper_w8a8_linear.split_linear(x, w, tiles, num_parts))
+                return read((hopper_w8a8_linear.gate_up if gated else hopper_w8a8_linear.linear)(x, w, tiles))
+
+            product = x.values[:rows].float() * x.scale[:rows, None] @ (weights[0].weight.float() * weights[0].scale)
+            wanted = whole(read(silu_and_mul(product) if gated else product.bfloat16()))
+            times = [(median_us([lambda w=w: today(w) for w in weights]), "today, with 8 bit rows" if gated else "today")]
+            for name, tiles, num_parts in w8a8_tiles(rows, n, k, num_sms):
+                if gated and not tiles.whole:
+                    continue
+                calls = [lambda w=w: of(w, tiles, num_parts) for w in weights]
+                if compile_ahead.compiles(calls):
+                    continue
+                if not (rms := relative_rms(whole(calls[0]()), wanted)) < 0.01:
+                    print(f"{layer} x {rows}: {name}: WRONG, {rms:.3f} away", flush=True)
+                times.append((median_us(calls), name))
+            times.sort()
+            best = ";  ".join(f"{us:.1f} us {text}" for us, text in times)
+            print(f"w8a8 {layer} x {rows}: {best}", flush=True)
+
+
+def w8a8_weight(k: int, n: int) -> W8A8Weight:
+    values = torch.randint(-127, 128, (n, k), dtype=torch.int8, device="cuda")
+    return W8A8Weight(values.t(), torch.rand(n, device="cuda") * 1e-3 + 1e-4, None)
+
+
 def w4a16_plan(all_rows: list[int], num_sms: int) -> None:
     for rows in all_rows:
         for choice in w4a16_choices.choices(rows):
@@ -358,7 +422,7 @@ def w4a16_plan(all_rows: list[int], num_sms: int) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "what", nargs="*", default=["attention", "linear", "narrow", "prefill"], help="(default: all but the last two)"
+        "what", nargs="*", default=["attention", "linear", "narrow", "prefill"], help="(default: all but the last three)"
     )
     parser.add_argument("--narrow-rows", default="16,64", help="the same of narrow layers (default: %(default)s)")
     parser.add_argument("--gate-up-rows", default="256,512,2048,8192", help="the same of gate_up (default: %(default)s)")
@@ -370,6 +434,8 @@ def main() -> int:
         compile_ahead.in_processes()
     if "w4a16" in args.what:
         (functools.partial(w4a16_plan, num_sms=132) if args.plan else w4a16)(all_rows)
+    if "w8a8" in args.what:
+        w8a8(all_rows)
     if "attention" in args.what:
         attentions()
     if "prefill" in args.what:

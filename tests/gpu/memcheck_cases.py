@@ -152,19 +152,20 @@ def quantised_linears(m: Maker) -> None:
                 hopper_w4a16_linear.linear(m.zeros(num_rows, k), weight, config)
             else:  # the parts are fp32 in both
                 hopper_w4a16_linear.split_linear(m.zeros(num_rows, k), replace(weight, bias=None), config, num_parts=2)
-        for num_rows, k, n, num_sms in ((130, 384, 128, 132), (180, 256, 256, None), (300, 256, 128, 1)):
+        for num_rows, k, n, num_sms in ((130, 384, 128, 132), (200, 256, 256, None), (300, 256, 128, 1)):
             scale, bias = m.zeros(n, dtype=torch.float32), None if num_sms is None else m.zeros(n)
             int8 = W8A8Weight(m.zeros(n, k, dtype=torch.int8).t(), scale, bias)
             rows = QuantizedRows(
                 m.zeros(num_rows, k, dtype=torch.int8), m.zeros(num_rows, dtype=torch.float32), num_rows, m.dtype
             )
             config = hopper_w8a8_config(num_rows, n, num_sms or 132)
-            if num_sms is None:
-                hopper_w8a8_linear.split_linear(rows, int8, config, num_parts=2)
-            else:  # equal shares, or whole tiles
+            if num_sms is not None:  # equal shares, or whole tiles
                 hopper_w8a8_linear.linear(rows, int8, config)
-            if num_rows == 300 and m.dtype is torch.bfloat16:
+            elif m.dtype is torch.bfloat16:
                 hopper_w8a8_linear.gate_up(rows, int8, replace(config, whole=True))
+            else:  # the parts are fp32 in both
+                hopper_w8a8_linear.split_linear(rows, int8, config, num_parts=2)
+                hopper_w8a8_linear.linear(rows, int8, replace(config, num_programs=3))
     for num_rows, k, n in ((3, 72, 40), (33, 208, 130), (3, 2064, 33)):
         int8 = W8A8Weight(m.zeros(n, k, dtype=torch.int8).t(), m.zeros(n, dtype=torch.float32), m.zeros(n))
         fp8 = Fp8Weight(m.zeros(n, k, dtype=torch.float8_e4m3fn).t(), m.zeros(n, dtype=torch.float32))

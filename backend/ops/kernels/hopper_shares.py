@@ -8,9 +8,10 @@ the part that comes last, so programs need not run together.
     turns       tile 0: 0 1 2 3 | tile 1: 0 1 2 3 | tile 2: 0 1 2 3
     programs            0 0 0 1           1 1 2 2           2 3 3 3
 
-Programs that begin with a tile's first turn and go from turn to turn together read the same of x at the same time, and the chip asks its L2
-cache once for several of them. `my_tiles` gives each as many whole tiles, `my_part` one part of a tile, which it leaves to who reads the
-sum: none waits for another.
+Programs that begin together and go from turn to turn together read the same inputs at the same time, and the chip asks its L2 cache once
+for neighbours that want the same lines of it: of x, or of W where their tiles are row blocks of one column, which follow each other. So
+`my_tiles` gives each program as many whole tiles, and neighbours neighbouring ones; `my_part` gives it one part of a tile, which it leaves
+to who reads the sum; and where tiles have as many programs, `my_share` gives neighbours the same part of neighbouring tiles.
 
 A tile's sums are [16 WARPS S outputs, rows] over WARPS warps, each with 16 of every 16 WARPS outputs. The matrix unit's widths are powers
 of two here: a tile of 160 or 192 rows is one of 128 and one of 32 or 64 beside it, `high`. A chunk is some of the rows, an eighth at least.
@@ -31,30 +32,36 @@ PATIENCE = 4096
 
 
 @gluon.jit
-def my_share(num_row_blocks, num_column_blocks, num_turns):
-    """(turns of a program, this program's first, the one after its last)."""
-    total = num_row_blocks * num_column_blocks * num_turns
+def my_share(num_tiles, num_turns):
+    """(turns of a program, this program's first, the one after its last); programs are counted as `_place` does."""
+    total = num_tiles * num_turns
     share = (total + gl.num_programs(0) - 1) // gl.num_programs(0)
-    begin = gl.minimum(gl.program_id(0) * share, total)
+    begin = gl.minimum(_place(num_tiles) * share, total)
     return share, begin, gl.minimum(begin + share, total)
 
 
 @gluon.jit
+def _place(num_tiles):
+    """The place of this program among those that have equal shares."""
+    num_parts = gl.num_programs(0) // num_tiles
+    in_parts = gl.program_id(0) % num_tiles * num_parts + gl.program_id(0) // num_tiles
+    return gl.where(num_parts * num_tiles == gl.num_programs(0), in_parts, gl.program_id(0))
+
+
+@gluon.jit
 def my_part(num_tiles, num_turns):
-    """As `my_share`, of one tile: the programs of all tiles' first parts, of their second, ... Every part has turns."""
+    """As `my_share`, of one tile: the programs of all tiles' first parts, of their second, ... Every part has turns; the last may seem to
+    have more than its tile."""
     num_parts = gl.num_programs(0) // num_tiles
     share = (num_turns + num_parts - 1) // num_parts
-    end = gl.program_id(0) % num_tiles * num_turns + num_turns
-    begin = end - num_turns + gl.program_id(0) // num_tiles * share
-    return share, begin, gl.minimum(begin + share, end)
+    begin = gl.program_id(0) % num_tiles * num_turns + gl.program_id(0) // num_tiles * share
+    return share, begin, begin + share
 
 
 @gluon.jit
 def my_tiles(num_tiles, num_turns):
-    """As `my_share`, of whole tiles, as many for every program but the last."""
-    share = (num_tiles + gl.num_programs(0) - 1) // gl.num_programs(0) * num_turns
-    begin = gl.minimum(gl.program_id(0) * share, num_tiles * num_turns)
-    return share, begin, gl.minimum(begin + share, num_tiles * num_turns)
+    """As `my_share`, of whole tiles: this program's first, and as many programs further on the next, up to the last of all."""
+    return num_turns, gl.program_id(0) * num_turns, num_tiles * num_turns
 
 
 @gluon.jit
@@ -167,8 +174,8 @@ def find_parts(counters_ptr, seen, tile, work, NUM_CHUNKS: gl.constexpr, PATIENC
 
     work: (row blocks, turns of a tile, turns of a program, this program's first turn, the one after its last)
     """
-    _num_row_blocks, num_turns, share, _begin, _end = work
-    sharer = tile * num_turns // share  # the first program of this tile, which may have begun with another
-    num_parts = ((tile + 1) * num_turns - 1) // share + 1 - sharer
-    chunks = _chunks_to_add(counters_ptr + tile, seen, gl.program_id(0) - sharer, num_parts, NUM_CHUNKS, PATIENCE)
-    return chunks, 2 * sharer + (sharer * share <= tile * num_turns).to(gl.int32), sharer, num_parts
+    _num_row_blocks, num_turns, share, begin, _end = work
+    first = tile * num_turns // share  # the first program of this tile, which may have begun with another
+    num_parts = ((tile + 1) * num_turns - 1) // share + 1 - first
+    chunks = _chunks_to_add(counters_ptr + tile, seen, begin // share - first, num_parts, NUM_CHUNKS, PATIENCE)
+    return chunks, 2 * first + (first * share <= tile * num_turns).to(gl.int32), first, num_parts

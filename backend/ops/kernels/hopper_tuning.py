@@ -20,6 +20,7 @@ __all__ = [
     "hopper_w8a8_parts",
     "hopper_w8a8_tiles",
     "is_for_hopper_gate_up",
+    "rows_of_hopper_tile",
     "takes_hopper_gate_up",
     "takes_hopper_narrow",
     "takes_hopper_prefill",
@@ -46,13 +47,14 @@ MAX_HOPPER_NARROW_GATED_ROWS = 128
 MIN_HOPPER_W4A16_ROWS = 33
 #: Rows of all parts of a tile that are left to who reads their sum: output and down projections of up to 64 rows, q, k and v of up to 128.
 MAX_HOPPER_W4A16_PART_ROWS = 256
-#: Rows of int8 that are `hopper_w8a8_linear`'s on sm_90: a layer's four products of 144 and 256 take 88 and 120 us where the plain kernel
-#: has 178 for 160 and 168 for 256 (8B, H200: docs/perf-log.md). Fewer rows, and more than 256, were not timed since programs go in step.
-MIN_HOPPER_W8A8_ROWS, MAX_HOPPER_W8A8_ROWS = 129, 512
-#: Parts of a tile that are left to who reads the sum, and their rows in all. What reads 256 rows takes 1.5 us more for each part: an output
-#: and a down projection of 144 and 192 rows are faster by three parts than by equal shares, of 256 slower, and by four (8B, H200:
-#: docs/perf-log.md).
-MAX_HOPPER_W8A8_PARTS, MAX_HOPPER_W8A8_PART_ROWS = 3, 576
+#: Rows of int8 that are `hopper_w8a8_linear`'s on sm_90: a layer's four products with their norms and 8 bit rows take 78, 96 and 105 us of
+#: 64, 128 and 144 where the plain kernel has 95 and 123 (8B, H200: docs/perf-log.md). More than 512 were not timed.
+MIN_HOPPER_W8A8_ROWS, MAX_HOPPER_W8A8_ROWS = 33, 512
+#: From so many on two row blocks share tiles of 256 outputs, where those of 128 outputs would have all rows.
+MIN_WIDE_HOPPER_W8A8_ROWS = 193
+#: Parts of a tile that are left to who reads the sum. What reads 256 rows takes 1.5 us more for each part: output and down projections of
+#: up to 192 rows are faster by few parts than by more or by equal shares, of 256 rows slower (8B, H200: docs/perf-log.md).
+MAX_HOPPER_W8A8_PARTS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,16 +184,18 @@ def takes_hopper_w4a16(num_rows: int, n: int, k: int, group_size: int, *, is_hop
 def hopper_w4a16_config(num_rows: int, n: int, num_sms: int) -> HopperTiles:
     """n must be a multiple of 128. Whole tiles of 256 outputs, which read x half as often, for up to 128 rows, where they keep most of the
     multiprocessors busy, else tiles of 128."""
-    block_m = _rows_of_hopper_tile(num_rows)
+    block_m = rows_of_hopper_tile(num_rows)
     is_wide = n % 256 == 0 and block_m <= 128 and _fill(n // 256, num_sms)
-    return _in_step(hopper_w4a16_tiles(block_m, 2 if is_wide else 1, num_sms), num_rows, n, num_sms)
+    tiles = hopper_w4a16_tiles(block_m, 2 if is_wide else 1, num_sms)
+    columns = n // tiles.block_n  # alone say whether tiles are whole, so a few numbers of rows show all forms
+    return _in_step(tiles, columns, columns * ceil_div(num_rows, block_m), num_sms)
 
 
 def hopper_w4a16_parts(num_rows: int, n: int, k: int, num_sms: int) -> int:
     """Programs that share a tile's inputs and leave their parts to what reads the sum, at least four turns each; 1 where that would have to
     read too much, or too few multiprocessors would be busy."""
     num_parts = min(num_sms // (n // 128), k // 512, 4)
-    is_little = num_rows <= 128 and _rows_of_hopper_tile(num_rows) * num_parts <= MAX_HOPPER_W4A16_PART_ROWS
+    is_little = num_rows <= 128 and rows_of_hopper_tile(num_rows) * num_parts <= MAX_HOPPER_W4A16_PART_ROWS
     return num_parts if num_parts > 1 and is_little and _fill(n // 128 * num_parts, num_sms) else 1
 
 
@@ -208,26 +212,29 @@ def takes_hopper_w8a8(num_rows: int, n: int, k: int, *, is_hopper: bool) -> bool
 
 
 def hopper_w8a8_config(num_rows: int, n: int, num_sms: int) -> HopperTiles:
-    """Tiles of 128 outputs; num_rows: more than 128, as `takes_hopper_w8a8` has it. As few row blocks as can be, since each reads W, and no
-    more rows in them than must be."""
-    row_blocks = ceil_div(num_rows, 256)
-    config = hopper_w8a8_tiles(_rows_of_hopper_tile(ceil_div(num_rows, row_blocks)), num_sms)
-    return _in_step(config, num_rows, n, num_sms)
+    """n must be a multiple of 128. Tiles of 128 outputs by all rows up to 192, which read W once; of 193 to 256 rows 256 by
+    128 where n allows, whose row blocks read W together, else as few row blocks as can be. No more rows in them than must be."""
+    is_wide = MIN_WIDE_HOPPER_W8A8_ROWS <= num_rows <= 256 and n % 256 == 0
+    row_blocks = ceil_div(num_rows, 128 if is_wide else 256)
+    tiles = hopper_w8a8_tiles(rows_of_hopper_tile(ceil_div(num_rows, row_blocks)), num_sms, 2 if is_wide else 1)
+    num_tiles = n // tiles.block_n * row_blocks
+    return _in_step(tiles, num_tiles, num_tiles, num_sms)
 
 
 def hopper_w8a8_parts(num_rows: int, n: int, k: int, num_sms: int) -> int:
     """Programs that share a tile's inputs and leave their parts to what reads the sum, at least four turns each; 1 where as many as there
-    may be would keep too few multiprocessors busy, and of more rows than a tile has."""
-    num_tiles = n // 128
-    if num_rows > 256:
-        return 1
-    num_parts = min(num_sms // num_tiles, k // 512, MAX_HOPPER_W8A8_PARTS, MAX_HOPPER_W8A8_PART_ROWS // num_rows)
-    return num_parts if num_parts > 1 and _fill(num_tiles * num_parts, num_sms) else 1
+    may be would keep too few multiprocessors busy, and of more than 256 rows."""
+    config = hopper_w8a8_config(num_rows, n, num_sms)
+    num_tiles = n // config.block_n * ceil_div(num_rows, config.block_m)
+    most = 2 if num_rows <= 128 or num_rows >= MIN_WIDE_HOPPER_W8A8_ROWS else MAX_HOPPER_W8A8_PARTS
+    num_parts = min(num_sms // num_tiles, max(k // 2048, 2), k // 512, most) if num_rows <= 256 else 1
+    least = 2 * num_sms // (3 if num_rows >= MIN_WIDE_HOPPER_W8A8_ROWS else 5)
+    return num_parts if num_parts > 1 and num_tiles * num_parts >= least else 1
 
 
-def hopper_w8a8_tiles(block_m: int, num_sms: int) -> HopperTiles:
+def hopper_w8a8_tiles(block_m: int, num_sms: int, strips: int = 1) -> HopperTiles:
     """The most stages and programs for such tiles: a step of 128 inputs takes 128 bytes of each row and output."""
-    return _hopper_tiles(block_m, 1, 128 * (block_m + 128), num_sms)
+    return _hopper_tiles(block_m, strips, 128 * (block_m + 128 * strips), num_sms)
 
 
 def _fill(num_tiles: int, num_sms: int) -> bool:
@@ -235,18 +242,17 @@ def _fill(num_tiles: int, num_sms: int) -> bool:
     return 3 * num_tiles >= 2 * ceil_div(num_tiles, num_sms) * num_sms
 
 
-def _in_step(config: HopperTiles, num_rows: int, n: int, num_sms: int) -> HopperTiles:
-    """With as many programs as give each as many whole tiles, or each tile as many programs, where that fills the device: they are at the
-    same inputs at the same time. Else as it is. One row block says whether tiles are whole, so a few numbers of rows show all forms."""
-    num_tiles = n // config.block_n
-    if _fill(num_tiles, num_sms):
-        return replace(config, num_programs=ceil_div(num_tiles, ceil_div(num_tiles, num_sms)), whole=True)
-    num_tiles *= ceil_div(num_rows, config.block_m)
+def _in_step(config: HopperTiles, whole_tiles: int, num_tiles: int, num_sms: int) -> HopperTiles:
+    """With as many programs as give each as many of whole_tiles, or each of num_tiles as many programs, where that fills the device: they
+    are at the same inputs at the same time. Else as it is."""
+    if _fill(whole_tiles, num_sms):
+        return replace(config, num_programs=ceil_div(whole_tiles, ceil_div(whole_tiles, num_sms)), whole=True)
     num_programs = config.num_programs // num_tiles * num_tiles  # none where there are more tiles than programs
     return replace(config, num_programs=num_programs) if num_programs and _fill(num_programs, num_sms) else config
 
 
-def _rows_of_hopper_tile(num_rows: int) -> int:
+def rows_of_hopper_tile(num_rows: int) -> int:
+    """What num_rows are padded to, up to 256."""
     if 128 < num_rows <= 192:
         return ceil_div(num_rows, 32) * 32
     return clamp(next_power_of_2(num_rows), MIN_DOT_ROWS, 256)

@@ -70,7 +70,7 @@ def _fetch_weights(words_desc, params_desc, column, step, stage, rings, GROUP_SI
 def _fetch(
     x_desc, high_desc, words_desc, params_desc, work, rings,
     GROUP_SIZE: gl.constexpr, BLOCK_M: gl.constexpr, HIGH: gl.constexpr, BLOCK_N: gl.constexpr, HALVES: gl.constexpr,
-    NUM_STAGES: gl.constexpr, PDL: gl.constexpr,
+    NUM_STAGES: gl.constexpr, HAS_SHARES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """The one warp that brings x, words and params. Weights of the first tile that find room at once are asked for before the wait for the
     kernel before. Nothing is divided in a step: that alone took as long as the groups have for it."""
@@ -89,7 +89,7 @@ def _fetch(
     if PDL:
         gdc_wait()
     number = 0
-    for tile in range(first_tile, end_tile):
+    for tile in range(first_tile, end_tile, 1 if HAS_SHARES else gl.num_programs(0)):
         column, row = tile // num_row_blocks * BLOCK_N, tile % num_row_blocks * BLOCK_M
         first = gl.maximum(begin - tile * num_turns, 0)
         last = gl.minimum(end - tile * num_turns, num_turns)
@@ -188,7 +188,6 @@ def _compute(
     NUM_CHUNKS: gl.constexpr = BLOCK_M // CHUNK
     bias_ptr, y_ptr, parts_ptr, counters_ptr, num_rows, N, work, rings = operands
     num_row_blocks, num_turns, share, begin, end = work
-    program = gl.program_id(0)
     if HAS_SHARES:
         parts_ptr += GROUP * OUT * BLOCK_M * 2 * gl.num_programs(0)
         counters_ptr += GROUP * num_row_blocks * (N // (NUM_GROUPS * OUT))
@@ -197,9 +196,9 @@ def _compute(
     if PDL:
         gdc_wait()
     number = 0
-    seen = program * 0
+    seen = begin * 0
     seen_first = seen
-    for tile in range(first_tile, end_tile):
+    for tile in range(first_tile, end_tile, 1 if HAS_SHARES else gl.num_programs(0)):
         first = gl.maximum(begin - tile * num_turns, 0)
         last = gl.minimum(end - tile * num_turns, num_turns)
         acc = gl.zeros([OUT, BLOCK_M - HIGH], gl.float32, LAYOUT)
@@ -222,7 +221,7 @@ def _compute(
                 chunk = chunk_of(acc, high, index, CHUNK)
                 _store(chunk, bias_ptr, part_ptr, begin_n, begin_m + index * CHUNK, num_rows, N, HAS_BIAS, GATED, S)
         elif HAS_SHARES:
-            slot = 2 * program + (first == 0).to(gl.int32)
+            slot = 2 * (begin // share) + (first == 0).to(gl.int32)
             seen = leave_part(acc, high, parts_ptr, counters_ptr + tile, slot, S, BLOCK_M, CHUNK, WARPS)
             seen_first = gl.where(tile == first_tile, seen, seen_first)
     if HAS_SHARES:
@@ -286,7 +285,7 @@ def _hopper_w4a16_kernel(
     if LEAVES_PARTS:
         share, begin, end = my_part(N // BLOCK_N, num_turns)
     elif HAS_SHARES:
-        share, begin, end = my_share(num_row_blocks, N // BLOCK_N, num_turns)
+        share, begin, end = my_share(num_row_blocks * (N // BLOCK_N), num_turns)
     else:
         share, begin, end = my_tiles(num_row_blocks * (N // BLOCK_N), num_turns)
     work = (num_row_blocks, num_turns, share, begin, end)
@@ -300,7 +299,7 @@ def _hopper_w4a16_kernel(
             (_compute, (operands, 1, GROUP_SIZE, HAS_BIAS, GATED, BLOCK_M, HIGH, S, HALVES, NUM_STAGES,
                         HAS_SHARES, LEAVES_PARTS, PATIENCE, PDL)),
             (_fetch, (x_desc, high_desc, words_desc, params_desc, work, rings,
-                      GROUP_SIZE, BLOCK_M, HIGH, BLOCK_N, HALVES, NUM_STAGES, PDL)),
+                      GROUP_SIZE, BLOCK_M, HIGH, BLOCK_N, HALVES, NUM_STAGES, HAS_SHARES, PDL)),
         ],
         [WARPS, 1],
         [COMPUTE_REGISTERS, FETCH_REGISTERS],

@@ -94,20 +94,20 @@ def _rms_norm_rows_kernel(
     ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     offs_n = tl.arange(0, BLOCK_N)
     mask = offs_n < N
+    weight = tl.load(weight_ptr + offs_n, mask=mask, other=0.0)  # while the kernel before still runs
+    wait_for_previous(PDL)
     dtype: tl.constexpr = r_ptr.dtype.element_ty if HAS_RESIDUAL else x_ptr.dtype.element_ty
     r = load_sum(x_ptr + row * stride_x_row + offs_n, mask, tl.num_programs(0).to(tl.int64) * N, NUM_PARTS, dtype)
-    weight = tl.load(weight_ptr + offs_n, mask=mask, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + row * stride_residual_row + offs_n, mask=mask, other=0.0)
         r = (r.to(tl.float32) + residual.to(tl.float32)).to(dtype)  # the rounding of the residual stream
         tl.store(r_ptr + row * N + offs_n, r, mask=mask)
     wide = r.to(tl.float32)
     mean_square = tl.sum(wide * wide, axis=0) / N
-    y = _rounded(wide * tl.rsqrt(mean_square + eps) * weight, dtype, ASM)
+    y = _rounded(wide * tl.rsqrt(mean_square + eps) * weight.to(tl.float32), dtype, ASM)
     _store_quantized(y, row, out_ptr, scale_ptr, offs_n, mask, N, LARGEST, IS_INT8)
 
 

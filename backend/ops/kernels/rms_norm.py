@@ -46,22 +46,22 @@ def _rms_norm_kernel(
     BLOCK_N: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    wait_for_previous(PDL)
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]  # int64: num_tokens * hidden may pass 2^31
     offs_n = tl.arange(0, BLOCK_N)[None, :]
     mask_n = offs_n < HIDDEN
     mask = (offs_m < num_tokens) & mask_n
+    weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0)  # while the kernel before still runs
+    wait_for_previous(PDL)
 
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     r = load_sum(x_ptr + offs_m * stride_x_row + offs_n, mask, num_tokens.to(tl.int64) * HIDDEN, NUM_PARTS, dtype)
-    weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + offs_m * stride_residual_row + offs_n, mask=mask, other=0.0)
         r = (r.to(tl.float32) + residual.to(tl.float32)).to(dtype)  # the rounding of the residual stream
         tl.store(r_ptr + offs_m * stride_y_row + offs_n, r, mask=mask)
     wide = r.to(tl.float32)
     mean_square = tl.sum(wide * wide, axis=1, keep_dims=True) / HIDDEN
-    y = wide * tl.rsqrt(mean_square + eps) * weight
+    y = wide * tl.rsqrt(mean_square + eps) * weight.to(tl.float32)
     tl.store(y_ptr + offs_m * stride_y_row + offs_n, y.to(dtype), mask=mask)
 
 

@@ -24,7 +24,7 @@ from turbotriton.backend.runner import warm_up
 @pytest.mark.parametrize("num_sms", [4, 78, 114, 132])
 def test_there_are_programs_for_any_number_of_outputs(num_sms):
     for num_rows, n in itertools.product((33, 64, 100, 128, 160, 256, 300, 1023), range(128, 40000, 128)):
-        for config in (hopper_w4a16_config(num_rows, n, num_sms), hopper_w8a8_config(max(num_rows, 129), n, num_sms)):
+        for config in (hopper_w4a16_config(num_rows, n, num_sms), hopper_w8a8_config(min(num_rows, 512), n, num_sms)):
             assert 0 < config.num_programs <= num_sms
             assert n % config.block_n == 0
 
@@ -76,37 +76,37 @@ def test_a_step_of_two_halves_meets_whole_groups(group_size, is_taken):
     assert takes_hopper_w4a16(64, 4096, 3840, group_size, is_hopper=True) == is_taken
 
 
-def test_how_int8_layers_of_models_are_shared():
-    """Of an 8B and a 1.8B model, on 132 multiprocessors: (programs, parts)."""
+@pytest.mark.parametrize(
+    ("num_rows", "tile", "layers"),
+    [
+        (33, (128, 64), {"qkv": (96, 2), "o": (128, 2), "gate_up": (112, 1), "down": (128, 2)}),
+        (128, (128, 128), {"qkv": (96, 2), "o": (128, 2), "gate_up": (112, 1), "down": (128, 2)}),
+        (144, (128, 160), {"qkv": (96, 2), "o": (128, 2), "gate_up": (112, 1), "down": (128, 3)}),
+        (192, (128, 192), {"qkv": (96, 2), "o": (128, 2), "gate_up": (112, 1), "down": (128, 3)}),
+        (193, (256, 128), {"qkv": (96, 2), "o": (128, 1), "gate_up": (112, 1), "down": (128, 1)}),
+        (256, (256, 128), {"qkv": (96, 2), "o": (128, 1), "gate_up": (112, 1), "down": (128, 1)}),
+        (400, (128, 256), {"qkv": (96, 1), "o": (128, 1), "gate_up": (112, 1), "down": (128, 1)}),
+    ],
+)
+def test_how_int8_layers_of_an_8b_model_are_shared(num_rows, tile, layers):
+    """On 132 multiprocessors: outputs by rows of a tile; programs and parts of each layer."""
+    shapes = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
+    configs = {name: hopper_w8a8_config(num_rows, n, 132) for name, (n, _) in shapes.items()}
+    assert {(config.block_n, config.block_m) for config in configs.values()} == {tile}
+    assert configs["gate_up"].whole
+    parts = {name: hopper_w8a8_parts(num_rows, n, k, 132) for name, (n, k) in shapes.items()}
+    assert {name: (configs[name].num_programs, parts[name]) for name in shapes} == layers
 
-    def shared(num_rows, n, k):
-        return hopper_w8a8_config(num_rows, n, 132).num_programs, hopper_w8a8_parts(num_rows, n, k, 132)
 
-    layers = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
-    for num_rows, of_few in ((144, 3), (192, 3), (193, 1), (256, 1)):
-        assert {name: shared(num_rows, *layer) for name, layer in layers.items()} == {
-            "qkv": (96, 2),
-            "o": (128, of_few),
-            "gate_up": (112, 1),
-            "down": (128, of_few),
-        }
-    assert {name: shared(400, *layer) for name, layer in layers.items()} == {
-        "qkv": (96, 1),
-        "o": (128, 1),
-        "gate_up": (112, 1),
-        "down": (128, 1),
-    }
-    assert [shared(144, *layer) for layer in ((4096, 2048), (2048, 2048), (16384, 2048), (2048, 8192))] == [
-        (128, 3),
-        (128, 1),
-        (128, 1),
-        (128, 1),
-    ]
+def test_int8_layers_of_a_small_model_keep_gates_and_ups_together():
+    """A 1.8B's, of 1,024 to 16,384 outputs: one row block of wide tiles fills half of the multiprocessors, two all of them."""
+    for num_rows in (64, 192, 256, 400):
+        assert hopper_w8a8_config(num_rows, 16384, 132).whole
 
 
 @pytest.mark.parametrize("num_sms", [78, 114, 132])
 @pytest.mark.parametrize("n", [128, 6144, 28672])
-@pytest.mark.parametrize("num_rows", [129, 160, 161, 193, 256, 257, 512])
+@pytest.mark.parametrize("num_rows", [33, 64, 65, 129, 160, 161, 193, 256, 257, 512])
 def test_tiles_of_int8_fit_what_there_is(num_rows, n, num_sms):
     config = hopper_w8a8_config(num_rows, n, num_sms)
     assert config.block_m * config.strips <= 256, "more than 128 registers of sums"
@@ -116,12 +116,14 @@ def test_tiles_of_int8_fit_what_there_is(num_rows, n, num_sms):
 
 
 @pytest.mark.parametrize("n", [128, 2048, 4096, 6144, 28672])
-@pytest.mark.parametrize("num_rows", [129, 192, 193, 256, 257, 512])
+@pytest.mark.parametrize("num_rows", [33, 128, 129, 192, 193, 256, 257, 512])
 def test_parts_of_int8_have_inputs_and_multiprocessors(num_rows, n):
-    for k in (128, 512, 1024, 4096):
+    tiles = hopper_w8a8_config(num_rows, n, 132)
+    num_tiles = n // tiles.block_n * ceil_div(num_rows, tiles.block_m)
+    for k in (128, 512, 1024, 4096, 14336):
         num_parts = hopper_w8a8_parts(num_rows, n, k, 132)
         assert 1 <= num_parts <= max(k // 512, 1)
-        assert num_parts == 1 or (88 <= num_parts * (n // 128) <= 132 and num_parts * num_rows <= 576)
+        assert num_parts == 1 or (52 <= num_parts * num_tiles <= 132 and num_parts * num_rows <= 576)
 
 
 KINDS = {

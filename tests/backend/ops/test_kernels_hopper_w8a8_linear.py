@@ -77,6 +77,28 @@ def test_every_row_and_output(shape, dtype, monkeypatch, assert_close, guarded_o
     assert_close(*run(shape, dtype, monkeypatch), **tolerance(dtype))
 
 
+WIDE = HopperTiles(128, 2, 2, 132)
+
+
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "config"),
+    [
+        (Shape(256, 256, 768, bias=True), replace(WIDE, num_programs=4, whole=True)),  # six tiles, neighbours with one column
+        (Shape(200, 256, 512), replace(WIDE, num_programs=3, whole=True)),
+        (Shape(200, 512, 512, bias=True), replace(WIDE, num_programs=8)),  # two programs for each tile, equal parts
+        (Shape(130, 384, 512), replace(WIDE, num_programs=7)),
+        (Shape(100, 384, 256, bias=True), replace(WIDE, num_programs=1, whole=True)),
+        (Shape(60, 256, 768), HopperTiles(64, 2, 3, 2)),
+        (Shape(90, 384, 256, bias=True), HopperTiles(96, 2, 2, 2)),
+        (Shape(100, 384, 256, bias=True), HopperTiles(128, 1, 2, 2)),
+    ],
+    ids=str,
+)
+def test_tiles_of_other_forms(shape, config, dtype, monkeypatch, assert_close, guarded_outputs):
+    assert_close(*run(shape, dtype, monkeypatch, config=config), **tolerance(dtype))
+
+
 @pytest.mark.parametrize("num_programs", [1, 2, 5, 7])
 @pytest.mark.parametrize("patience", [0, 3, 1000])
 def test_equal_shares_cover_every_tile_once_whoever_waits(num_programs, patience, monkeypatch, assert_close):
@@ -137,6 +159,8 @@ GATED_CASES = [
     (Shape(180, 256, 384), HopperTiles(192, 1, 2, 2)),  # the second program has one tile
     (Shape(300, 128, 256, bias=True), HopperTiles(160, 1, 3, 2)),  # a tile of either row block each
     (Shape(256, 256, 512), HopperTiles(256, 1, 2, 4)),
+    (Shape(256, 256, 768, bias=True), HopperTiles(128, 2, 2, 4)),
+    (Shape(70, 256, 256), HopperTiles(96, 2, 3, 1)),
 ]
 
 
@@ -180,22 +204,13 @@ def test_the_emulation_finds_what_a_kernel_may_not_do(mistake, monkeypatch):
 
 
 MISTAKES_OF_TILES = {
-    "equal shares": (
-        0,
-        "my_tiles",
-        "(num_tiles + gl.num_programs(0) - 1) // gl.num_programs(0) * num_turns",
-        "num_tiles * num_turns // gl.num_programs(0)",
-    ),
-    "a tile too many": (0, "my_tiles", "gl.minimum(begin + share, num_tiles * num_turns)", "begin + share"),
+    "tiles of the first program": (0, "my_tiles", "gl.program_id(0) * num_turns", "gl.program_id(0) * 0"),
+    "a tile left out": (0, "my_tiles", "num_tiles * num_turns", "(num_tiles - 1) * num_turns"),
+    "tiles of the next program": (0, "_compute", "1 if HAS_SHARES else gl.num_programs(0)", "1"),
     "parts at one place": (3, "_compute", "first // share * num_rows * N", "0"),
     "parts by their turns": (3, "_compute", "first // share * num_rows * N", "first * num_rows * N"),
-    "another part of the turns": (
-        3,
-        "my_part",
-        "begin = end - num_turns + gl.program_id(0) // num_tiles * share",
-        "begin = end - num_turns",
-    ),
-    "turns of the next tile": (3, "my_part", "gl.minimum(begin + share, end)", "begin + share"),
+    "another part of the turns": (3, "my_part", " + gl.program_id(0) // num_tiles * share", ""),
+    "turns past a tile": (3, "_compute", "gl.minimum(end - tile * num_turns, num_turns)", "end - tile * num_turns"),
     "all parts in one tile": (3, "my_part", "gl.program_id(0) % num_tiles", "gl.program_id(0) // num_parts"),
 }
 
@@ -214,9 +229,32 @@ def test_the_emulation_finds_wrong_tiles_and_parts(mistake, monkeypatch):
     assert shows_a_mistake(attempt)
 
 
+MISTAKES_OF_SHARES = {
+    "parts of a tile in another order": ("find_parts", "begin // share - first", "gl.program_id(0) - first"),
+    "a program's slot": ("_compute", "2 * (begin // share) + ", "2 * gl.program_id(0) + "),
+    "two programs with one share": (
+        "_place",
+        "gl.program_id(0) % num_tiles * num_parts",
+        "gl.program_id(0) % num_parts * num_tiles",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES_OF_SHARES)
+def test_the_emulation_finds_wrong_places_of_shares(mistake, monkeypatch):
+    """Three programs for each of two tiles, so that neighbours have different tiles."""
+    function, *change = MISTAKES_OF_SHARES[mistake]
+    plant(module, function, [change], monkeypatch)
+
+    def attempt(seed):
+        return run(Shape(150, 768, 256), FP16, monkeypatch, config=HopperTiles(160, 1, 2, 6), seed=seed, patience=3)
+
+    assert shows_a_mistake(attempt)
+
+
 MISTAKES_OF_GATES = {
-    "gates of other ups": ("_store", "outputs // 16 * 8 + outputs % 8", "outputs // 16 * 8 + outputs % 4"),
-    "scales of gates for ups": ("_store", "+ outputs // 8 % 2 * (N // 2)", ""),
+    "gates of other ups": ("_outputs", "outputs // 16 * 8 + outputs % 8", "outputs // 16 * 8 + outputs % 4"),
+    "scales of gates for ups": ("_outputs", "+ outputs // 8 % 2 * (N // 2)", ""),
     "a gate not rounded": ("_store", "        gate = rounded(gate, dtype)\n", ""),
     "another tile": ("_fetch_weights", "column // 16", "column // 8"),
 }
@@ -239,7 +277,8 @@ def test_the_emulation_finds_wrong_gates(mistake, monkeypatch):
     [
         (256, 28672, [KERNEL, "_quantize_rows_kernel"], [True]),
         (256, 4096, [KERNEL, "_silu_and_mul_rows_kernel"], [False]),  # shares
-        (128, 28672, ["_w8a8_linear_kernel", "_silu_and_mul_rows_kernel"], []),
+        (64, 28672, [KERNEL, "_quantize_rows_kernel"], [True]),
+        (32, 28672, ["_w8a8_linear_kernel", "_silu_and_mul_rows_kernel"], []),
         (0, 28672, [], []),
     ],
 )
@@ -258,7 +297,8 @@ def test_a_gate_is_applied_where_tiles_are_whole(num_rows, n, kernels, gated, un
     [
         (129, 4096, 6144, True, KERNEL),
         (256, 14336, 4096, True, KERNEL),
-        (128, 4096, 6144, True, "_w8a8_linear_kernel"),
+        (33, 4096, 6144, True, KERNEL),
+        (32, 4096, 6144, True, "_w8a8_linear_kernel"),
         (2048, 4096, 6144, True, "_w8a8_linear_kernel"),
         (256, 4096, 6144, False, "_w8a8_linear_kernel"),
         (256, 4032, 6144, True, "_w8a8_linear_kernel"),
@@ -291,7 +331,9 @@ def unlaunched(monkeypatch):
         (256, 14336, 4096, False, 0),
         (256, 4096, 6144, True, 0),
         (256, 4096, 28672, False, 0),
-        (128, 4096, 6144, False, 0),
+        (64, 14336, 4096, False, 2),
+        (192, 4096, 4096, False, 2),
+        (32, 4096, 6144, False, 0),
         (0, 4096, 6144, False, 0),
     ],
 )
@@ -332,7 +374,10 @@ def empty_operands(num_rows, k, n, dtype, *, bias=False):
 @pytest.mark.parametrize(
     ("tiles", "bias"),
     [
-        (hopper_w8a8_config(256, 28672, 132), False),
+        (hopper_w8a8_tiles(128, 132, 2), False),
+        pytest.param(hopper_w8a8_tiles(64, 132, 2), True, marks=pytest.mark.slow),
+        pytest.param(hopper_w8a8_tiles(96, 132, 2), True, marks=pytest.mark.slow),
+        pytest.param(hopper_w8a8_tiles(128, 132), False, marks=pytest.mark.slow),
         pytest.param(hopper_w8a8_tiles(256, 132), False, marks=pytest.mark.slow),
         pytest.param(hopper_w8a8_tiles(192, 132), True, marks=pytest.mark.slow),
         pytest.param(hopper_w8a8_tiles(160, 132), False, marks=pytest.mark.slow),
@@ -364,7 +409,7 @@ def test_products_follow_each_other(tiles, bias, num_parts, gated, monkeypatch, 
     assert abs(first[1] - second[1]) > first[0], "one loop for both groups"
     for length, begin in (first, second):
         inner = code[begin : begin + length]
-        assert sum("IGMMA" in each for each in inner) == 2 * 4
+        assert sum("IGMMA" in each for each in inner) == 4 * tiles.strips * (1 + (tiles.block_m not in (64, 128)))
         assert sum("DEPBAR" in each and "gsb0" in each for each in inner) == 1
         assert all("0x80" in each for each in inner if each.startswith("BAR.")), "a barrier of more than a group"
 
