@@ -46,6 +46,7 @@ class Request:
     chain_root: bytes
     arrival: int  # order of arrival, unique
     arrival_time: float
+    rank: int = 0  # among requests of one priority, whenever they came; smaller is sooner
     state: RequestState = RequestState.WAITING
     token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
@@ -105,9 +106,9 @@ class Request:
         return self.source.sampling.guided is not None and self.matcher is None
 
     @property
-    def order(self) -> tuple[int, int]:
+    def order(self) -> tuple[int, int, int]:
         """Smaller is served sooner and preempted later."""
-        return (self.source.priority, self.arrival)
+        return (self.source.priority, self.rank, self.arrival)
 
     @property
     def deadline(self) -> float:

@@ -9,11 +9,13 @@ One step, in `schedule`:
   2. Running requests in order of service (priority, arrival): a decode takes one token of the budget, a prefill a chunk. All
      decodes come before all chunks, so a long prompt never delays a running answer by more than one step. Where as many requests
      decode as wait for their first token, or more, the step takes `beside_decodes` tokens and not all its budget: those who wait for
-     their next token would wait as long as that takes. Of a long queue it takes a quarter, if that is more. A request that needs a
+     their next token would wait as long as that takes. Of a long queue it takes a quarter, if that is more. With `schedule_policy`
+     lof every step beside decodes takes half of `beside_decodes`: prompts are spread over the steps of long answers, whose weights are
+     read anyway, and since those who wait are the shorter answers, they end with the long ones. A request that needs a
      block when none is free makes the last in order give up its blocks; if that is itself, it waits. In the plan the longest decodes
      stand first: attention's programs start in that order, and short ones fill the gaps at its end.
   3. Waiting requests in order, while a slot, budget and blocks for all their known tokens are there. The first that does not fit
-     holds back those behind it: nobody starves.
+     holds back those behind it: nobody starves (with lof, while longer ones come, those that may give less do).
 
 Invariants
 - A running request holds blocks for at least its known tokens; a waiting or finished one holds none and has no slot.
@@ -71,8 +73,9 @@ class Scheduler:
         self._token_budget = max(token_budget, 1)
         self._clock = clock
         self._draw_seed = draw_seed
-        self._beside_decodes = beside_decodes
-        self._waiting: list[tuple[tuple[int, int], Request]] = []  # heap; finished entries are dropped when met
+        self._longest_first = config.schedule_policy == "lof"
+        self._beside_decodes = beside_decodes // 2 if self._longest_first else beside_decodes
+        self._waiting: list[tuple[tuple[int, int, int], Request]] = []  # heap; finished entries are dropped when met
         self._running: list[Request] = []  # in order of service
         self._requests: dict[tuple[object, int], Request] = {}
         self._free_slots = list(range(config.max_batch_size - 1, -1, -1))
@@ -125,6 +128,7 @@ class Scheduler:
             chain_root=f"{rope_theta!r} kv{self._config.quant_policy}".encode()[:64],
             arrival=self._num_arrived,
             arrival_time=self._clock(),
+            rank=-max_new_tokens if self._longest_first else 0,
             token_ids=list(source.prompt_ids),
         )
         self._num_arrived += 1
@@ -245,9 +249,9 @@ class Scheduler:
         picked = [request for request in picked if request.state is RequestState.RUNNING]
         picked.sort(key=_num_scheduled, reverse=True)
         rows += [self._row(request, 1) for request in picked]
-        if rows and len(rows) >= len(chunks) + self.num_waiting - self._num_held:
+        if rows and (self._longest_first or len(rows) >= len(chunks) + self.num_waiting - self._num_held):
             waiting = self.num_waiting_tokens + sum(request.num_missing for request in chunks)
-            most = max(self._beside_decodes, waiting // QUEUE_SHARE)
+            most = max(self._beside_decodes, 0 if self._longest_first else waiting // QUEUE_SHARE)
             budget = min(budget, max(most - len(rows), self._beside_decodes // 2))
         for request in chunks:
             if budget and request.state is RequestState.RUNNING:

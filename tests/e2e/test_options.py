@@ -358,6 +358,7 @@ ELSEWHERE = {
     "num_tokens_per_iter": "tests/backend/scheduling/test_scheduler.py",
     "max_queued_tokens": "tests/backend/scheduling/test_scheduler.py",
     "quant_policy": "tests/e2e/test_quantized.py",
+    "schedule_policy": "tests/backend/scheduling/test_scheduler.py",
     "deterministic": "tests/backend/runner/test_deterministic.py",
     "cuda_graphs": "tests/backend/runner/test_decode_graphs.py, on a GPU; without one there are none",
 }

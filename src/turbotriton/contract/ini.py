@@ -37,6 +37,8 @@ WEIGHT_TYPES = (*FLOAT_TYPES, "int4", "int8", "fp8")
 #: 0: KV in compute_dtype;  8, 4: that many bits, a scale a token and head (4 with scale files in the workspace: docs/weights.md)
 QUANT_POLICIES = (0, 4, 8, 16)
 COMPUTE_DTYPES = ("auto", "fp16", "bf16", "fp32")
+#: Which waiting request is next, beside its priority: first come, first served; or the longest output first, for work that comes at once.
+SCHEDULE_POLICIES = ("fcfs", "lof")
 MODEL_OPTIONS = ("rope_scaling_factor", "use_logn_attn")  # what a user may change of the model itself
 ROPE_SCALING_TYPES = ("none", "linear", "dynamic", "qwen", "llama3", "yarn")
 
@@ -111,6 +113,7 @@ class TurbotritonSection:
     max_queued_requests: int = 1024
     max_queued_tokens: int = 4_194_304
     deterministic: int = 0  # 1: outputs bitwise independent of the batch
+    schedule_policy: str = "fcfs"  # one of SCHEDULE_POLICIES
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +211,7 @@ class EngineConfig:
     max_queued_requests: int = 1024
     max_queued_tokens: int = 4_194_304
     deterministic: bool = False
+    schedule_policy: str = "fcfs"  # one of SCHEDULE_POLICIES
 
     def __post_init__(self) -> None:
         def check(ok: bool, name: str, rule: str) -> None:
@@ -236,6 +240,7 @@ class EngineConfig:
         )
         check(self.max_queued_requests >= 1, "max_queued_requests", "at least 1")
         check(self.max_queued_tokens >= 1, "max_queued_tokens", "at least 1")
+        check(self.schedule_policy in SCHEDULE_POLICIES, "schedule_policy", f"one of {', '.join(SCHEDULE_POLICIES)}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from tests.backend.scheduling.fakes import Bench, oracle
 
 from turbotriton.backend.scheduling.plan import StepPlan
 from turbotriton.contract.errors import InvalidInputError, UnavailableError
-from turbotriton.contract.ini import RopeConfig
+from turbotriton.contract.ini import SCHEDULE_POLICIES, RopeConfig
 from turbotriton.contract.wire import GenerateRequest, SamplingParams
 
 DYNAMIC_ROPE = RopeConfig(dim=8, theta=10000.0, scaling_type="dynamic", factor=2.0, max_position_embeddings=16)
@@ -184,6 +184,29 @@ def test_lower_priority_value_is_admitted_first_then_arrival() -> None:
     assert [delta.request_id for _, delta in bench.deltas] == [2, 3, 1]
 
 
+def test_the_longest_output_is_admitted_first_where_asked_for() -> None:
+    bench = Bench(max_batch_size=1, schedule_policy="lof", session_len=20)
+    for request_id, priority, count in ((1, 0, 3), (2, 1, 9), (3, 0, 5), (4, 0, 3), (5, 0, None)):
+        bench.add(request_id, [request_id], count, priority=priority)
+    bench.run()
+    ended = [delta.request_id for _, delta in bench.deltas if delta.finish_reason is not None]
+    assert ended == [5, 3, 1, 4, 2]  # the fifth may give as many as find room
+    for request_id in (1, 2, 3, 4):
+        assert bench.tokens(request_id) == oracle([request_id], (3, 9, 5, 3)[request_id - 1])
+
+
+def test_longest_first_spreads_prompts_over_the_steps_of_decodes() -> None:
+    bench = Bench(num_blocks=60, budget=40, beside_decodes=16, max_batch_size=6, schedule_policy="lof")
+    bench.add(1, range(38), 20)
+    bench.add(2, range(100, 150), 15)
+    bench.add(3, range(200, 210), 10)
+    taken = [[row.num_tokens for row in bench.step().rows] for _ in range(10)]
+    # All of the budget while nothing decodes, then half of beside_decodes: 8 tokens, though many wait.
+    assert taken == [[38, 2], *[[1, 7]] * 6, [1, 6, 1], [1, 1, 6], [1, 1, 3]]
+    bench.run()
+    assert bench.tokens(3) == oracle(range(200, 210), 10)
+
+
 def test_no_new_token_prefills_and_ends_with_length() -> None:
     bench = Bench(budget=4)
     bench.add(1, range(10), 0)
@@ -339,12 +362,20 @@ ACTIONS = st.lists(
 
 @pytest.mark.parametrize("overlap", [False, True])
 @settings(max_examples=60, deadline=None)
-@given(actions=ACTIONS, budget=st.integers(1, 9))
+@given(actions=ACTIONS, budget=st.integers(1, 9), policy=st.sampled_from(SCHEDULE_POLICIES))
 def test_random_traffic_leaks_no_block_and_ends_every_request_once(
-    actions: list[tuple[str, int, int, int]], budget: int, overlap: bool
+    actions: list[tuple[str, int, int, int]], budget: int, policy: str, overlap: bool
 ) -> None:
     """Prompts begin alike often enough for prefix hits; the longer ones get another rotary base. FakeRunner checks each read."""
-    bench = Bench(num_blocks=6, budget=budget, max_batch_size=3, rope=DYNAMIC_ROPE, overlap=overlap)
+    bench = Bench(
+        num_blocks=6,
+        budget=budget,
+        max_batch_size=3,
+        rope=DYNAMIC_ROPE,
+        overlap=overlap,
+        schedule_policy=policy,
+        beside_decodes=8,
+    )
     asked: dict[int, tuple[range, int]] = {}
     for kind, a, b, c in actions:
         if kind == "add":
