@@ -47,9 +47,9 @@ MAX_HOPPER_NARROW_GATED_ROWS = 128
 MIN_HOPPER_W4A16_ROWS = 33
 #: Rows of all parts of a tile that are left to who reads their sum: output and down projections of up to 64 rows, q, k and v of up to 128.
 MAX_HOPPER_W4A16_PART_ROWS = 256
-#: Rows of int8 that are `hopper_w8a8_linear`'s on sm_90: a layer's four products with their norms and 8 bit rows take 78, 96 and 105 us of
-#: 64, 128 and 144 where the plain kernel has 95 and 123 (8B, H200: docs/perf-log.md). More than 512 were not timed.
-MIN_HOPPER_W8A8_ROWS, MAX_HOPPER_W8A8_ROWS = 33, 512
+#: Rows of int8 that are `hopper_w8a8_linear`'s on sm_90: a layer's four products with two norms and 8 bit rows take 77 us of 64 and 89 of
+#: 128 where the plain kernel has 95 and 121 (8B, H200: docs/perf-log.md). More than 512 were not timed.
+MIN_HOPPER_W8A8_ROWS, MAX_HOPPER_W8A8_ROWS = 17, 512
 #: From so many on two row blocks share tiles of 256 outputs, where those of 128 outputs would have all rows.
 MIN_WIDE_HOPPER_W8A8_ROWS = 193
 #: Parts of a tile that are left to who reads the sum. What reads 256 rows takes 1.5 us more for each part: output and down projections of

@@ -23,7 +23,7 @@ from turbotriton.backend.runner import warm_up
 
 @pytest.mark.parametrize("num_sms", [4, 78, 114, 132])
 def test_there_are_programs_for_any_number_of_outputs(num_sms):
-    for num_rows, n in itertools.product((33, 64, 100, 128, 160, 256, 300, 1023), range(128, 40000, 128)):
+    for num_rows, n in itertools.product((17, 33, 64, 100, 128, 160, 256, 300, 1023), range(128, 40000, 128)):
         for config in (hopper_w4a16_config(num_rows, n, num_sms), hopper_w8a8_config(min(num_rows, 512), n, num_sms)):
             assert 0 < config.num_programs <= num_sms
             assert n % config.block_n == 0
@@ -79,6 +79,7 @@ def test_a_step_of_two_halves_meets_whole_groups(group_size, is_taken):
 @pytest.mark.parametrize(
     ("num_rows", "tile", "layers"),
     [
+        (17, (128, 32), {"qkv": (96, 2), "o": (128, 2), "gate_up": (112, 1), "down": (128, 2)}),
         (33, (128, 64), {"qkv": (96, 2), "o": (128, 2), "gate_up": (112, 1), "down": (128, 2)}),
         (128, (128, 128), {"qkv": (96, 2), "o": (128, 2), "gate_up": (112, 1), "down": (128, 2)}),
         (144, (128, 160), {"qkv": (96, 2), "o": (128, 2), "gate_up": (112, 1), "down": (128, 3)}),
@@ -106,7 +107,7 @@ def test_int8_layers_of_a_small_model_keep_gates_and_ups_together():
 
 @pytest.mark.parametrize("num_sms", [78, 114, 132])
 @pytest.mark.parametrize("n", [128, 6144, 28672])
-@pytest.mark.parametrize("num_rows", [33, 64, 65, 129, 160, 161, 193, 256, 257, 512])
+@pytest.mark.parametrize("num_rows", [17, 33, 64, 65, 129, 160, 161, 193, 256, 257, 512])
 def test_tiles_of_int8_fit_what_there_is(num_rows, n, num_sms):
     config = hopper_w8a8_config(num_rows, n, num_sms)
     assert config.block_m * config.strips <= 256, "more than 128 registers of sums"

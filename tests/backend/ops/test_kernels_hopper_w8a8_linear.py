@@ -90,6 +90,7 @@ WIDE = HopperTiles(128, 2, 2, 132)
         (Shape(130, 384, 512), replace(WIDE, num_programs=7)),
         (Shape(100, 384, 256, bias=True), replace(WIDE, num_programs=1, whole=True)),
         (Shape(60, 256, 768), HopperTiles(64, 2, 3, 2)),
+        (Shape(17, 384, 256, bias=True), HopperTiles(32, 1, 2, 2)),
         (Shape(90, 384, 256, bias=True), HopperTiles(96, 2, 2, 2)),
         (Shape(100, 384, 256, bias=True), HopperTiles(128, 1, 2, 2)),
     ],
@@ -277,8 +278,8 @@ def test_the_emulation_finds_wrong_gates(mistake, monkeypatch):
     [
         (256, 28672, [KERNEL, "_quantize_rows_kernel"], [True]),
         (256, 4096, [KERNEL, "_silu_and_mul_rows_kernel"], [False]),  # shares
-        (64, 28672, [KERNEL, "_quantize_rows_kernel"], [True]),
-        (32, 28672, ["_w8a8_linear_kernel", "_silu_and_mul_rows_kernel"], []),
+        (17, 28672, [KERNEL, "_quantize_rows_kernel"], [True]),
+        (16, 28672, ["_w8a8_linear_kernel", "_silu_and_mul_rows_kernel"], []),
         (0, 28672, [], []),
     ],
 )
@@ -297,8 +298,8 @@ def test_a_gate_is_applied_where_tiles_are_whole(num_rows, n, kernels, gated, un
     [
         (129, 4096, 6144, True, KERNEL),
         (256, 14336, 4096, True, KERNEL),
-        (33, 4096, 6144, True, KERNEL),
-        (32, 4096, 6144, True, "_w8a8_linear_kernel"),
+        (17, 4096, 6144, True, KERNEL),
+        (16, 4096, 6144, True, "_w8a8_linear_kernel"),
         (2048, 4096, 6144, True, "_w8a8_linear_kernel"),
         (256, 4096, 6144, False, "_w8a8_linear_kernel"),
         (256, 4032, 6144, True, "_w8a8_linear_kernel"),
@@ -333,7 +334,7 @@ def unlaunched(monkeypatch):
         (256, 4096, 28672, False, 0),
         (64, 14336, 4096, False, 2),
         (192, 4096, 4096, False, 2),
-        (32, 4096, 6144, False, 0),
+        (16, 4096, 6144, False, 0),
         (0, 4096, 6144, False, 0),
     ],
 )
@@ -375,6 +376,7 @@ def empty_operands(num_rows, k, n, dtype, *, bias=False):
     ("tiles", "bias"),
     [
         (hopper_w8a8_tiles(128, 132, 2), False),
+        pytest.param(hopper_w8a8_tiles(32, 132), True, marks=pytest.mark.slow),
         pytest.param(hopper_w8a8_tiles(64, 132, 2), True, marks=pytest.mark.slow),
         pytest.param(hopper_w8a8_tiles(96, 132, 2), True, marks=pytest.mark.slow),
         pytest.param(hopper_w8a8_tiles(128, 132), False, marks=pytest.mark.slow),
@@ -409,13 +411,16 @@ def test_products_follow_each_other(tiles, bias, num_parts, gated, monkeypatch, 
     assert abs(first[1] - second[1]) > first[0], "one loop for both groups"
     for length, begin in (first, second):
         inner = code[begin : begin + length]
-        assert sum("IGMMA" in each for each in inner) == 4 * tiles.strips * (1 + (tiles.block_m not in (64, 128)))
+        assert sum("IGMMA" in each for each in inner) == 4 * tiles.strips * (1 + (tiles.block_m not in (32, 64, 128)))
         assert sum("DEPBAR" in each and "gsb0" in each for each in inner) == 1
         assert all("0x80" in each for each in inner if each.startswith("BAR.")), "a barrier of more than a group"
 
 
 GPU_SHAPES = [
     *SHAPES,
+    Shape(17, 4096, 6144),
+    Shape(64, 4096, 4096, bias=True),
+    Shape(100, 14336, 1152),
     Shape(256, 4096, 6144),
     Shape(200, 14336, 1024, bias=True),
     Shape(150, 4096, 4096),
@@ -445,7 +450,9 @@ def test_every_row_and_output_on_a_gpu(shape, dtype, assert_close):
     [
         (Shape(130, 384, 128, bias=True), 1),
         (Shape(180, 1024, 2176), 9),
+        (Shape(24, 512, 1280), 10),
         (Shape(256, 4096, 28672), 112),
+        (Shape(256, 4096, 22016), 86),
         (Shape(400, 512, 1280), 20),
     ],
     ids=str,
@@ -471,6 +478,8 @@ def operands_on_gpu(shape, dtype):
     [
         hopper_w8a8_tiles(256, 132),
         hopper_w8a8_tiles(256, 50),
+        hopper_w8a8_tiles(128, 48, 2),  # six programs for each of eight tiles
+        hopper_w8a8_tiles(128, 45, 2),
         hopper_w8a8_tiles(192, 132),
         hopper_w8a8_tiles(160, 7),
         hopper_w8a8_tiles(256, 4),
