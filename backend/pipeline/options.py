@@ -98,7 +98,9 @@ class TurbomindEngineConfig:
     max_prefill_token_num: int = 8192  # most tokens a step; the default leaves a CPU its smaller one
     num_tokens_per_iter: int = 0  # the same, wins when given
     max_prefill_iters: int = 1
-    schedule_policy: str = "fcfs"  # or lof, the longest output first; ours
+    schedule_policy: str | None = (
+        None  # ours: fcfs, or lof, the longest output first; None: as the workspace or the environment has it
+    )
 
     def __post_init__(self) -> None:
         _check_common(self.tp, self.max_prefill_token_num)
@@ -195,7 +197,8 @@ def engine_options(
     budget = 0 if config.max_prefill_token_num == type(config)().max_prefill_token_num else config.max_prefill_token_num
     if isinstance(config, TurbomindEngineConfig):
         values |= {"cache_block_seq_len": config.cache_block_seq_len, "quant_policy": config.quant_policy}
-        values["schedule_policy"] = config.schedule_policy
+        if config.schedule_policy is not None:
+            values["schedule_policy"] = config.schedule_policy
         budget = config.num_tokens_per_iter or budget
     else:
         values["cache_block_seq_len"] = config.block_size

@@ -49,7 +49,9 @@ def mark_path(model: ModelConfig, engine: EngineConfig, gpu_name: str) -> Path:
     digest = hashlib.sha256()
     for source in sources:
         digest.update(source.read_bytes())
-    shapes = dataclasses.replace(engine, cache_max_entry_count=0.8, max_queued_requests=1, max_queued_tokens=1)
+    shapes = dataclasses.replace(
+        engine, cache_max_entry_count=0.8, max_queued_requests=1, max_queued_tokens=1, schedule_policy="fcfs"
+    )
     for part in (_version("triton"), _version("torch"), gpu_name, model, shapes):
         digest.update(repr(part).encode())
     return env.triton_cache_dir() / f"turbotriton-{digest.hexdigest()[:16]}"

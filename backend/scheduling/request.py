@@ -46,7 +46,7 @@ class Request:
     chain_root: bytes
     arrival: int  # order of arrival, unique
     arrival_time: float
-    rank: int = 0  # among requests of one priority, whenever they came; smaller is sooner
+    rank: int = 0  # among requests of one priority, before their arrival; smaller is sooner
     state: RequestState = RequestState.WAITING
     token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0

@@ -6,7 +6,7 @@
 
 One step, in `schedule`:
   1. Requests past their deadline end.
-  2. Running requests in order of service (priority, arrival): a decode takes one token of the budget, a prefill a chunk. All
+  2. Running requests in order of service (priority, rank, arrival): a decode takes one token of the budget, a prefill a chunk. All
      decodes come before all chunks, so a long prompt never delays a running answer by more than one step. Where as many requests
      decode as wait for their first token, or more, the step takes `beside_decodes` tokens and not all its budget: those who wait for
      their next token would wait as long as that takes. Of a long queue it takes a quarter, if that is more. With `schedule_policy`
@@ -15,7 +15,8 @@ One step, in `schedule`:
      block when none is free makes the last in order give up its blocks; if that is itself, it waits. In the plan the longest decodes
      stand first: attention's programs start in that order, and short ones fill the gaps at its end.
   3. Waiting requests in order, while a slot, budget and blocks for all their known tokens are there. The first that does not fit
-     holds back those behind it: nobody starves (with lof, while longer ones come, those that may give less do).
+     holds back those behind it: nobody starves (with lof, while longer ones come, those that may give less wait; who has begun goes
+     before all of them).
 
 Invariants
 - A running request holds blocks for at least its known tokens; a waiting or finished one holds none and has no slot.
@@ -45,6 +46,7 @@ __all__ = ["PREFILL_BESIDE_DECODES", "OwnedDelta", "Scheduler"]
 
 #: Matrix products of so many rows fill a GPU with whole tiles, where a few rows more would begin a new wave of them.
 PREFILL_BESIDE_DECODES = 2048
+STARTED = -(1 << 62)  # rank of a request that has had a slot: whoever has begun is not held up by longer ones that come
 QUEUE_SHARE = 4  # of the prompt tokens that wait, a step beside decodes takes one in so many
 
 
@@ -55,7 +57,8 @@ class OwnedDelta(NamedTuple):
 
 class Scheduler:
     """`token_budget`: most tokens a step. `clock`: monotonic seconds. `draw_seed`: a 64-bit seed for requests without one.
-    `beside_decodes`: most tokens of a step where decodes are not the minority; prompts get half of it at least."""
+    `beside_decodes`: most tokens of a step where decodes are not the minority, with lof half of it wherever there are decodes; prompts get
+    half of that at least."""
 
     def __init__(
         self,
@@ -250,8 +253,10 @@ class Scheduler:
         picked.sort(key=_num_scheduled, reverse=True)
         rows += [self._row(request, 1) for request in picked]
         if rows and (self._longest_first or len(rows) >= len(chunks) + self.num_waiting - self._num_held):
-            waiting = self.num_waiting_tokens + sum(request.num_missing for request in chunks)
-            most = max(self._beside_decodes, 0 if self._longest_first else waiting // QUEUE_SHARE)
+            most = self._beside_decodes
+            if not self._longest_first:
+                waiting = self.num_waiting_tokens + sum(request.num_missing for request in chunks)
+                most = max(most, waiting // QUEUE_SHARE)
             budget = min(budget, max(most - len(rows), self._beside_decodes // 2))
         for request in chunks:
             if budget and request.state is RequestState.RUNNING:
@@ -320,6 +325,8 @@ class Scheduler:
 
     def _join(self, request: Request) -> JoinedRequest:
         request.state = RequestState.RUNNING
+        if self._longest_first:
+            request.rank = STARTED
         request.slot = self._free_slots.pop()
         request.num_joins += 1
         at = len(self._running)

@@ -42,7 +42,7 @@ from turbotriton.backend.ops.kernels import (
     w4a16_linear,
     w8a8_linear,
 )
-from turbotriton.backend.ops.kernels.hopper_tuning import hopper_w4a16_config, hopper_w8a8_config
+from turbotriton.backend.ops.kernels.hopper_tuning import hopper_w4a16_config, hopper_w8a8_config, hopper_w8a8_tiles
 from turbotriton.backend.ops.kernels.tuning import W4A16LinearConfig
 from turbotriton.backend.ops.operands import (
     Fp8Weight,
@@ -152,20 +152,22 @@ def quantised_linears(m: Maker) -> None:
                 hopper_w4a16_linear.linear(m.zeros(num_rows, k), weight, config)
             else:  # the parts are fp32 in both
                 hopper_w4a16_linear.split_linear(m.zeros(num_rows, k), replace(weight, bias=None), config, num_parts=2)
-        for num_rows, k, n, num_sms in ((130, 384, 128, 132), (200, 256, 256, None), (300, 256, 128, 1)):
+        for num_rows, k, n, num_sms in ((130, 384, 128, 132), (200, 256, 256, None), (300, 256, 256, 1)):
             scale, bias = m.zeros(n, dtype=torch.float32), None if num_sms is None else m.zeros(n)
             int8 = W8A8Weight(m.zeros(n, k, dtype=torch.int8).t(), scale, bias)
             rows = QuantizedRows(
                 m.zeros(num_rows, k, dtype=torch.int8), m.zeros(num_rows, dtype=torch.float32), num_rows, m.dtype
             )
             config = hopper_w8a8_config(num_rows, n, num_sms or 132)
+            if num_sms == 1 and m.dtype is torch.float16:
+                config = hopper_w8a8_tiles(128, 3, strips=2)
             if num_sms is not None:  # equal shares, or whole tiles
                 hopper_w8a8_linear.linear(rows, int8, config)
             elif m.dtype is torch.bfloat16:
                 hopper_w8a8_linear.gate_up(rows, int8, replace(config, whole=True))
             else:  # the parts are fp32 in both
                 hopper_w8a8_linear.split_linear(rows, int8, config, num_parts=2)
-                hopper_w8a8_linear.linear(rows, int8, replace(config, num_programs=3))
+                hopper_w8a8_linear.linear(rows, int8, hopper_w8a8_tiles(256, 3))
     for num_rows, k, n in ((3, 72, 40), (33, 208, 130), (3, 2064, 33)):
         int8 = W8A8Weight(m.zeros(n, k, dtype=torch.int8).t(), m.zeros(n, dtype=torch.float32), m.zeros(n))
         fp8 = Fp8Weight(m.zeros(n, k, dtype=torch.float8_e4m3fn).t(), m.zeros(n, dtype=torch.float32))

@@ -48,7 +48,7 @@ MIN_HOPPER_W4A16_ROWS = 33
 #: Rows of all parts of a tile that are left to who reads their sum: output and down projections of up to 64 rows, q, k and v of up to 128.
 MAX_HOPPER_W4A16_PART_ROWS = 256
 #: Rows of int8 that are `hopper_w8a8_linear`'s on sm_90: a layer's four products with two norms and 8 bit rows take 77 us of 64 and 89 of
-#: 128 where the plain kernel has 95 and 121 (8B, H200: docs/perf-log.md). More than 512 were not timed.
+#: 128 where the plain kernel has 95 and 121, those of 32 some 73 and 88 (8B, H200: docs/perf-log.md). More than 512 were not timed.
 MIN_HOPPER_W8A8_ROWS, MAX_HOPPER_W8A8_ROWS = 17, 512
 #: From so many on two row blocks share tiles of 256 outputs, where those of 128 outputs would have all rows.
 MIN_WIDE_HOPPER_W8A8_ROWS = 193
@@ -227,6 +227,7 @@ def hopper_w8a8_parts(num_rows: int, n: int, k: int, num_sms: int) -> int:
     config = hopper_w8a8_config(num_rows, n, num_sms)
     num_tiles = n // config.block_n * ceil_div(num_rows, config.block_m)
     most = 2 if num_rows <= 128 or num_rows >= MIN_WIDE_HOPPER_W8A8_ROWS else MAX_HOPPER_W8A8_PARTS
+    # A third part must be 16 turns long to pay for its reading; few programs in parts are slower than shares of 256 rows, not of fewer.
     num_parts = min(num_sms // num_tiles, max(k // 2048, 2), k // 512, most) if num_rows <= 256 else 1
     least = 2 * num_sms // (3 if num_rows >= MIN_WIDE_HOPPER_W8A8_ROWS else 5)
     return num_parts if num_parts > 1 and num_tiles * num_parts >= least else 1

@@ -148,7 +148,7 @@ class GenerateRequest:
     prompt_ids: tuple[int, ...]  # at least one id, each in [0, vocab_size)
     sampling: SamplingParams
     sample_index: int = 0
-    priority: int = 0  # lower is admitted sooner; ties by arrival
+    priority: int = 0  # lower is admitted sooner; ties as schedule_policy says
     name: str = ""  # the caller's id, for cancel_named across connections; empty: none
     deadline_ms: int | None = None  # from the engine's receipt; then finish_reason DEADLINE
 

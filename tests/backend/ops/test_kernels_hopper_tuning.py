@@ -100,7 +100,7 @@ def test_how_int8_layers_of_an_8b_model_are_shared(num_rows, tile, layers):
 
 
 def test_int8_layers_of_a_small_model_keep_gates_and_ups_together():
-    """A 1.8B's, of 1,024 to 16,384 outputs: one row block of wide tiles fills half of the multiprocessors, two all of them."""
+    """A 1.8B's 16,384 outputs: one row block of wide tiles fills half of the multiprocessors, two all of them."""
     for num_rows in (64, 192, 256, 400):
         assert hopper_w8a8_config(num_rows, 16384, 132).whole
 

@@ -65,7 +65,7 @@ SHAPES = [
     Shape(129, 256, 256, bias=True),  # a tile of 128 rows and one of 32 beside it
     Shape(150, 128, 384),
     Shape(192, 384, 128, bias=True),  # of 64
-    Shape(200, 384, 256),  # of 128
+    Shape(200, 384, 256),  # two row blocks of 128, by 256 outputs
     Shape(256, 128, 128),  # a step in all
     Shape(300, 256, 256, bias=True),  # two blocks of rows, the last of them short
 ]
@@ -93,6 +93,8 @@ WIDE = HopperTiles(128, 2, 2, 132)
         (Shape(17, 384, 256, bias=True), HopperTiles(32, 1, 2, 2)),
         (Shape(90, 384, 256, bias=True), HopperTiles(96, 2, 2, 2)),
         (Shape(100, 384, 256, bias=True), HopperTiles(128, 1, 2, 2)),
+        (Shape(200, 512, 256, bias=True), HopperTiles(256, 1, 2, 2)),  # two products of 128 rows
+        (Shape(256, 768, 256), HopperTiles(256, 1, 3, 1, whole=True)),
     ],
     ids=str,
 )
@@ -226,6 +228,28 @@ def test_the_emulation_finds_wrong_tiles_and_parts(mistake, monkeypatch):
             Shape(150, 640, 384), FP16, monkeypatch, config=HopperTiles(160, 1, 2, 2, whole=True), num_parts=num_parts, seed=seed
         )
         return found[:], exact
+
+    assert shows_a_mistake(attempt)
+
+
+WAIT_OF_A_STEP = "        acc = warpgroup_mma_wait(1, [acc])"
+NEXT_X_SCALES = "_x_scales(x_scale_ptr, row + CHUNK, num_rows, CHUNK, CHUNK_LAYOUT)"
+MISTAKES_OF_WIDE_TILES = {
+    "x freed while it is read": ("_step", WAIT_OF_A_STEP, WAIT_OF_A_STEP.replace("1", "2")),
+    "sums used too early": ("_compute", "acc = warpgroup_mma_wait(0, [acc])", "acc = warpgroup_mma_wait(1, [acc])"),
+    "x scales of the chunk before": ("_compute", NEXT_X_SCALES, NEXT_X_SCALES.replace("row + CHUNK", "row")),
+    "another row block": ("_fetch", "tile % num_row_blocks * BLOCK_M", "(tile + 1) % num_row_blocks * BLOCK_M"),
+    "columns that do not follow each other": ("_fetch", "1 if HAS_SHARES else gl.num_programs(0)", "1"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES_OF_WIDE_TILES)
+def test_the_emulation_finds_mistakes_in_wide_tiles(mistake, monkeypatch):
+    function, *change = MISTAKES_OF_WIDE_TILES[mistake]
+    plant(module, function, [change], monkeypatch)
+
+    def attempt(seed):
+        return run(Shape(200, 384, 512), FP16, monkeypatch, config=replace(WIDE, num_programs=2, whole=True), seed=seed)
 
     assert shows_a_mistake(attempt)
 

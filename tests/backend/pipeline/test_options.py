@@ -15,7 +15,7 @@ TURBOMIND = {
     "model_name": None, "model_format": None, "tp": 1, "session_len": None, "max_batch_size": 128, "cache_max_entry_count": 0.8,
     "cache_block_seq_len": 64, "quant_policy": 0, "rope_scaling_factor": 0.0, "use_logn_attn": False, "download_dir": None,
     "revision": None, "max_prefill_token_num": 8192, "num_tokens_per_iter": 0, "max_prefill_iters": 1,
-    "schedule_policy": "fcfs",  # ours, behind LMDeploy's
+    "schedule_policy": None,  # ours, behind LMDeploy's
 }  # fmt: skip
 PYTORCH = {
     "model_name": "", "tp": 1, "session_len": None, "max_batch_size": 128, "cache_max_entry_count": 0.8,
@@ -78,6 +78,7 @@ def test_what_cannot_be_done_is_refused_by_name(owner: Any, fields: dict[str, An
         (TurbomindEngineConfig(cache_block_seq_len=32), "cache_block_seq_len", "32"),
         (TurbomindEngineConfig(quant_policy=8), "quant_policy", "8"),
         (TurbomindEngineConfig(schedule_policy="lof"), "schedule_policy", "lof"),
+        (TurbomindEngineConfig(), "schedule_policy", None),
         (TurbomindEngineConfig(max_prefill_token_num=256), "num_tokens_per_iter", "256"),
         (TurbomindEngineConfig(max_prefill_token_num=256, num_tokens_per_iter=128), "num_tokens_per_iter", "128"),
         (TurbomindEngineConfig(), "num_tokens_per_iter", None),

@@ -1,13 +1,16 @@
 """The process that compiles ahead, as it is started, over a stand-in of triton's driver and of the steps."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tests.backend.scheduling.fakes import model_config
 from tests.bench.make_checkpoint import make_checkpoint
 
-from turbotriton.backend.runner.precompile import start_process
+from turbotriton.backend.runner.precompile import mark_path, start_process
+from turbotriton.contract.ini import EngineConfig
 
 STEPS = """
 import os, sys, types
@@ -72,6 +75,15 @@ def test_without_a_gpu_it_says_so(arguments: list[str]) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "there is no CUDA GPU here to compile kernels for" in done.stderr
+
+
+def test_options_that_choose_no_kernel_leave_the_mark_as_it_is() -> None:
+    model, engine = model_config(), EngineConfig(session_len=64)
+    mark = mark_path(model, engine, "a GPU")
+    for options in ({"schedule_policy": "lof"}, {"max_queued_requests": 5}, {"cache_max_entry_count": 0.5}):
+        assert mark_path(model, dataclasses.replace(engine, **options), "a GPU") == mark
+    for options in ({"max_batch_size": 5}, {"quant_policy": 8}, {"session_len": 65}):
+        assert mark_path(model, dataclasses.replace(engine, **options), "a GPU") != mark
 
 
 LOAD = """

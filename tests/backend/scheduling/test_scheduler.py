@@ -207,6 +207,21 @@ def test_longest_first_spreads_prompts_over_the_steps_of_decodes() -> None:
     assert bench.tokens(3) == oracle(range(200, 210), 10)
 
 
+def test_whoever_has_begun_is_not_held_up_by_longer_ones_that_come() -> None:
+    """Blocks for 48 tokens; a request of 24, and one of 28 every seven steps: what has begun keeps its blocks, or gets them back first."""
+    bench = Bench(num_blocks=12, max_batch_size=4, schedule_policy="lof", enable_prefix_caching=False)
+    bench.add(0, range(4), 20)
+    for step in range(60):
+        if step % 7 == 1:
+            bench.add(1 + step, range(step, step + 4), 24)
+        bench.step()
+        if bench.reasons(0):
+            break
+    assert bench.tokens(0) == oracle(range(4), 20)
+    assert step < 30
+    bench.run()
+
+
 def test_no_new_token_prefills_and_ends_with_length() -> None:
     bench = Bench(budget=4)
     bench.add(1, range(10), 0)
