@@ -26,10 +26,10 @@ CHILD_SECONDS = 1500  # a minute or two on a machine that has nothing else to do
 OUTCOMES = pytest.StashKey[dict[Path, dict[str, str]]]()
 GUARD = 64  # elements before and after every output
 
-# fp16 and fp32 only: in triton 3.9 the interpreter's tl.dot on bf16 returned garbage
+# fp16 and fp32 only: in triton 3.9 the interpreter's tl.dot on bf16 returned garbage. fp32 takes as long again: CI's
 TARGETS = [
-    *(pytest.param(("cpu", dtype), id=f"interpreted-{name}", marks=pytest.mark.interpreted) for name, dtype in
-      [("fp16", torch.float16), ("fp32", torch.float32)]),
+    pytest.param(("cpu", torch.float16), id="interpreted-fp16", marks=pytest.mark.interpreted),
+    pytest.param(("cpu", torch.float32), id="interpreted-fp32", marks=(pytest.mark.interpreted, pytest.mark.slow)),
     *(pytest.param(("cuda", dtype), id=f"cuda-{name}", marks=pytest.mark.gpu) for name, dtype in
       [("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32)]),
 ]  # fmt: skip

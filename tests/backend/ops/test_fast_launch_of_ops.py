@@ -156,7 +156,8 @@ def hopper(monkeypatch):
 @pytest.mark.parametrize(
     "name",
     [
-        *("rms_norm", "rotary", "silu", "decode", "prefill", "gate_up", "w4a16"),
+        *("rms_norm", "rotary", "silu", "decode", "prefill", "gate_up"),
+        pytest.param("w4a16", marks=pytest.mark.slow),
         *("store", "decode of codes", "prefill of codes", "rows", "8 bit", "narrow", "advance", "w4a16 of few", "dequantize"),
     ],
 )
