@@ -98,9 +98,7 @@ class TurbomindEngineConfig:
     max_prefill_token_num: int = 8192  # most tokens a step; the default leaves a CPU its smaller one
     num_tokens_per_iter: int = 0  # the same, wins when given
     max_prefill_iters: int = 1
-    schedule_policy: str | None = (
-        None  # ours: fcfs, or lof, the longest output first; None: as the workspace or the environment has it
-    )
+    schedule_policy: str | None = None  # ours: fcfs, or lof, the longest output first; None: the workspace's
 
     def __post_init__(self) -> None:
         _check_common(self.tp, self.max_prefill_token_num)

@@ -119,15 +119,15 @@ def leave_part(
 
 
 @gluon.jit
-def _load_part(chunk_ptr, first_slot, first_place, part, num_parts, PART_SIZE: gl.constexpr):
+def _load_part(chunk_ptr, first_slot, head, part, num_parts, PART_SIZE: gl.constexpr):
     """A chunk of one part of a tile, past the L1 cache: zeros where there is no such part."""
-    slot = gl.where(part == 0, first_slot, 2 * (first_place + part))
+    slot = gl.where(part == 0, first_slot, 2 * (head + part))
     return gl.load(chunk_ptr + slot.to(gl.int64) * PART_SIZE, mask=part < num_parts, other=0, cache_modifier=".cg")
 
 
 @gluon.jit
 def sum_of_parts(
-    parts_ptr, index, first_slot, first_place, num_parts, dtype: gl.constexpr,
+    parts_ptr, index, first_slot, head, num_parts, dtype: gl.constexpr,
     S: gl.constexpr, BLOCK_M: gl.constexpr, CHUNK: gl.constexpr, LAYOUT: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """A chunk of all parts of a tile, added up in their order: [16 WARPS S, CHUNK]."""
@@ -136,10 +136,10 @@ def sum_of_parts(
     chunk_ptr = parts_ptr + index * (16 * WARPS * S * CHUNK) + _part_offsets(S, CHUNK, WARPS)
     numbers = gl.zeros([S * CHUNK // 8, 32 * WARPS, 4], dtype, PART)
     for part in range(0, num_parts, 4):  # as many are asked for before the first is there
-        a = _load_part(chunk_ptr, first_slot, first_place, part, num_parts, PART_SIZE)
-        b = _load_part(chunk_ptr, first_slot, first_place, part + 1, num_parts, PART_SIZE)
-        c = _load_part(chunk_ptr, first_slot, first_place, part + 2, num_parts, PART_SIZE)
-        d = _load_part(chunk_ptr, first_slot, first_place, part + 3, num_parts, PART_SIZE)
+        a = _load_part(chunk_ptr, first_slot, head, part, num_parts, PART_SIZE)
+        b = _load_part(chunk_ptr, first_slot, head, part + 1, num_parts, PART_SIZE)
+        c = _load_part(chunk_ptr, first_slot, head, part + 2, num_parts, PART_SIZE)
+        d = _load_part(chunk_ptr, first_slot, head, part + 3, num_parts, PART_SIZE)
         numbers = numbers + a + b + c + d
     sums = gl.permute(gl.reshape(numbers, (S, CHUNK // 8, WARPS, 8, 4, 2, 2)), (0, 2, 5, 3, 1, 4, 6))
     return gl.convert_layout(gl.reshape(sums, (16 * WARPS * S, CHUNK)), LAYOUT, assert_trivial=True)
@@ -170,8 +170,9 @@ def _chunks_to_add(counter_ptr, seen, part, num_parts, NUM_CHUNKS: gl.constexpr,
 
 @gluon.jit
 def find_parts(counters_ptr, seen, tile, work, NUM_CHUNKS: gl.constexpr, PATIENCE: gl.constexpr):
-    """Of a tile to which this program has given its part: (chunks to add up as bits, slot of the first part, its program, number of parts).
+    """Of a tile to which this program has given its part: (chunks to add up as bits, slot of the first part, head, number of parts).
 
+    head: the place of the tile's first program
     work: (row blocks, turns of a tile, turns of a program, this program's first turn, the one after its last)
     """
     _num_row_blocks, num_turns, share, begin, _end = work

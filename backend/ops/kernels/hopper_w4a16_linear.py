@@ -228,23 +228,13 @@ def _compute(
         for tile in range(first_tile, end_tile, gl.maximum(end_tile - 1 - first_tile, 1)):
             if (begin > tile * num_turns) | (end < (tile + 1) * num_turns):
                 seen_here = gl.where(tile == first_tile, seen_first, seen)
-                chunks, first_slot, first_place, num_parts = find_parts(counters_ptr, seen_here, tile, work, NUM_CHUNKS, PATIENCE)
+                chunks, first_slot, head, num_parts = find_parts(counters_ptr, seen_here, tile, work, NUM_CHUNKS, PATIENCE)
                 begin_n = (tile // num_row_blocks * NUM_GROUPS + GROUP) * OUT
                 begin_m = tile % num_row_blocks * BLOCK_M
                 for index in range(NUM_CHUNKS):
                     if chunks >> index & 1 != 0:
                         sums = sum_of_parts(
-                            parts_ptr,
-                            index,
-                            first_slot,
-                            first_place,
-                            num_parts,
-                            gl.float32,
-                            S,
-                            BLOCK_M,
-                            CHUNK,
-                            CHUNK_LAYOUT,
-                            WARPS,
+                            parts_ptr, index, first_slot, head, num_parts, gl.float32, S, BLOCK_M, CHUNK, CHUNK_LAYOUT, WARPS
                         )
                         _store(sums, bias_ptr, y_ptr, begin_n, begin_m + index * CHUNK, num_rows, N, HAS_BIAS, GATED, S)
 

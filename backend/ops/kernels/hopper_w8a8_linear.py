@@ -165,9 +165,8 @@ def _compute(
     OUT: gl.constexpr = 16 * WARPS * S
     LOW_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M - HIGH, 32])
     CHUNK: gl.constexpr = 32 // S  # rows that are added up or stored at once
-    AHEAD: gl.constexpr = (
-        BLOCK_M <= 192
-    )  # a chunk's x scales are asked for before the chunk before is stored; with more rows for no register
+    # A chunk's x scales are asked for before the chunk before it is stored; with more rows they would find no register.
+    AHEAD: gl.constexpr = BLOCK_M <= 192
     CHUNK_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, CHUNK, 32])
     NUM_CHUNKS: gl.constexpr = BLOCK_M // CHUNK
     num_row_blocks, num_turns, share, begin, end = work
@@ -224,14 +223,14 @@ def _compute(
         for tile in range(first_tile, end_tile, gl.maximum(end_tile - 1 - first_tile, 1)):
             if (begin > tile * num_turns) | (end < (tile + 1) * num_turns):
                 seen_here = gl.where(tile == first_tile, seen_first, seen)
-                chunks, first_slot, first_place, num_parts = find_parts(counters_ptr, seen_here, tile, work, NUM_CHUNKS, PATIENCE)
+                chunks, first_slot, head, num_parts = find_parts(counters_ptr, seen_here, tile, work, NUM_CHUNKS, PATIENCE)
                 begin_n = (tile // num_row_blocks * NUM_GROUPS + GROUP) * OUT
                 begin_m = tile % num_row_blocks * BLOCK_M
                 scale = gl.load(scale_ptr + _outputs(begin_n, N, OUT, GATED, CHUNK_LAYOUT))
                 for index in range(NUM_CHUNKS):
                     if chunks >> index & 1 != 0:
                         sums = sum_of_parts(
-                            parts_ptr, index, first_slot, first_place, num_parts, gl.int32, S, BLOCK_M, CHUNK, CHUNK_LAYOUT, WARPS
+                            parts_ptr, index, first_slot, head, num_parts, gl.int32, S, BLOCK_M, CHUNK, CHUNK_LAYOUT, WARPS
                         )
                         row = begin_m + index * CHUNK
                         x_scale = _x_scales(x_scale_ptr, row, num_rows, CHUNK, CHUNK_LAYOUT)
