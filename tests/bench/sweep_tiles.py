@@ -12,11 +12,12 @@ import dataclasses
 import functools
 import itertools
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import compile_ahead
 import torch
 import w4a16_choices
+import w8a8_choices
 from sweep_steps import chosen
 from triton.errors import TritonError
 
@@ -348,25 +349,6 @@ def w4a16(all_rows: list[int]) -> None:
         print(f"a layer's four x {rows}: today {sums[0]:.1f} us: {best}", flush=True)
 
 
-def w8a8_tiles(rows: int, n: int, k: int, num_sms: int) -> Iterator[tuple[str, hopper_tuning.HopperTiles, int]]:
-    """(form, tiles, parts): whole tiles in waves, equal shares, parts of a tile that are left to who reads them."""
-    for strips in (1, 2):
-        most = 256 if strips == 1 else 128
-        block_m = hopper_tuning.rows_of_hopper_tile(tuning.ceil_div(rows, tuning.ceil_div(rows, most)))
-        tiles = hopper_tuning.hopper_w8a8_tiles(block_m, num_sms, strips)
-        columns = n // tiles.block_n
-        num_tiles = columns * tuning.ceil_div(rows, block_m)
-        name = f"{tiles.block_n} x {block_m}"
-        if 3 * columns > num_sms:
-            num_programs = tuning.ceil_div(columns, tuning.ceil_div(columns, num_sms))
-            yield f"{name}, whole", dataclasses.replace(tiles, num_programs=num_programs, whole=True), 1
-        yield f"{name}, shares", tiles, 1
-        if num_tiles * 2 <= num_sms:
-            yield f"{name}, shares in step", dataclasses.replace(tiles, num_programs=num_sms // num_tiles * num_tiles), 1
-            for num_parts in range(2, min(num_sms // num_tiles, k // 512) + 1):
-                yield f"{name}, {num_parts} parts", tiles, num_parts
-
-
 def w8a8(all_rows: list[int]) -> None:
     num_sms = torch.cuda.get_device_properties(0).multi_processor_count
     for rows in all_rows:
@@ -390,7 +372,7 @@ def w8a8(all_rows: list[int]) -> None:
             product = x.values[:rows].float() * x.scale[:rows, None] @ (weights[0].weight.float() * weights[0].scale)
             wanted = whole(read(silu_and_mul(product) if gated else product.bfloat16()))
             times = [(median_us([lambda w=w: today(w) for w in weights]), "today, with 8 bit rows" if gated else "today")]
-            for name, tiles, num_parts in w8a8_tiles(rows, n, k, num_sms):
+            for name, tiles, num_parts in w8a8_choices.choices(rows, n, k, num_sms):
                 if gated and not tiles.whole:
                     continue
                 calls = [lambda w=w: of(w, tiles, num_parts) for w in weights]

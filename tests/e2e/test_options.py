@@ -374,7 +374,7 @@ def test_every_engine_option_is_honoured(demo_workspace: Path) -> None:
         assert not re.search(r"^(vllm:|nv_trt_llm_)", httpx.get(server.metrics_url, timeout=PATIENCE_S).text, re.MULTILINE)
 
 
-@pytest.mark.parametrize(("name", "value"), [("quant_policy", 5), ("max_batch_size", 0)])
+@pytest.mark.parametrize(("name", "value"), [("quant_policy", 5), ("max_batch_size", 0), ("schedule_policy", "lifo")])
 def test_values_that_no_version_knows_are_refused(name: str, value: Any) -> None:
     with pytest.raises(Exception, match=name):
         EngineConfig(session_len=128, **{name: value})

@@ -210,8 +210,9 @@ def _compute(
             for index in gl.static_range(NUM_CHUNKS):
                 chunk = chunk_of(acc, high, index, CHUNK)
                 row, x_scale = begin_m + index * CHUNK, next_x_scale
-                if AHEAD and index + 1 < NUM_CHUNKS:
-                    next_x_scale = _x_scales(x_scale_ptr, row + CHUNK, num_rows, CHUNK, CHUNK_LAYOUT)
+                if AHEAD:
+                    if index + 1 < NUM_CHUNKS:
+                        next_x_scale = _x_scales(x_scale_ptr, row + CHUNK, num_rows, CHUNK, CHUNK_LAYOUT)
                 elif index > 0:
                     x_scale = _x_scales(x_scale_ptr, row, num_rows, CHUNK, CHUNK_LAYOUT)
                 _store(chunk, x_scale, scale, bias_ptr, part_ptr, begin_n, row, num_rows, N, HAS_BIAS, GATED)

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 from tests.backend.ops.test_kernels_compile_ahead import SHARED_LIMIT_BYTES
+from tests.bench import w8a8_choices
 
 from turbotriton.backend.ops.kernels import hopper_w4a16_linear
 from turbotriton.backend.ops.kernels.hopper_tuning import (
@@ -97,6 +98,15 @@ def test_how_int8_layers_of_an_8b_model_are_shared(num_rows, tile, layers):
     assert configs["gate_up"].whole
     parts = {name: hopper_w8a8_parts(num_rows, n, k, 132) for name, (n, k) in shapes.items()}
     assert {name: (configs[name].num_programs, parts[name]) for name in shapes} == layers
+
+
+@pytest.mark.parametrize("num_rows", [17, 64, 128, 144, 192, 200, 256, 320, 512])
+def test_a_sweep_of_int8_tiles_times_what_a_layer_has(num_rows):
+    for n, k in ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)):
+        config, num_parts = hopper_w8a8_config(num_rows, n, 132), hopper_w8a8_parts(num_rows, n, k, 132)
+        choices = list(w8a8_choices.choices(num_rows, n, k, 132))
+        assert len({name for name, _, _ in choices}) == len(choices)
+        assert (config.block_m, config.strips, num_parts) in {(tiles.block_m, tiles.strips, parts) for _, tiles, parts in choices}
 
 
 def test_int8_layers_of_a_small_model_keep_gates_and_ups_together():
