@@ -46,7 +46,8 @@ class Request:
     chain_root: bytes
     arrival: int  # order of arrival, unique
     arrival_time: float
-    rank: int = 0  # among requests of one priority, before their arrival; smaller is sooner
+    burst: int = 0  # requests that came between the same two steps share one; smaller is sooner
+    rank: int = 0  # in a burst; smaller is sooner
     state: RequestState = RequestState.WAITING
     token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
@@ -80,6 +81,11 @@ class Request:
         return len(self.token_ids) + self.num_in_flight
 
     @property
+    def num_asked(self) -> int:
+        """New tokens that it asked for and has not got, those in flight not counted; 0 when it named no number."""
+        return 0 if self.sampling.max_new_tokens is None else self.max_new_tokens + self.num_prompt_tokens - self.length
+
+    @property
     def num_missing(self) -> int:
         """Tokens that steps can compute now: 1 for a decode, more for a prefill, 0 when its last token is in flight."""
         length = len(self.token_ids) + self.num_in_flight
@@ -106,9 +112,9 @@ class Request:
         return self.source.sampling.guided is not None and self.matcher is None
 
     @property
-    def order(self) -> tuple[int, int, int]:
+    def order(self) -> tuple[int, int, int, int]:
         """Smaller is served sooner and preempted later."""
-        return (self.source.priority, self.rank, self.arrival)
+        return (self.source.priority, self.burst, self.rank, self.arrival)
 
     @property
     def deadline(self) -> float:

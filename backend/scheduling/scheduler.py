@@ -6,17 +6,18 @@
 
 One step, in `schedule`:
   1. Requests past their deadline end.
-  2. Running requests in order of service (priority, rank, arrival): a decode takes one token of the budget, a prefill a chunk. All
-     decodes come before all chunks, so a long prompt never delays a running answer by more than one step. Where as many requests
-     decode as wait for their first token, or more, the step takes `beside_decodes` tokens and not all its budget: those who wait for
-     their next token would wait as long as that takes. Of a long queue it takes a quarter, if that is more. With `schedule_policy`
-     lof every step beside decodes takes half of `beside_decodes`: prompts are spread over the steps of long answers, whose weights are
-     read anyway, and since those who wait are the shorter answers, they end with the long ones. A request that needs a
-     block when none is free makes the last in order give up its blocks; if that is itself, it waits. In the plan the longest decodes
-     stand first: attention's programs start in that order, and short ones fill the gaps at its end.
+  2. Running requests in order of service (`Request.order`): a decode takes one token of the budget, a prefill a chunk. All decodes
+     come before all chunks, so a long prompt never delays a running answer by more than one step. Beside decodes a step takes fewer
+     tokens than its budget, since those who wait for their next token wait as long as it takes (`_budget_beside`). A request that
+     needs a block when none is free makes the last in order give up its blocks; if that is itself, it waits. In the plan the longest
+     decodes stand first: attention's programs start in that order, and short ones fill the gaps at its end.
   3. Waiting requests in order, while a slot, budget and blocks for all their known tokens are there. The first that does not fit
      holds back those behind it: nobody starves (with lof, while longer ones come, those that may give less wait; who has begun goes
      before all of them).
+
+Order: who came first; of those that came between the same two steps, whoever may give the most tokens. A burst ends when its longest
+answer does, so the long ones begin first, and the prompts of the short ones ride along with their decodes. With `schedule_policy` lof
+all that wait count as one burst.
 
 Invariants
 - A running request holds blocks for at least its known tokens; a waiting or finished one holds none and has no slot.
@@ -46,7 +47,7 @@ __all__ = ["PREFILL_BESIDE_DECODES", "OwnedDelta", "Scheduler"]
 
 #: Matrix products of so many rows fill a GPU with whole tiles, where a few rows more would begin a new wave of them.
 PREFILL_BESIDE_DECODES = 2048
-STARTED = -(1 << 62)  # rank of a request that has had a slot: whoever has begun is not held up by longer ones that come
+STARTED = -(1 << 62)  # rank of a request that has had a slot: whoever has begun is not held up by longer ones
 QUEUE_SHARE = 4  # of the prompt tokens that wait, a step beside decodes takes one in so many
 
 
@@ -57,8 +58,7 @@ class OwnedDelta(NamedTuple):
 
 class Scheduler:
     """`token_budget`: most tokens a step. `clock`: monotonic seconds. `draw_seed`: a 64-bit seed for requests without one.
-    `beside_decodes`: most tokens of a step where decodes are not the minority, with lof half of it wherever there are decodes; prompts get
-    half of that at least."""
+    `beside_decodes`: most tokens of a step where decodes are not the minority, see `_budget_beside`."""
 
     def __init__(
         self,
@@ -76,9 +76,9 @@ class Scheduler:
         self._token_budget = max(token_budget, 1)
         self._clock = clock
         self._draw_seed = draw_seed
-        self._longest_first = config.schedule_policy == "lof"
-        self._beside_decodes = beside_decodes // 2 if self._longest_first else beside_decodes
-        self._waiting: list[tuple[tuple[int, int, int], Request]] = []  # heap; finished entries are dropped when met
+        self._all_one_burst = config.schedule_policy == "lof"
+        self._beside_decodes = beside_decodes
+        self._waiting: list[tuple[tuple[int, ...], Request]] = []  # heap; finished entries are dropped when met
         self._running: list[Request] = []  # in order of service
         self._requests: dict[tuple[object, int], Request] = {}
         self._free_slots = list(range(config.max_batch_size - 1, -1, -1))
@@ -131,7 +131,8 @@ class Scheduler:
             chain_root=f"{rope_theta!r} kv{self._config.quant_policy}".encode()[:64],
             arrival=self._num_arrived,
             arrival_time=self._clock(),
-            rank=-max_new_tokens if self._longest_first else 0,
+            burst=0 if self._all_one_burst else self._num_steps,
+            rank=-(self._config.session_len if source.sampling.max_new_tokens is None else max_new_tokens),
             token_ids=list(source.prompt_ids),
         )
         self._num_arrived += 1
@@ -252,12 +253,8 @@ class Scheduler:
         picked = [request for request in picked if request.state is RequestState.RUNNING]
         picked.sort(key=_num_scheduled, reverse=True)
         rows += [self._row(request, 1) for request in picked]
-        if rows and (self._longest_first or len(rows) >= len(chunks) + self.num_waiting - self._num_held):
-            most = self._beside_decodes
-            if not self._longest_first:
-                waiting = self.num_waiting_tokens + sum(request.num_missing for request in chunks)
-                most = max(most, waiting // QUEUE_SHARE)
-            budget = min(budget, max(most - len(rows), self._beside_decodes // 2))
+        if rows:
+            budget = min(budget, self._budget_beside(picked, chunks))
         for request in chunks:
             if budget and request.state is RequestState.RUNNING:
                 picked.append(request)
@@ -273,6 +270,25 @@ class Scheduler:
         new_blocks = [added for added in new_blocks if added.slot not in left]
         self._num_steps += 1
         return StepPlan(self._num_steps, left, tuple(joined), tuple(new_blocks), tuple(rows))
+
+    def _budget_beside(self, decodes: list[Request], chunks: list[Request]) -> int:
+        """Prompt tokens that a step takes beside `decodes`, at least one; `chunks`: requests whose prompts are being computed.
+
+        Half of `beside_decodes`, decodes included, where the next prompt's answer ends before the longest of the decodes' anyway: the
+        weights are read for that one in any case. Otherwise a later start is a later end: while more requests wait for their first
+        token than decode, all; then `beside_decodes`, or a quarter of a long queue. Prompts get half of each at least.
+        """
+        following = chunks[0] if chunks else self._first_waiting()
+        if following is None:
+            return self._token_budget
+        most = self._beside_decodes
+        if 0 < following.num_asked < max(request.num_asked for request in decodes):
+            most //= 2
+            return max(most - len(decodes), most // 2, 1)
+        if len(decodes) < len(chunks) + self.num_waiting - self._num_held:
+            return self._token_budget
+        num_waiting_tokens = self.num_waiting_tokens + sum(request.num_missing for request in chunks)
+        return max(max(most, num_waiting_tokens // QUEUE_SHARE) - len(decodes), most // 2, 1)
 
     def _row(self, request: Request, budget: int) -> ScheduledRow:
         start, length = request.num_scheduled_tokens, request.length
@@ -304,13 +320,17 @@ class Scheduler:
         self.num_preemptions += 1
         self._queue(victim)
 
-    def _next_admissible(self) -> Request | None:
-        """The first waiting request, if its blocks are there; it is taken off the queue and holds them."""
+    def _first_waiting(self) -> Request | None:
+        """Next in order; what has ended meanwhile is dropped."""
         while self._waiting and self._waiting[0][1].state is not RequestState.WAITING:
             heapq.heappop(self._waiting)
-        if not self._waiting:
+        return self._waiting[0][1] if self._waiting else None
+
+    def _next_admissible(self) -> Request | None:
+        """The first waiting request, if its blocks are there; it is taken off the queue and holds them."""
+        request = self._first_waiting()
+        if request is None:
             return None
-        request = self._waiting[0][1]
         cached, digests = self.blocks.match_prefix(request.chain_root, request.token_ids) if request.is_scored else ([], [])
         missing = self.blocks.blocks_for(len(request.token_ids)) - len(cached)
         if missing > self.blocks.num_free_blocks - self.blocks.num_free_among(cached):
@@ -325,8 +345,7 @@ class Scheduler:
 
     def _join(self, request: Request) -> JoinedRequest:
         request.state = RequestState.RUNNING
-        if self._longest_first:
-            request.rank = STARTED
+        request.rank = STARTED
         request.slot = self._free_slots.pop()
         request.num_joins += 1
         at = len(self._running)

@@ -53,7 +53,7 @@ ENGINE_FLAGS: dict[str, tuple[type, str]] = {
     "use_logn_attn": (int, "1 or 0"),
     "backend": (str, "turbomind: our kernels, without a GPU the reference ops; pytorch: the reference ops on any device"),
     "deterministic": (int, "1 or 0: outputs do not depend on what else runs, to the bit; slower"),
-    "schedule_policy": (str, "which waiting request of a priority is next: fcfs, or lof, the longest output first"),
+    "schedule_policy": (str, "which waiting request of a priority is next: fcfs, or lof, the longest output of all that wait"),
     "max_queued_requests": (int, "requests that may wait before new ones are refused"),
     "max_queued_tokens": (int, "prompt tokens that may wait"),
 }

@@ -36,12 +36,12 @@ def test_a_prompt_beside_as_many_decodes_comes_in_small_chunks() -> None:
     bench.add(1, range(5), 8)
     bench.add(2, range(20, 25), 8)
     assert chunks(bench.step()) == [(0, 5), (0, 5)]  # nobody decodes yet: the whole budget
-    bench.add(3, range(100, 110), 2)
+    bench.add(3, range(100, 110), 9)
     plans = [bench.step() for _ in range(4)]
     assert [chunks(plan) for plan in plans] == [[(0, 4)], [(4, 4)], [(8, 2)], []]
     assert [sum(row.num_tokens == 1 for row in plan.rows) for plan in plans] == [2, 2, 2, 3]  # six tokens a step
     bench.run()
-    assert [bench.tokens(i) for i in (1, 2, 3)] == [oracle(range(5), 8), oracle(range(20, 25), 8), oracle(range(100, 110), 2)]
+    assert [bench.tokens(i) for i in (1, 2, 3)] == [oracle(range(5), 8), oracle(range(20, 25), 8), oracle(range(100, 110), 9)]
 
 
 def test_the_longest_decodes_stand_first_whoever_came_first() -> None:
@@ -62,8 +62,8 @@ def test_small_chunks_are_shared_by_the_prompts_of_a_step() -> None:
     for request_id in (1, 2, 3):
         bench.add(request_id, range(10 * request_id, 10 * request_id + 3), 9)
     bench.step()
-    bench.add(4, range(100, 103), 2)
-    bench.add(5, range(110, 115), 2)
+    bench.add(4, range(100, 103), 9)
+    bench.add(5, range(110, 115), 9)
     assert [chunks(bench.step()) for _ in range(3)] == [[(0, 3)], [(1, 3)], []]  # and single tokens: seven a step
 
 
@@ -72,13 +72,13 @@ def test_of_a_long_queue_a_step_takes_a_quarter() -> None:
     for request_id in (1, 2, 3):
         bench.add(request_id, range(10 * request_id, 10 * request_id + 3), 20)
     bench.step()
-    bench.add(4, range(100, 140), 2)
-    bench.add(5, range(200, 224), 2)
+    bench.add(4, range(100, 140), 21)
+    bench.add(5, range(200, 224), 20)
     taken = [[row.num_tokens for row in bench.step().rows if row.num_tokens > 1] for _ in range(6)]
     # With the three decodes a quarter of the 64, 51, 42, 35, 30 and 26 that wait; of the last, one is the next prompt's first.
     assert taken == [[13], [9], [7], [5], [4], [2]]
     bench.run()
-    assert bench.tokens(4) == oracle(range(100, 140), 2)
+    assert bench.tokens(4) == oracle(range(100, 140), 21)
 
 
 def test_prompts_get_the_whole_budget_while_more_wait_for_their_first_token_than_decode() -> None:
@@ -86,7 +86,7 @@ def test_prompts_get_the_whole_budget_while_more_wait_for_their_first_token_than
     bench.add(1, range(5), 8)
     bench.step()
     for request_id in (2, 3):
-        bench.add(request_id, range(100 * request_id, 100 * request_id + 10), 2)
+        bench.add(request_id, range(100 * request_id, 100 * request_id + 10), 9)
     assert chunks(bench.step()) == [(0, 10)]  # one decodes, two wait; one token of the budget is left for the second of them
 
 
@@ -195,9 +195,10 @@ def test_the_longest_output_is_admitted_first_where_asked_for() -> None:
         assert bench.tokens(request_id) == oracle([request_id], (3, 9, 5, 3)[request_id - 1])
 
 
-def test_longest_first_spreads_prompts_over_the_steps_of_decodes() -> None:
-    bench = Bench(num_blocks=60, budget=40, beside_decodes=16, max_batch_size=6, schedule_policy="lof")
-    bench.add(1, range(38), 20)
+@pytest.mark.parametrize("policy", SCHEDULE_POLICIES)
+def test_prompts_of_shorter_answers_are_spread_over_the_steps_of_longer_ones(policy: str) -> None:
+    bench = Bench(num_blocks=60, budget=40, beside_decodes=16, max_batch_size=6, schedule_policy=policy)
+    bench.add(1, range(38), 30)
     bench.add(2, range(100, 150), 15)
     bench.add(3, range(200, 210), 10)
     taken = [[row.num_tokens for row in bench.step().rows] for _ in range(10)]
@@ -205,6 +206,27 @@ def test_longest_first_spreads_prompts_over_the_steps_of_decodes() -> None:
     assert taken == [[38, 2], *[[1, 7]] * 6, [1, 6, 1], [1, 1, 6], [1, 1, 3]]
     bench.run()
     assert bench.tokens(3) == oracle(range(200, 210), 10)
+
+
+def test_prompts_are_not_spread_where_nobody_said_how_long_the_answer_may_be() -> None:
+    for counts in ((30, None), (None, 15)):
+        bench = Bench(num_blocks=60, budget=40, beside_decodes=16, max_batch_size=6, session_len=100)
+        bench.add(1, range(38), counts[0])
+        bench.step()
+        bench.add(2, range(100, 150), counts[1])
+        assert [[row.num_tokens for row in bench.step().rows] for _ in range(4)] == [[1, 15], [1, 15], [1, 15], [1, 5]]
+
+
+def test_of_requests_that_come_at_once_the_longest_output_is_first() -> None:
+    """Those that come after a step are behind all that came before it, and those who named no number are as long as any."""
+    bench = Bench(max_batch_size=1, session_len=20)
+    for request_id, count in ((1, 3), (2, 3), (3, 5), (4, None)):
+        bench.add(request_id, [request_id], count)
+    bench.step()
+    bench.add(5, [5], 9)
+    bench.add(6, [6], 10)
+    bench.run()
+    assert [delta.request_id for _, delta in bench.deltas if delta.finish_reason is not None] == [4, 3, 1, 2, 6, 5]
 
 
 def test_whoever_has_begun_is_not_held_up_by_longer_ones_that_come() -> None:
