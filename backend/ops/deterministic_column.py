@@ -25,6 +25,7 @@ from .operands import (
     LinearWeight,
     NormWeight,
     Projected,
+    QkvBeforeRotary,
     W4A16Tiles,
     W4A16Weight,
     W8A8Weight,
@@ -67,9 +68,15 @@ def fixed_order_norm_gate_up_silu(
 
 
 def fixed_order_attention(
-    q: torch.Tensor, k_cache: KvPages, v_cache: KvPages, batch: AttentionBatch, scale: float, sliding_window: int
+    q: torch.Tensor | QkvBeforeRotary,
+    k_cache: KvPages,
+    v_cache: KvPages,
+    batch: AttentionBatch,
+    scale: float,
+    sliding_window: int,
 ) -> torch.Tensor:
     """Decodes as chunks of one query: a query then sees its keys in the same tiles and order, alone, in a batch and in any chunk."""
+    assert isinstance(q, torch.Tensor), "QkvBeforeRotary is the other column's"
     assert isinstance(k_cache, torch.Tensor), "refused when the engine starts"
     assert isinstance(v_cache, torch.Tensor), "refused when the engine starts"
     bounds = torch.arange(batch.num_decodes + 1, dtype=torch.int32, device=q.device)

@@ -22,6 +22,7 @@ __all__ = [
     "LinearWeight",
     "NormWeight",
     "Projected",
+    "QkvBeforeRotary",
     "QkvWeights",
     "QuantizedPages",
     "QuantizedRows",
@@ -224,6 +225,16 @@ class QuantizedRows:
     scale: torch.Tensor
     num_rows: int
     dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class QkvBeforeRotary:
+    """What stands before attention of decodes that turns q and k itself, and stores k and v.
+
+    qkv: [num_tokens, (num_heads + 2 num_kv_heads) * head_dim]
+    """
+
+    qkv: Unadded
 
 
 #: A linear layer's weight; an op dispatches on the type.

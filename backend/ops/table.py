@@ -14,7 +14,17 @@ from typing import Protocol
 
 import torch
 
-from .operands import AttentionBatch, KvPages, LinearWeight, NormWeight, Projected, QkvWeights, QuantizedRows, SamplingBatch
+from .operands import (
+    AttentionBatch,
+    KvPages,
+    LinearWeight,
+    NormWeight,
+    Projected,
+    QkvBeforeRotary,
+    QkvWeights,
+    QuantizedRows,
+    SamplingBatch,
+)
 from .reference import by_token
 from .reference.attention import attention
 from .reference.sample import sample
@@ -80,7 +90,8 @@ class NormQkvRotaryStore(Protocol):
         q, k = rotary(q), rotary(k);   q *= q_scale;   cache[slot_mapping] = k, v      (quantised as the pages' class says)
 
     Rounds to the compute dtype after each line; rotary on half-split pairs (i, i + rotary_dim / 2) in fp32.
-    Returns (q: [num_tokens, num_heads, head_dim], r: [num_tokens, hidden]).
+    Returns (q: [num_tokens, num_heads, head_dim], r: [num_tokens, hidden]). A column whose attention of decodes does the last line gives
+    QkvBeforeRotary for q.
     """
 
     def __call__(
@@ -91,13 +102,13 @@ class NormQkvRotaryStore(Protocol):
         batch: AttentionBatch,
         k_cache: KvPages,
         v_cache: KvPages,
-    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+    ) -> tuple[torch.Tensor | QkvBeforeRotary, torch.Tensor]: ...
 
 
 class Attention(Protocol):
-    """Causal grouped-query attention of a mixed batch over the paged cache, which already holds the step's own keys.
+    """Causal grouped-query attention of a mixed batch over the paged cache, which holds the step's own keys unless q is QkvBeforeRotary.
 
-    q: [num_tokens, num_heads, head_dim]; head h reads kv head h // (num_heads / num_kv_heads)
+    q: [num_tokens, num_heads, head_dim], of the column's own NormQkvRotaryStore; head h reads kv head h // (num_heads / num_kv_heads)
     k_cache, v_cache: this layer's, of one format; quantised ones stand for the values that their class defines
     scale: multiplies q k^T, usually head_dim ** -0.5
     sliding_window: keys that a query sees, itself included; 0: all
@@ -109,7 +120,7 @@ class Attention(Protocol):
 
     def __call__(
         self,
-        q: torch.Tensor,
+        q: torch.Tensor | QkvBeforeRotary,
         k_cache: KvPages,
         v_cache: KvPages,
         batch: AttentionBatch,

@@ -7,7 +7,7 @@ norm before and the activation after in the same launch.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 
@@ -22,7 +22,7 @@ from .kernels import (
 )
 from .kernels.hopper_tuning import is_for_hopper_gate_up
 from .kernels.launch import is_hopper, shared_memory_bytes
-from .kernels.paged_decode_attention import paged_decode_attention
+from .kernels.paged_decode_attention import paged_decode_attention, rotary_decode_attention, takes_rotary
 from .kernels.paged_prefill_attention import paged_prefill_attention
 from .kernels.quantize_rows import quantize_rows, rms_norm_rows
 from .kernels.quantized_decode_attention import quantized_decode_attention
@@ -44,6 +44,7 @@ from .kernels.tuning import (
     MAX_SPLIT_PRODUCT_ROWS,
     MAX_W4A16_ROWS,
     MIN_NARROW_SHARED_BYTES,
+    ceil_div,
     next_power_of_2,
     num_product_parts,
 )
@@ -59,6 +60,7 @@ from .operands import (
     LinearWeight,
     NormWeight,
     Projected,
+    QkvBeforeRotary,
     QkvWeights,
     QuantizedRows,
     Unadded,
@@ -66,11 +68,18 @@ from .operands import (
     W8A8Weight,
 )
 from .reference import units
-from .reference.attention import attention
+from .reference.attention import attention as by_kind_of_rows
 from .table import REFERENCE
 
 __all__ = ["TRITON", "is_by_library"]
 
+_attention = functools.partial(
+    by_kind_of_rows,
+    paged_decode_attention=paged_decode_attention,
+    paged_prefill_attention=paged_prefill_attention,
+    quantized_decode_attention=quantized_decode_attention,
+    quantized_prefill_attention=quantized_prefill_attention,
+)
 NormAndLayer = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 EIGHT_BIT = (W8A8Weight, Fp8Weight)  # a union would be made anew at each question
 
@@ -228,6 +237,12 @@ def _norm_linear_before_rotary(
     return narrow_linear.split_linear(y, weight.weight, weight.bias) if is_narrow else linear(y, weight), residual
 
 
+def _rotary_by_attention(qkv: Unadded, *angles_caches_and_slots: Any) -> torch.Tensor | QkvBeforeRotary:
+    """`rotary_store_kv` of decodes, left to their attention where its tiles have room."""
+    *_, num_heads, num_kv_heads = angles_caches_and_slots
+    return QkvBeforeRotary(qkv) if takes_rotary(num_heads // num_kv_heads) else rotary_store_kv(qkv, *angles_caches_and_slots)
+
+
 def norm_qkv_rotary_store(
     x: Projected,
     residual: torch.Tensor | None,
@@ -235,7 +250,7 @@ def norm_qkv_rotary_store(
     batch: AttentionBatch,
     k_cache: KvPages,
     v_cache: KvPages,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor | QkvBeforeRotary, torch.Tensor]:
     qkv = weights.qkv
     is_few = weights.q_norm is None and isinstance(x, torch.Tensor) and _is_skinny(qkv, x) and _norm_fits(x)
     if isinstance(k_cache, torch.Tensor) and isinstance(v_cache, torch.Tensor) and is_few and _turns_whole(batch, k_cache):
@@ -266,8 +281,27 @@ def norm_qkv_rotary_store(
         v_cache,
         norm_linear=norm_linear if weights.q_norm is not None else _norm_linear_before_rotary,
         rms_norm=rms_norm,
-        rotary_store_kv=rotary_store_kv,
+        rotary_store_kv=rotary_store_kv if batch.prefills else _rotary_by_attention,
         rotary_store_quantized_kv=rotary_store_quantized_kv,
+    )
+
+
+def attention(
+    q: torch.Tensor | QkvBeforeRotary,
+    k_cache: KvPages,
+    v_cache: KvPages,
+    batch: AttentionBatch,
+    scale: float,
+    sliding_window: int,
+) -> torch.Tensor:
+    if not isinstance(q, QkvBeforeRotary):
+        return _attention(q, k_cache, v_cache, batch, scale, sliding_window)
+    assert isinstance(k_cache, torch.Tensor)
+    assert isinstance(v_cache, torch.Tensor)
+    tables, lens = batch.decode_rows
+    tables = tables[:, : ceil_div(batch.max_decode_context, k_cache.shape[2])]
+    return rotary_decode_attention(
+        q.qkv, batch.cos, batch.sin, batch.q_scale, k_cache, v_cache, batch.slot_mapping, tables, lens, scale, sliding_window
     )
 
 
@@ -295,13 +329,7 @@ TRITON = dataclasses.replace(
     stage_decode=stage_decode,
     advance_decode=advance_decode,
     norm_qkv_rotary_store=norm_qkv_rotary_store,
-    attention=functools.partial(
-        attention,
-        paged_decode_attention=paged_decode_attention,
-        paged_prefill_attention=paged_prefill_attention,
-        quantized_decode_attention=quantized_decode_attention,
-        quantized_prefill_attention=quantized_prefill_attention,
-    ),
+    attention=attention,
     output_projection=output_projection,
     norm_gate_up_silu=norm_gate_up_silu,
     down_projection=down_projection,

@@ -15,6 +15,14 @@ With one split the result is written at once. Otherwise each split writes its no
 and the program that comes last of a (sequence, kv head) adds them in their order: a counter tells it that it is the last. A split
 holds at least MIN_SPLIT keys, so short rows of a batch use few splits.
 
+`rotary_decode_attention` takes q, k and v as the linear layer leaves them, its last sums included, which saves a launch and a wait in
+each layer. The rows of a program's tile that padding leaves are room for its k and v:
+
+    rows of the tile    GROUP_SIZE heads of q | k | v | padding
+
+All are loaded and turned at once (v is not), and the program whose split ends the row stores the last two before it reads keys. Nobody
+else reads their place. As queries they give sums that nobody stores.
+
 Scores, softmax and sums in fp32; the weights are rounded to V's dtype for the second product, the result once.
 """
 
@@ -25,13 +33,15 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from turbotriton.backend.ops.operands import Unadded, parts_of
+
 from .attention_tuning import decode_attention_config
 from .fast_launch import launch
 from .launch import chosen, has_pdl, launch_options, num_sms, wait_for_previous
-from .split_sum import is_last_of, workspace
-from .tuning import next_power_of_2
+from .split_sum import is_last_of, load_sum, workspace
+from .tuning import MIN_DOT_ROWS, next_power_of_2
 
-__all__ = ["paged_decode_attention"]
+__all__ = ["paged_decode_attention", "rotary_decode_attention", "takes_rotary"]
 
 REDUCE_TILE = 16  # splits that are added at once, at most
 REDUCE_ELEMENTS = 1024  # and fp32 numbers of them a warp: 32 a thread
@@ -60,6 +70,40 @@ def _ask_for_rows(block_ptr, rows, BLOCK_D: tl.constexpr):
     lines = tl.arange(0, (BLOCK_D + LINE - 1) // LINE) * LINE
     ptrs = block_ptr + rows[:, None] + lines[None, :]
     tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [ptrs], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def _turned_rows(
+    row_ptr,
+    cos_ptr,
+    sin_ptr,
+    scale,
+    heads,
+    offs_g,
+    offs_d,
+    stride_head,
+    stride_part,
+    NUM_PARTS: tl.constexpr,
+    HALF: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """[BLOCK_G, BLOCK_D], fp32: q heads after rotary, times `scale`; k after rotary; v. heads: where each row's head stands in qkv."""
+    mask = (offs_g < GROUP_SIZE + 2)[:, None] & (offs_d < HEAD_DIM)[None, :]
+    is_turned = (offs_g < GROUP_SIZE + 1)[:, None] & (offs_d < 2 * HALF)[None, :]
+    is_first = offs_d < HALF
+    pairs = tl.where(is_first, offs_d + HALF, tl.where(offs_d < 2 * HALF, offs_d - HALF, offs_d))
+    angles = (
+        tl.where(is_first, offs_d, offs_d - HALF)[None, :] + offs_g[:, None] * 0
+    )  # of the tile's shape, for one layout of all
+    head_ptrs = row_ptr + heads[:, None] * stride_head
+    x = load_sum(head_ptrs + offs_d[None, :], mask, stride_part, NUM_PARTS, dtype).to(tl.float32)
+    y = load_sum(head_ptrs + pairs[None, :], mask, stride_part, NUM_PARTS, dtype).to(tl.float32)
+    cos = tl.load(cos_ptr + angles, mask=is_turned, other=0.0)
+    sin = tl.load(sin_ptr + angles, mask=is_turned, other=0.0)
+    turned = tl.where(is_turned, x * cos + tl.where(is_first[None, :], -y, y) * sin, x)
+    return turned * tl.where(offs_g < GROUP_SIZE, scale, 1.0)[:, None]
 
 
 @triton.jit
@@ -104,6 +148,10 @@ def _add_splits(
 @triton.jit(do_not_specialize=["stride_table_row", "num_splits"])
 def _split_kernel(
     q_ptr,
+    cos_ptr,
+    sin_ptr,
+    q_scale_ptr,
+    slot_ptr,
     k_cache_ptr,
     v_cache_ptr,
     block_tables_ptr,
@@ -116,6 +164,10 @@ def _split_kernel(
     scale_log2,
     stride_q_row,
     stride_q_head,
+    stride_cos_row,
+    stride_sin_row,
+    stride_q_scale,
+    stride_slot,
     stride_k_block,
     stride_k_head,
     stride_k_token,
@@ -123,6 +175,9 @@ def _split_kernel(
     stride_v_head,
     stride_v_token,
     stride_table_row,
+    NUM_PARTS: tl.constexpr,
+    HALF: tl.constexpr,
+    HAS_Q_SCALE: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -148,6 +203,7 @@ def _split_kernel(
     split = tl.program_id(1)
     sequence = tl.program_id(2).to(tl.int64)
     first, start, end = _key_range(context_lens_ptr, sequence, SLIDING_WINDOW, BLOCK_N)
+    length = end
     num_used = 1
     if not ONE_SPLIT:
         split_tokens = _split_tokens(end - start, num_splits, MIN_SPLIT, BLOCK_N)
@@ -174,8 +230,25 @@ def _split_kernel(
         gdc_wait()
     mask_q = (offs_g < GROUP_SIZE)[:, None] & mask_d[None, :]
     heads = kv_head * GROUP_SIZE + offs_g
-    q = tl.load(q_ptr + sequence * stride_q_row + heads[:, None] * stride_q_head + offs_d[None, :], mask=mask_q, other=0.0)
-
+    row_ptr = q_ptr + sequence * stride_q_row
+    if NUM_PARTS == 0:
+        q = tl.load(row_ptr + heads[:, None] * stride_q_head + offs_d[None, :], mask=mask_q, other=0.0)
+    else:
+        NUM_KV_HEADS: tl.constexpr = NUM_HEADS // GROUP_SIZE
+        stride_part = tl.num_programs(2).to(tl.int64) * (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM
+        places = tl.where(offs_g < GROUP_SIZE, heads, NUM_HEADS + kv_head + (offs_g - GROUP_SIZE) * NUM_KV_HEADS)
+        q_scale = tl.load(q_scale_ptr + sequence * stride_q_scale) if HAS_Q_SCALE else 1.0
+        q = _turned_rows(
+            row_ptr, cos_ptr + sequence * stride_cos_row, sin_ptr + sequence * stride_sin_row, q_scale, places, offs_g, offs_d,
+            stride_q_head, stride_part, NUM_PARTS, HALF, GROUP_SIZE, HEAD_DIM, k_cache_ptr.dtype.element_ty,
+        ).to(k_cache_ptr.dtype.element_ty)  # fmt: skip
+        slot = tl.load(slot_ptr + sequence * stride_slot)
+        stored = tl.where((end == length) & (slot >= 0), GROUP_SIZE + 2, 0)
+        k_ptr = k_head_ptr + slot // BLOCK_SIZE * stride_k_block + slot % BLOCK_SIZE * stride_k_token
+        v_ptr = v_head_ptr + slot // BLOCK_SIZE * stride_v_block + slot % BLOCK_SIZE * stride_v_token
+        ptrs = tl.where((offs_g == GROUP_SIZE)[:, None], k_ptr + offs_d[None, :], v_ptr + offs_d[None, :])
+        tl.store(ptrs, q, mask=((offs_g >= GROUP_SIZE) & (offs_g < stored))[:, None] & mask_d[None, :])
+        tl.debug_barrier()  # other threads of this program read what was stored
     maximum = tl.full((BLOCK_G,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_G,), tl.float32)
     acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
@@ -245,38 +318,98 @@ def paged_decode_attention(
 
     Returns [batch, num_heads, head_dim], contiguous, in q's dtype. batch may be 0. Raises ConfigError when head_dim > 256.
     """
-    batch, num_heads, head_dim = q.shape
-    _, num_kv_heads, block_size, _ = k_cache.shape
+    assert q.stride(2) == 1, "heads are contiguous"
+    num_heads, strides = q.shape[1], (q.stride(0), q.stride(1))
+    return _launch(
+        (q, None, None, None, None), (*strides, 0, 0, 0, 0), 0, 0, num_heads, k_cache, v_cache, block_tables, context_lens,
+        scale, sliding_window, out,
+    )  # fmt: skip
+
+
+def takes_rotary(group_size: int) -> bool:
+    """Whether a tile has room for k and v beside the query heads of a kv head."""
+    return group_size + 2 <= max(MIN_DOT_ROWS, next_power_of_2(group_size))
+
+
+def rotary_decode_attention(
+    qkv: Unadded,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    q_scale: torch.Tensor | None,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    scale: float,
+    sliding_window: int = 0,
+) -> torch.Tensor:
+    """`rotary_store_kv` and `paged_decode_attention` of its queries in one launch, with the arguments of both; the caches are modified.
+
+    slot_mapping: [batch], int64: where the token at context_lens - 1 lies by block_tables; -1 with a context of 0
+    """
+    x, num_parts = parts_of(qkv)
+    batch, head_dim, half = qkv.shape[0], k_cache.shape[3], cos.shape[1]
+    num_heads = qkv.shape[1] // head_dim - 2 * k_cache.shape[1]
+    assert qkv.shape[1] == (num_heads + 2 * k_cache.shape[1]) * head_dim, f"qkv has {qkv.shape[1]} columns"
+    assert takes_rotary(num_heads // k_cache.shape[1]), f"{num_heads} heads over {k_cache.shape[1]} leave no room for k and v"
+    assert qkv.dtype == k_cache.dtype, "the cache has qkv's dtype"
+    assert batch == cos.shape[0] == sin.shape[0] == slot_mapping.shape[0] == context_lens.shape[0], "one token a row"
+    assert 1 == x.stride(-1) == cos.stride(1) == sin.stride(1) or half == 1
+    strides = (x.stride(-2), head_dim, cos.stride(0), sin.stride(0), 0 if q_scale is None else q_scale.stride(0))
+    return _launch(
+        (x, cos, sin, q_scale, slot_mapping), (*strides, slot_mapping.stride(0)), num_parts, half, num_heads, k_cache, v_cache,
+        block_tables, context_lens, scale, sliding_window,
+    )  # fmt: skip
+
+
+def _launch(
+    source: tuple[torch.Tensor | None, ...],
+    source_strides: tuple[int, ...],
+    num_parts: int,
+    half: int,
+    num_heads: int,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    scale: float,
+    sliding_window: int,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """source: q or q, k and v, then what turns these and says where the last two go; num_parts: of q, k and v, 0: q alone, turned."""
+    batch, device, dtype = context_lens.shape[0], k_cache.device, k_cache.dtype
+    _, num_kv_heads, block_size, head_dim = k_cache.shape
     config = chosen(
         decode_attention_config,
         batch=batch,
         num_kv_heads=num_kv_heads,
         group_size=num_heads // num_kv_heads,
         head_dim=head_dim,
-        element_bytes=q.element_size(),
+        element_bytes=k_cache.element_size(),
         max_context=block_tables.shape[1] * block_size,
-        num_sms=num_sms(q.device),
+        num_sms=num_sms(device),
     )
     if out is None:
-        out = torch.empty((batch, num_heads, head_dim), dtype=q.dtype, device=q.device)
+        out = torch.empty((batch, num_heads, head_dim), dtype=dtype, device=device)
     if batch == 0:
         return out
     assert num_heads % num_kv_heads == 0, f"{num_heads} heads over {num_kv_heads} kv heads"
-    assert k_cache.dtype == v_cache.dtype == q.dtype, "the cache has q's dtype"
-    assert 1 == q.stride(2) == k_cache.stride(3) == v_cache.stride(3) == block_tables.stride(1) == context_lens.stride(0)
+    assert k_cache.dtype == v_cache.dtype == out.dtype, "the cache has q's dtype"
+    assert 1 == k_cache.stride(3) == v_cache.stride(3) == block_tables.stride(1) == context_lens.stride(0)
     num_splits = config.num_splits
     padded_group = next_power_of_2(num_heads // num_kv_heads)
     one_split = num_splits == 1
     partial = log_weight = counters = None
     if not one_split:
-        counters = workspace(q.device)[1]
+        counters = workspace(device)[1]
         assert batch * num_kv_heads <= counters.numel(), f"{batch} x {num_kv_heads} heads are too many to split"
-        partial = torch.empty((batch, num_heads, num_splits, head_dim), dtype=torch.float32, device=q.device)
-        log_weight = torch.empty((batch, num_heads, num_splits), dtype=torch.float32, device=q.device)
+        partial = torch.empty((batch, num_heads, num_splits, head_dim), dtype=torch.float32, device=device)
+        log_weight = torch.empty((batch, num_heads, num_splits), dtype=torch.float32, device=device)
     launch(
         _split_kernel,
         (num_kv_heads, num_splits, batch),
-        q,
+        *source,
         k_cache,
         v_cache,
         block_tables,
@@ -287,11 +420,13 @@ def paged_decode_attention(
         counters,
         num_splits,
         scale * math.log2(math.e),
-        q.stride(0),
-        q.stride(1),
+        *source_strides,
         *k_cache.stride()[:3],
         *v_cache.stride()[:3],
         block_tables.stride(0),
+        NUM_PARTS=num_parts,
+        HALF=half,
+        HAS_Q_SCALE=source[3] is not None,
         NUM_HEADS=num_heads,
         GROUP_SIZE=num_heads // num_kv_heads,
         HEAD_DIM=head_dim,
@@ -308,6 +443,6 @@ def paged_decode_attention(
         NUM_STAGES=config.num_stages,
         EARLY=config.is_early,
         num_warps=config.num_warps,
-        **launch_options(has_pdl(q.device)),
+        **launch_options(has_pdl(device)),
     )
     return out

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ..operands import AttentionBatch, KvPages
+from ..operands import AttentionBatch, KvPages, QkvBeforeRotary
 from .kv_pages import gathered_pages, page_shape
 from .primitives import paged_decode_attention as reference_paged_decode_attention
 from .primitives import paged_prefill_attention as reference_paged_prefill_attention
@@ -59,7 +59,7 @@ def dense_pages(
 
 
 def attention(
-    q: torch.Tensor,
+    q: torch.Tensor | QkvBeforeRotary,
     k_cache: KvPages,
     v_cache: KvPages,
     batch: AttentionBatch,
@@ -71,6 +71,7 @@ def attention(
     quantized_decode_attention: PagedAttention = quantized_decode_attention,
     quantized_prefill_attention: PagedAttention = quantized_prefill_attention,
 ) -> torch.Tensor:
+    assert isinstance(q, torch.Tensor), "QkvBeforeRotary is a column's own"
     n = batch.num_decodes
     decodes, chunks = None, None
     if n:

@@ -16,6 +16,7 @@ from ..operands import (
     LinearWeight,
     NormWeight,
     Projected,
+    QkvBeforeRotary,
     QkvWeights,
     QuantizedRows,
     W4A16Weight,
@@ -72,15 +73,23 @@ def norm_qkv_rotary_store(
             slot_mapping=batch.slot_mapping[mine],
         )
         before = None if residual is None else residual[mine].clone()
-        return units.norm_qkv_rotary_store(x[mine].clone(), before, weights, token, k_cache, v_cache)
+        q, residual_after = units.norm_qkv_rotary_store(x[mine].clone(), before, weights, token, k_cache, v_cache)
+        assert isinstance(q, torch.Tensor), OTHERS
+        return q, residual_after
 
     return _pairs(of_token, len(x))
 
 
 def attention(
-    q: torch.Tensor, k_cache: KvPages, v_cache: KvPages, batch: AttentionBatch, scale: float, sliding_window: int
+    q: torch.Tensor | QkvBeforeRotary,
+    k_cache: KvPages,
+    v_cache: KvPages,
+    batch: AttentionBatch,
+    scale: float,
+    sliding_window: int,
 ) -> torch.Tensor:
     """Each query as a decode of its own, prompts' as well."""
+    assert isinstance(q, torch.Tensor), OTHERS
     contexts = batch.context_lens.tolist()
     rows = [(row, contexts[row]) for row in range(batch.num_decodes)]
     for row, (num_queries, context) in enumerate(batch.prefills, batch.num_decodes):

@@ -8,7 +8,17 @@ from collections.abc import Callable
 
 import torch
 
-from ..operands import AttentionBatch, KvPages, LinearWeight, NormWeight, Projected, QkvWeights, QuantizedRows, Unadded
+from ..operands import (
+    AttentionBatch,
+    KvPages,
+    LinearWeight,
+    NormWeight,
+    Projected,
+    QkvBeforeRotary,
+    QkvWeights,
+    QuantizedRows,
+    Unadded,
+)
 from .kv_pages import page_shape, rotary_store_quantized_kv
 from .linear import linear
 from .primitives import rms_norm, rotary_store_kv, silu_and_mul
@@ -28,7 +38,7 @@ RmsNorm = Callable[[Projected, torch.Tensor, float, torch.Tensor | None], tuple[
 Linear = Callable[[torch.Tensor, LinearWeight], torch.Tensor]
 NormLinear = Callable[[Projected, torch.Tensor | None, NormWeight, LinearWeight], tuple[torch.Tensor, torch.Tensor]]
 UnaddedNormLinear = Callable[[Projected, torch.Tensor | None, NormWeight, LinearWeight], tuple[Unadded, torch.Tensor]]
-RotaryStoreKv = Callable[..., torch.Tensor]
+RotaryStoreKv = Callable[..., torch.Tensor | QkvBeforeRotary]
 
 
 def embed(token_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -55,7 +65,7 @@ def norm_qkv_rotary_store(
     rms_norm: RmsNorm = rms_norm,
     rotary_store_kv: RotaryStoreKv = rotary_store_kv,
     rotary_store_quantized_kv: RotaryStoreKv = rotary_store_quantized_kv,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor | QkvBeforeRotary, torch.Tensor]:
     qkv, residual = norm_linear(x, residual, weights.norm, weights.qkv)  # [num_tokens, (num_heads + 2 num_kv_heads) * head_dim]
     _, num_kv_heads, _, head_dim = page_shape(k_cache)
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads

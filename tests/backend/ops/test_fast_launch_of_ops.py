@@ -10,7 +10,15 @@ import torch
 from tests.backend.ops.launch_recorder import assert_same, recorded_launches
 
 from turbotriton.backend.ops import kernels
-from turbotriton.backend.ops.operands import Fp8Weight, QuantizedPages, QuantizedRows, StaticInt8Pages, W4A16Tiles, W8A8Weight
+from turbotriton.backend.ops.operands import (
+    Fp8Weight,
+    QuantizedPages,
+    QuantizedRows,
+    SplitSums,
+    StaticInt8Pages,
+    W4A16Tiles,
+    W8A8Weight,
+)
 
 BF16, FP32, FP8 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
 
@@ -24,6 +32,7 @@ def operations():
     package = f"{kernels.__name__}."
     names = ("rms_norm", "rotary_store_kv", "silu_and_mul", "paged_decode_attention", "paged_prefill_attention")
     rms_norm, rotary, silu, decode, prefill = (getattr(import_module(package + name), name) for name in names)
+    turning_decode = import_module(package + "paged_decode_attention").rotary_decode_attention
     gate_up = import_module(package + "hopper_gate_up").gate_up
     w4a16 = import_module(package + "w4a16_linear")
     norms = [empty(512) for _ in range(3)]
@@ -58,6 +67,27 @@ def operations():
             for kv in pages
             for n in (1, 100)
             for first in (0, 1)
+        ],
+        "decode that turns": [
+            lambda kv=kv, x=x, scale=scale: turning_decode(
+                x,
+                cos[: x.shape[0]],
+                cos[: x.shape[0]],
+                scale,
+                *kv,
+                slots[: x.shape[0]],
+                tables[: x.shape[0]],
+                lens[: x.shape[0]],
+                0.1,
+            )
+            for kv in pages
+            for x in (
+                qkv[:1],
+                qkv[:100],
+                SplitSums(empty(2, 1, 1536, dtype=FP32), BF16),
+                SplitSums(empty(2, 100, 1536, dtype=FP32), BF16),
+            )
+            for scale in (None, scales)
         ],
         "prefill": [
             lambda kv=kv, n=n: prefill(q[n:], *kv, tables[n:], lens[n:], cu_seqlens[: 104 - n], 0.1, 0)
@@ -156,7 +186,7 @@ def hopper(monkeypatch):
 @pytest.mark.parametrize(
     "name",
     [
-        *("rms_norm", "rotary", "silu", "decode", "prefill", "gate_up"),
+        *("rms_norm", "rotary", "silu", "decode", "decode that turns", "prefill", "gate_up"),
         pytest.param("w4a16", marks=pytest.mark.slow),
         *("store", "decode of codes", "prefill of codes", "rows", "8 bit", "narrow", "advance", "w4a16 of few", "dequantize"),
     ],

@@ -119,6 +119,8 @@ def launch_all(monkeypatch, capability, dtype, head_dim, num_heads=32, num_kv_he
         monkeypatch.setattr(attention, "num_sms", lambda device, num_sms=num_sms: num_sms)
         tables, lens = empty(16, 128, dtype=torch.int32), empty(16, dtype=torch.int32)
         attention.paged_decode_attention(empty(16, num_heads, head_dim), cache, cache, tables, lens, 0.1)
+        for x in (qkv, SplitSums(empty(2, *qkv.shape, dtype=FP32), dtype)):
+            attention.rotary_decode_attention(x, angle, angle, None, cache, cache, slots, tables, lens, 0.1)
     monkeypatch.setattr(prefill, "_compute_capability", lambda device: capability)
     monkeypatch.setattr(prefill, "takes_hopper_prefill", lambda *shape: False)  # that kernel has tests of its own
     q, bounds, small_blocks = empty(256, num_heads, head_dim), empty(17, dtype=torch.int32), empty(4, num_kv_heads, 16, head_dim)
@@ -165,8 +167,7 @@ def test_every_kernel_compiles_without_spills(capability, dtype, head_dim, launc
         "_rotary_store_kv_kernel",
         "_rotary_store_kv_kernel",
         "_silu_and_mul_kernel",
-        "_split_kernel",
-        "_split_kernel",
+        *["_split_kernel"] * 6,
         "_prefill_kernel",
         "_prefill_kernel",
         *["_linear_kernel", "_norm_linear_kernel", "_norm_linear_kernel", "_norm_qkv_kernel"] * 2,
