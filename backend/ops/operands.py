@@ -324,6 +324,7 @@ class AttentionBatch:
     max_decode_context: largest context_lens entry of those rows, 0 when there is none
     cu_seqlens_q: [num_rows - num_decodes + 1], int32: query tokens of the remaining rows before each of them, and of all
     prefills:     (num_query_tokens, context_len) of each remaining row; its queries are the last positions of its context
+    is_captured:  decodes alone, made from device tensors for a CUDA graph of so many rows: what they launch is compiled when the graph is
     decode_rows, prefill_rows: (block_tables, context_lens) of the first num_decodes rows and of the remaining, which each layer asks for
     """
 
@@ -337,6 +338,7 @@ class AttentionBatch:
     max_decode_context: int
     cu_seqlens_q: torch.Tensor
     prefills: tuple[tuple[int, int], ...]
+    is_captured: bool = False
     decode_rows: tuple[torch.Tensor, torch.Tensor] = field(init=False, repr=False, compare=False)
     prefill_rows: tuple[torch.Tensor, torch.Tensor] = field(init=False, repr=False, compare=False)
 

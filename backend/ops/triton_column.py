@@ -42,6 +42,7 @@ from .kernels.tuning import (
     MAX_ROWS_BEFORE_NARROW,
     MAX_SKINNY_NORM_ELEMENTS,
     MAX_SPLIT_PRODUCT_ROWS,
+    MAX_TURNING_ROWS,
     MAX_W4A16_ROWS,
     MIN_NARROW_SHARED_BYTES,
     ceil_div,
@@ -238,9 +239,11 @@ def _norm_linear_before_rotary(
 
 
 def _rotary_by_attention(qkv: Unadded, *angles_caches_and_slots: Any) -> torch.Tensor | QkvBeforeRotary:
-    """`rotary_store_kv` of decodes, left to their attention where its tiles have room."""
+    """`rotary_store_kv` of a graph's decodes, left to their attention where its tiles have room and that is faster."""
     *_, num_heads, num_kv_heads = angles_caches_and_slots
-    return QkvBeforeRotary(qkv) if takes_rotary(num_heads // num_kv_heads) else rotary_store_kv(qkv, *angles_caches_and_slots)
+    if qkv.shape[0] <= MAX_TURNING_ROWS and takes_rotary(num_heads // num_kv_heads):
+        return QkvBeforeRotary(qkv)
+    return rotary_store_kv(qkv, *angles_caches_and_slots)
 
 
 def norm_qkv_rotary_store(
@@ -281,7 +284,7 @@ def norm_qkv_rotary_store(
         v_cache,
         norm_linear=norm_linear if weights.q_norm is not None else _norm_linear_before_rotary,
         rms_norm=rms_norm,
-        rotary_store_kv=rotary_store_kv if batch.prefills else _rotary_by_attention,
+        rotary_store_kv=_rotary_by_attention if batch.is_captured else rotary_store_kv,
         rotary_store_quantized_kv=rotary_store_quantized_kv,
     )
 

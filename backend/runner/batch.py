@@ -109,6 +109,7 @@ class SlotState:
             max_decode_context=block_tables.shape[1] * self._block_size,
             cu_seqlens_q=context_lens[:1],  # of no prefill: not read
             prefills=(),
+            is_captured=True,
         )
         return token_ids, batch
 

@@ -2,7 +2,8 @@
 
 What chooses a variant (ops/kernels/tuning.py): how many tokens a linear layer sees (one to four each have their own, then powers of two
 and what lies between two kernels' spans), how many rows are sampled, how the draw is made, and for decodes their number and whether
-the longest context is worth splitting. Decodes alone may replay graphs that were captured before; beside a chunk they are launched.
+the longest context is worth splitting. Decodes alone may replay graphs that were captured before; beside a chunk, or a token that gives
+none, they are launched.
 The keys that the steps write lie in blocks that nobody holds yet: whoever is given them writes before it reads.
 """
 
@@ -73,5 +74,6 @@ def warm_up_plans(
     decodes = [
         [*(ScheduledRow(slot, start, 1, True) for slot in range(size)), *whole(everyone[size : size + 1])]
         for size, start in itertools.product(sizes, starts)
-    ]
+    ]  # the last, in all slots, may replay a graph; beside a token that gives none it does not
+    decodes += [[ScheduledRow(slot, start, 1, slot > 0) for slot in range(max_batch_size)] for start in starts]
     yield group(everyone, *sampled, *decodes)

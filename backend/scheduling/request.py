@@ -82,7 +82,7 @@ class Request:
 
     @property
     def num_asked(self) -> int:
-        """New tokens that it asked for and has not got, those in flight not counted; 0 when it named no number."""
+        """New tokens that it asked for and has not got, those in flight not counted; 0 when it named no number, or none is left."""
         return 0 if self.sampling.max_new_tokens is None else self.max_new_tokens + self.num_prompt_tokens - self.length
 
     @property

@@ -15,9 +15,9 @@ One step, in `schedule`:
      holds back those behind it: nobody starves (with lof, while longer ones come, those that may give less wait; who has begun goes
      before all of them).
 
-Order: who came first; of those that came between the same two steps, whoever may give the most tokens. A burst ends when its longest
-answer does, so the long ones begin first, and the prompts of the short ones ride along with their decodes. With `schedule_policy` lof
-all that wait count as one burst.
+Order, within a priority: who came first; of those that came between the same two steps, a burst, whoever has begun and then whoever may
+give the most tokens. A burst ends when its longest answer does, so the long ones begin first, and the prompts of the short ones ride along
+with their decodes. With `schedule_policy` lof all that wait count as one burst.
 
 Invariants
 - A running request holds blocks for at least its known tokens; a waiting or finished one holds none and has no slot.
@@ -47,7 +47,9 @@ __all__ = ["PREFILL_BESIDE_DECODES", "OwnedDelta", "Scheduler"]
 
 #: Matrix products of so many rows fill a GPU with whole tiles, where a few rows more would begin a new wave of them.
 PREFILL_BESIDE_DECODES = 2048
-STARTED = -(1 << 62)  # rank of a request that has had a slot: whoever has begun is not held up by longer ones
+STARTED = -(
+    1 << 62
+)  # first rank of requests that have had a slot, in that order: whoever has begun is not held up by longer ones
 QUEUE_SHARE = 4  # of the prompt tokens that wait, a step beside decodes takes one in so many
 
 
@@ -85,6 +87,7 @@ class Scheduler:
         self._left_slots: list[int] = []  # told to the runner with the next plan
         self._in_flight: deque[list[tuple[Request, int]]] = deque()  # of each plan not taken in: its rows' request and num_joins
         self._num_arrived = 0
+        self._num_begun = 0
         self._num_steps = 0
         self._has_deadlines = False
         self._num_guided = 0  # requests of any state
@@ -253,7 +256,7 @@ class Scheduler:
         picked = [request for request in picked if request.state is RequestState.RUNNING]
         picked.sort(key=_num_scheduled, reverse=True)
         rows += [self._row(request, 1) for request in picked]
-        if rows:
+        if rows and (chunks or self._free_slots):
             budget = min(budget, self._budget_beside(picked, chunks))
         for request in chunks:
             if budget and request.state is RequestState.RUNNING:
@@ -274,17 +277,19 @@ class Scheduler:
     def _budget_beside(self, decodes: list[Request], chunks: list[Request]) -> int:
         """Prompt tokens that a step takes beside `decodes`, at least one; `chunks`: requests whose prompts are being computed.
 
-        Half of `beside_decodes`, decodes included, where the next prompt's answer ends before the longest of the decodes' anyway: the
-        weights are read for that one in any case. Otherwise a later start is a later end: while more requests wait for their first
-        token than decode, all; then `beside_decodes`, or a quarter of a long queue. Prompts get half of each at least.
+        Half of `beside_decodes`, decodes included, where the next prompt's answer, begun after the steps that its prompt takes so, ends
+        before the longest of the decodes' by what both asked for: the weights are read for that one in any case. Otherwise a later start is
+        a later end: while more requests wait for their first token than decode, all; then `beside_decodes`, or a quarter of a long queue.
+        Prompts get half of each at least.
         """
         following = chunks[0] if chunks else self._first_waiting()
         if following is None:
             return self._token_budget
         most = self._beside_decodes
-        if 0 < following.num_asked < max(request.num_asked for request in decodes):
-            most //= 2
-            return max(most - len(decodes), most // 2, 1)
+        spread = max(most // 2 - len(decodes), most // 4, 1)
+        num_steps = following.num_missing // spread
+        if 0 < following.num_asked < max(request.num_asked for request in decodes) - num_steps:
+            return spread
         if len(decodes) < len(chunks) + self.num_waiting - self._num_held:
             return self._token_budget
         num_waiting_tokens = self.num_waiting_tokens + sum(request.num_missing for request in chunks)
@@ -345,7 +350,9 @@ class Scheduler:
 
     def _join(self, request: Request) -> JoinedRequest:
         request.state = RequestState.RUNNING
-        request.rank = STARTED
+        if not request.num_joins:
+            request.rank = STARTED + self._num_begun
+            self._num_begun += 1
         request.slot = self._free_slots.pop()
         request.num_joins += 1
         at = len(self._running)

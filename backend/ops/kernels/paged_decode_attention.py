@@ -319,6 +319,8 @@ def paged_decode_attention(
     Returns [batch, num_heads, head_dim], contiguous, in q's dtype. batch may be 0. Raises ConfigError when head_dim > 256.
     """
     assert q.stride(2) == 1, "heads are contiguous"
+    assert q.dtype == k_cache.dtype, "the cache has q's dtype"
+    assert q.shape[0] == context_lens.shape[0], "one query a row"
     num_heads, strides = q.shape[1], (q.stride(0), q.stride(1))
     return _launch(
         (q, None, None, None, None), (*strides, 0, 0, 0, 0), 0, 0, num_heads, k_cache, v_cache, block_tables, context_lens,
@@ -354,6 +356,7 @@ def rotary_decode_attention(
     assert qkv.shape[1] == (num_heads + 2 * k_cache.shape[1]) * head_dim, f"qkv has {qkv.shape[1]} columns"
     assert takes_rotary(num_heads // k_cache.shape[1]), f"{num_heads} heads over {k_cache.shape[1]} leave no room for k and v"
     assert qkv.dtype == k_cache.dtype, "the cache has qkv's dtype"
+    assert 2 * half <= head_dim, f"rotary_dim {2 * half} with head_dim {head_dim}"
     assert batch == cos.shape[0] == sin.shape[0] == slot_mapping.shape[0] == context_lens.shape[0], "one token a row"
     assert 1 == x.stride(-1) == cos.stride(1) == sin.stride(1) or half == 1
     strides = (x.stride(-2), head_dim, cos.stride(0), sin.stride(0), 0 if q_scale is None else q_scale.stride(0))
@@ -395,7 +398,7 @@ def _launch(
     if batch == 0:
         return out
     assert num_heads % num_kv_heads == 0, f"{num_heads} heads over {num_kv_heads} kv heads"
-    assert k_cache.dtype == v_cache.dtype == out.dtype, "the cache has q's dtype"
+    assert k_cache.dtype == v_cache.dtype == out.dtype, "both caches and the output have one dtype"
     assert 1 == k_cache.stride(3) == v_cache.stride(3) == block_tables.stride(1) == context_lens.stride(0)
     num_splits = config.num_splits
     padded_group = next_power_of_2(num_heads // num_kv_heads)

@@ -157,6 +157,8 @@ MAX_NARROW_ROWS = 64
 MANY_OUTPUTS = 65536
 #: Dense layers of at most so many rows that nothing else takes, and whose norm adds up parts, are products of parts of the inputs.
 MAX_SPLIT_PRODUCT_ROWS = 256
+#: Decodes of at most so many rows turn q and k in their attention's launch; with more nothing was gained (H200: docs/perf-log.md).
+MAX_TURNING_ROWS = 64
 MAX_QUANTIZED_ROW = 65536
 #: Heads of a rotary program, at least: 8,192 tokens of the 8B take 55.6 us by 16, 57.5 by 32 and 62.2 by 8. Over 8 bit pages, whose
 #: programs have more to do for a head, 109 by 16 and 69 by 8, which are the 8B's kv heads (H200: docs/perf-log.md).

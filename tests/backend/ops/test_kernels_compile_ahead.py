@@ -187,14 +187,25 @@ def test_every_kernel_compiles_without_spills(capability, dtype, head_dim, launc
         )
 
 
-def test_programs_of_the_main_attention_tile_that_are_one_wave_share_a_multiprocessor(launches, monkeypatch, tmp_path):
+def launch_attention(attention, batch, head_dim, *, turns):
+    """Of 32 heads over 8, with or without rotary in it."""
+    cache = torch.empty((4, 8, 64, head_dim), dtype=BF16)
+    tables, lens = torch.empty((batch, 128), dtype=torch.int32), torch.empty(batch, dtype=torch.int32)
+    if turns:
+        parts = SplitSums(torch.empty((2, batch, 48 * head_dim), dtype=FP32), BF16)
+        angle, slots = torch.empty((batch, head_dim // 2), dtype=FP32), torch.empty(batch, dtype=torch.int64)
+        attention.rotary_decode_attention(parts, angle, angle, None, cache, cache, slots, tables, lens, 0.1)
+    else:
+        attention.paged_decode_attention(torch.empty((batch, 32, head_dim), dtype=BF16), cache, cache, tables, lens, 0.1)
+
+
+@pytest.mark.parametrize("turns", [False, True], ids=["", "turns"])
+def test_programs_of_the_main_attention_tile_that_are_one_wave_share_a_multiprocessor(turns, launches, monkeypatch, tmp_path):
     """They hide each other's waits: five at least by shared memory and by registers."""
     attention = importlib.import_module(f"{PACKAGE}.paged_decode_attention")
     monkeypatch.setattr(attention, "has_pdl", lambda device: True)
     monkeypatch.setattr(attention, "num_sms", lambda device: 32)  # 128 programs: four a multiprocessor
-    cache = torch.empty((4, 8, 64, 128), dtype=BF16)
-    tables, lens = torch.empty((16, 128), dtype=torch.int32), torch.empty(16, dtype=torch.int32)
-    attention.paged_decode_attention(torch.empty((16, 32, 128), dtype=BF16), cache, cache, tables, lens, 0.1)
+    launch_attention(attention, 16, 128, turns=turns)
     kernel, arguments = launches[0]
     compiled = triton.compile(
         source_of(kernel, arguments), target=GPUTarget("cuda", 90, 32), options={"num_warps": arguments["num_warps"]}
@@ -203,15 +214,31 @@ def test_programs_of_the_main_attention_tile_that_are_one_wave_share_a_multiproc
     assert 5 * resource_usage(compiled.asm["cubin"], tmp_path)["REG"] * 32 * arguments["num_warps"] <= 65536
 
 
-@pytest.mark.parametrize("head_dim", [128, 80])
-def test_few_programs_of_attention_ask_for_their_first_keys_before_they_wait(head_dim, launches, monkeypatch, tmp_path):
+@pytest.mark.parametrize("batch", [2, 8, 16, 20, 32, 40, 64])
+def test_no_form_of_attention_that_turns_spills(batch, launches, monkeypatch, tmp_path):
     attention = importlib.import_module(f"{PACKAGE}.paged_decode_attention")
     monkeypatch.setattr(attention, "has_pdl", lambda device: True)
     monkeypatch.setattr(attention, "num_sms", lambda device: 132)
-    cache = torch.empty((4, 8, 64, head_dim), dtype=BF16)
+    launch_attention(attention, batch, 128, turns=True)
+    ((kernel, arguments),) = launches
+    options = {"num_warps": arguments["num_warps"]}
+    compiled = triton.compile(source_of(kernel, arguments), target=GPUTarget("cuda", 90, 32), options=options)
+    assert resource_usage(compiled.asm["cubin"], tmp_path)["STACK"] == 0
+    before, _, after = compiled.asm["ptx"].partition("griddepcontrol.wait")
+    assert "st.global" not in before
+    assert after.index("st.global") < after.index("bar.sync") < after.index("cp.async.cg"), (
+        "keys are asked for before the new ones are stored"
+    )
+
+
+@pytest.mark.parametrize("turns", [False, True], ids=["", "turns"])
+@pytest.mark.parametrize("head_dim", [128, 80])
+def test_few_programs_of_attention_ask_for_their_first_keys_before_they_wait(head_dim, turns, launches, monkeypatch, tmp_path):
+    attention = importlib.import_module(f"{PACKAGE}.paged_decode_attention")
+    monkeypatch.setattr(attention, "has_pdl", lambda device: True)
+    monkeypatch.setattr(attention, "num_sms", lambda device: 132)
     for batch in (16, 17):
-        tables, lens = torch.empty((batch, 128), dtype=torch.int32), torch.empty(batch, dtype=torch.int32)
-        attention.paged_decode_attention(torch.empty((batch, 32, head_dim), dtype=BF16), cache, cache, tables, lens, 0.1)
+        launch_attention(attention, batch, head_dim, turns=turns)
     compiled = []
     for kernel, arguments in launches:
         options = {"num_warps": arguments["num_warps"]}

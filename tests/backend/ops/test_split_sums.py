@@ -186,12 +186,20 @@ def test_many_rows_are_added_to_the_stream_in_place(assert_close):
     assert_close(whole_one, x.double() @ weight.weight.double(), max_error=0.008, rms_error=0.003)
 
 
-@pytest.mark.parametrize(("has_bias", "qk_norm"), [(False, False), (True, False), (False, True)], ids=["", "bias", "qk_norm"])
+@pytest.mark.parametrize(
+    ("has_bias", "qk_norm", "is_captured"),
+    [(False, False, True), (True, False, True), (False, True, True), (False, False, False)],
+    ids=["", "bias", "qk_norm", "launched"],
+)
 @pytest.mark.parametrize("num_rows", [5, pytest.param(40, marks=pytest.mark.slow), 65])
-def test_q_k_and_v_of_few_rows_are_added_up_by_attention(target, monkeypatch, num_rows, has_bias, qk_norm, assert_close):
-    """Both units beside the reference's, and which operand attention gets. 65 rows are the library's, and all in fp32; norms of q and k
-    take whole sums."""
+def test_q_k_and_v_of_few_rows_are_added_up_by_what_comes_next(
+    target, monkeypatch, num_rows, has_bias, qk_norm, is_captured, assert_close
+):
+    """Both units beside the reference's, and who gets which operand: attention in a graph of up to 64 rows, else rotary. 65 rows are the
+    library's, and all in fp32; norms of q and k take whole sums."""
     monkeypatch.setattr(triton_column, "shared_memory_bytes", lambda device: 227 << 10)
+    rotary, seen = triton_column.rotary_store_kv, []
+    monkeypatch.setattr(triton_column, "rotary_store_kv", lambda qkv, *more: seen.append(type(qkv)) or rotary(qkv, *more))
     hidden, heads, kv_heads, d = 1024, 4, 2, 32
     x, residual, norm = target.randn(num_rows, hidden), target.randn(num_rows, hidden), NormWeight(target.randn(hidden), EPS)
     qkv = target.randn((heads + 2 * kv_heads) * d, hidden, scale=hidden**-0.5).t()
@@ -199,15 +207,18 @@ def test_q_k_and_v_of_few_rows_are_added_up_by_attention(target, monkeypatch, nu
     weights = QkvWeights(norm, DenseWeight(qkv, target.randn(qkv.shape[1]) if has_bias else None), *gains)
     angle, rows = target.randn_fp32(num_rows, d // 2), torch.arange(num_rows, device=target.device)
     lens, older = torch.full_like(rows, 3).int(), [target.randn(num_rows, kv_heads, 4, d) for _ in "kv"]
-    batch = AttentionBatch(angle.cos(), angle.sin(), None, 4 * rows + 2, rows.int()[:, None], lens, num_rows, 3, lens[:1], ())
+    batch = AttentionBatch(
+        angle.cos(), angle.sin(), None, 4 * rows + 2, rows.int()[:, None], lens, num_rows, 3, lens[:1], (), is_captured
+    )
     found, operands = [], []
     for ops in (triton_column.TRITON, REFERENCE):
         caches = [cache.clone() for cache in older]
         q, r = ops.norm_qkv_rotary_store(x, residual, weights, batch, *caches)
         operands.append(q)
         found.append((ops.attention(q, *caches, batch, d**-0.5, 0), r, *caches))
-    assert isinstance(operands[0], QkvBeforeRotary)
-    seen = [type(operands[0].qkv)]
+    assert isinstance(operands[0], QkvBeforeRotary) == (is_captured and num_rows <= 64)
+    if isinstance(operands[0], QkvBeforeRotary):
+        seen.append(type(operands[0].qkv))
     shape = num_rows, qkv.shape[1], hidden, x.element_size(), narrow_linear.num_sms(x.device)
     is_split = not qk_norm and num_rows <= 64 and target.eps > 1e-4 and narrow_linear.narrow_linear_config(*shape).num_splits > 1
     assert seen == [SplitSums if is_split else torch.Tensor]

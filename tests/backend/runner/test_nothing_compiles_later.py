@@ -78,6 +78,13 @@ def serve_all_kinds(engine: Engine) -> None:
     for _ in range(12):
         add(300)  # several prompts make one large step
     drain()
+    for num_rows in (1, 2, 5, 9, 19):  # decodes beside one token that gives none: a step that no graph replays
+        for _ in range(num_rows):
+            add(9, ignore_eos=True)
+        for _ in range(3):
+            engine.step()
+        add(1, max_new_tokens=0)
+        drain()
     for index in range(60):
         how = {"ignore_eos": bool(index % 2), "temperature": float(draw.choice((0, 1))), "max_new_tokens": draw.randint(1, 30)}
         add(draw.choice((1, 2, 7, 30, 90, 400)), **how)
@@ -162,6 +169,18 @@ def test_so_it_is_where_layers_fill_the_device(tmp_path: Path, monkeypatch: pyte
     kernel = {"int4": "_hopper_w4a16_kernel", "int8": "_hopper_w8a8_kernel"}[dtype]
     forms = {(dict(key[1:])["HAS_SHARES"], dict(key[1:])["LEAVES_PARTS"]) for key in loaded if key[0] == kernel}
     assert {(False, False), (False, True)} <= forms
+
+
+@pytest.mark.parametrize("num_sms", [4, 12])
+@pytest.mark.parametrize("graphs", ["0", "1"])
+def test_so_it_is_where_few_decodes_show_every_form_of_attention(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, graphs: str, num_sms: int
+) -> None:
+    loaded, served = keys_of_loading_and_serving(tmp_path, monkeypatch, "bf16", {"cuda_graphs": graphs}, num_sms)
+    assert not served - loaded, "\n".join(map(str, sorted(served - loaded, key=str)))
+    attention = [dict(key[1:]) for key in loaded if key[0] == "_split_kernel"]
+    assert any(form["NUM_PARTS"] for form in attention) == (graphs == "1")
+    assert len({(form["num_warps"], form["NUM_STAGES"], form["ONE_SPLIT"]) for form in attention}) > 2
 
 
 @pytest.mark.parametrize("num_sms", [16, 20, 58, 78, 114, 132])

@@ -244,6 +244,32 @@ def test_whoever_has_begun_is_not_held_up_by_longer_ones_that_come() -> None:
     bench.run()
 
 
+def test_who_began_first_keeps_its_blocks_longest() -> None:
+    """Of a burst the long answer came last and begins first: the other makes room for it."""
+    bench = Bench(num_blocks=10, budget=6, max_batch_size=4, enable_prefix_caching=False, session_len=64)
+    bench.add(1, range(12), 13)
+    bench.add(2, range(20, 32), 26)
+    bench.run()
+    assert bench.scheduler.num_preemptions > 0
+    assert [joined.token_ids[0] for plan in bench.plans for joined in plan.joined] == [20, 0, 0], (
+        "the first to begin was computed again"
+    )
+    assert bench.tokens(1) == oracle(range(12), 13)
+    assert bench.tokens(2) == oracle(range(20, 32), 26)
+
+
+def test_a_long_prompt_is_not_spread_past_the_answer_in_whose_shadow_it_was() -> None:
+    """Three tokens beside a decode in each of 20 steps, and 29 of its own are left: an answer of eight ends before it, of nine not."""
+    for count, num_tokens in ((8, 3), (9, 14)):
+        bench = Bench(num_blocks=60, budget=40, beside_decodes=8, session_len=200)
+        bench.add(1, range(38), 31)
+        bench.step()
+        bench.add(2, range(100, 160), count)
+        assert chunks(bench.step()) == [(0, num_tokens)]
+        bench.run()
+        assert bench.tokens(2) == oracle(range(100, 160), count)
+
+
 def test_no_new_token_prefills_and_ends_with_length() -> None:
     bench = Bench(budget=4)
     bench.add(1, range(10), 0)
