@@ -5,8 +5,8 @@ TORCH_INDEX ?=
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.setup-done
-# two files of tests at a time, each file's tests in their order; make test PARALLEL= runs one after the other
-PARALLEL ?= -n 2 --dist loadfile
+# three files of tests at a time (one waits for a server most of the time), each file's tests in their order; make test PARALLEL= runs one after the other
+PARALLEL ?= -n 3 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test ci lint format typecheck clean

@@ -23,6 +23,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if item.get_closest_marker("multigpu") and num_gpus < 2:
             item.add_marker(pytest.mark.skip(reason="needs two CUDA devices"))
+    items[:] = _servers_among_others(items)
+
+
+def _servers_among_others(items: list[pytest.Item]) -> list[pytest.Item]:
+    """After each file that starts servers two that do not, while there are both: of workers side by side one waits while others compute."""
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    waiting, computing = [], []
+    for of_file in files.values():
+        starts_servers = any(item.get_closest_marker(name) for item in of_file for name in ("e2e", "browser"))
+        (waiting if starts_servers else computing).append(of_file)
+    ordered: list[pytest.Item] = []
+    while waiting or computing:
+        for of_file in (*waiting[:1], *computing[:2]):
+            ordered += of_file
+        del waiting[:1], computing[:2]
+    return ordered
 
 
 @pytest.fixture(autouse=True)
