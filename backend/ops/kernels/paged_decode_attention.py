@@ -94,9 +94,8 @@ def _turned_rows(
     is_turned = (offs_g < GROUP_SIZE + 1)[:, None] & (offs_d < 2 * HALF)[None, :]
     is_first = offs_d < HALF
     pairs = tl.where(is_first, offs_d + HALF, tl.where(offs_d < 2 * HALF, offs_d - HALF, offs_d))
-    angles = (
-        tl.where(is_first, offs_d, offs_d - HALF)[None, :] + offs_g[:, None] * 0
-    )  # of the tile's shape, for one layout of all
+    # Of the tile's shape, so that all loads have one layout: others would be changed through shared memory.
+    angles = tl.where(is_first, offs_d, offs_d - HALF)[None, :] + offs_g[:, None] * 0
     head_ptrs = row_ptr + heads[:, None] * stride_head
     x = load_sum(head_ptrs + offs_d[None, :], mask, stride_part, NUM_PARTS, dtype).to(tl.float32)
     y = load_sum(head_ptrs + pairs[None, :], mask, stride_part, NUM_PARTS, dtype).to(tl.float32)
