@@ -190,6 +190,7 @@ def test_the_openai_server_is_measured_beside_grpc(more: list[str]) -> None:
     assert all(value > 0 for one in found["runs"] for name in ("grpc_s", "openai_s", "ratio") for value in one[name])
 
 
+@pytest.mark.slow  # each imports torch and triton: three quarters of a minute
 @pytest.mark.parametrize(
     "name",
     [

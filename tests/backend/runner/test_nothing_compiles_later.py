@@ -159,6 +159,7 @@ def keys_of_loading_and_serving(
         return loaded, set(keys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_sms", [24, 32])
 @pytest.mark.parametrize("dtype", ["int4", "int8"])
 def test_so_it_is_where_layers_fill_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, num_sms: int) -> None:
