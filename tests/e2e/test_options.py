@@ -325,7 +325,7 @@ def _queue_is_bounded_and_ordered(server: TritonServer) -> None:
         ended: list[int] = []
 
         def wait_for(priority: int) -> None:
-            client.generate(PROMPT, max_tokens=40, ignore_eos=True, priority=priority)
+            client.generate(PROMPT, max_tokens=120, ignore_eos=True, priority=priority)
             ended.append(priority)
 
         threads = [threading.Thread(target=wait_for, args=(priority,)) for priority in (3, 1, 2)]
@@ -336,7 +336,7 @@ def _queue_is_bounded_and_ordered(server: TritonServer) -> None:
             client.generate(PROMPT, max_tokens=2)
         running.cancel()
         throttle.release()
-        with throttled(engine_pid(server), share=0.1):  # one is told of its end long before the next one has its own
+        with throttled(engine_pid(server), share=0.2):  # one is told of its end long before the next one has its own
             for thread in threads:
                 thread.join()
     assert ended == [1, 2, 3]
