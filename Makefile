@@ -5,7 +5,7 @@ TORCH_INDEX ?=
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.setup-done
-# three files of tests at a time (one waits for a server most of the time), each file's tests in their order; make test PARALLEL= runs one after the other
+# three files of tests at a time, since one mostly waits for a server; make test PARALLEL= runs one test after the other
 PARALLEL ?= -n 3 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help

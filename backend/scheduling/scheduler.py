@@ -47,9 +47,7 @@ __all__ = ["PREFILL_BESIDE_DECODES", "OwnedDelta", "Scheduler"]
 
 #: Matrix products of so many rows fill a GPU with whole tiles, where a few rows more would begin a new wave of them.
 PREFILL_BESIDE_DECODES = 2048
-STARTED = -(
-    1 << 62
-)  # first rank of requests that have had a slot, in that order: whoever has begun is not held up by longer ones
+STARTED = -(1 << 62)  # first of the ranks of requests that have had a slot, which no longer ones hold up
 QUEUE_SHARE = 4  # of the prompt tokens that wait, a step beside decodes takes one in so many
 
 

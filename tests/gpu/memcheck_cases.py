@@ -219,15 +219,15 @@ def attentions(m: Maker) -> None:
         tables[1:, 20:] = 1 << 30  # must not be followed
         k_cache, v_cache = (m.zeros(96, num_kv_heads, block_size, head_dim) for _ in "kv")
         q = m.zeros(4, num_heads, head_dim)
-        if head_dim == 128:
+        if head_dim == 40:
             paged_decode_attention.paged_decode_attention(q, k_cache, v_cache, tables, lens, 0.1, window)
-        qkv = m.zeros(4, (num_heads + 2 * num_kv_heads) * head_dim)
-        x = qkv if window else SplitSums(m.zeros(2, *qkv.shape, dtype=torch.float32), m.dtype)
-        angle = m.zeros(4, head_dim // 2, dtype=torch.float32)
-        places = (lens - 1).clamp(min=0).long()
-        slots = tables.gather(1, places[:, None] // block_size)[:, 0] * block_size + places % block_size
-        slots = torch.where(lens > 0, slots, -1)
-        paged_decode_attention.rotary_decode_attention(x, angle, angle, None, k_cache, v_cache, slots, tables, lens, 0.1, window)
+        else:  # the same loop, after what it does besides
+            places = (lens - 1).clamp(min=0).long()
+            slots = tables.gather(1, places[:, None] // block_size)[:, 0] * block_size + places % block_size
+            qkv, angle = m.zeros(4, (num_heads + 2 * num_kv_heads) * head_dim), m.zeros(4, head_dim // 2, dtype=torch.float32)
+            x = qkv if window else SplitSums(m.zeros(2, *qkv.shape, dtype=torch.float32), m.dtype)
+            operands = x, angle, angle, None, k_cache, v_cache, torch.where(lens > 0, slots, -1)
+            paged_decode_attention.rotary_decode_attention(*operands, tables, lens, 0.1, window)
         bounds = m.ints([0, block_size * 5, block_size * 5, block_size * 5 + 1, block_size * 5 + 41])
         prefills = tuple(zip(bounds.diff().tolist(), lens.tolist(), strict=True))
         queries = m.zeros(block_size * 5 + 41, num_heads, head_dim)

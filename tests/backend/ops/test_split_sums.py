@@ -210,23 +210,26 @@ def test_q_k_and_v_of_few_rows_are_added_up_by_what_comes_next(
     batch = AttentionBatch(
         angle.cos(), angle.sin(), None, 4 * rows + 2, rows.int()[:, None], lens, num_rows, 3, lens[:1], (), is_captured
     )
-    found, operands = [], []
+    found, attended = [], []
     for ops in (triton_column.TRITON, REFERENCE):
         caches = [cache.clone() for cache in older]
         q, r = ops.norm_qkv_rotary_store(x, residual, weights, batch, *caches)
-        operands.append(q)
-        found.append((ops.attention(q, *caches, batch, d**-0.5, 0), r, *caches))
-    assert isinstance(operands[0], QkvBeforeRotary) == (is_captured and num_rows <= 64)
-    if isinstance(operands[0], QkvBeforeRotary):
-        seen.append(type(operands[0].qkv))
+        attended.append(ops.attention(q, *caches, batch, d**-0.5, 0))
+        found.append((q, r, *caches))
+    mine, wanted = found
+    if is_captured and num_rows <= 64:
+        assert isinstance(mine[0], QkvBeforeRotary)
+        seen.append(type(mine[0].qkv))
+        mine, wanted = mine[1:], wanted[1:]
     shape = num_rows, qkv.shape[1], hidden, x.element_size(), narrow_linear.num_sms(x.device)
     is_split = not qk_norm and num_rows <= 64 and target.eps > 1e-4 and narrow_linear.narrow_linear_config(*shape).num_splits > 1
     assert seen == [SplitSums if is_split else torch.Tensor]
     assert is_split or qk_norm or num_rows > 5 or target.eps < 1e-4, "the case shows nothing"
-    for mine, wanted in zip(
-        *found, strict=True
-    ):  # two roundings on either side, of the norm and of q, k, v, and rotary's sums of two
-        assert_close(mine, wanted.double(), max_error=8 * target.eps + 1e-6, rms_error=1.5 * target.eps)
+    bounds = {"max_error": 8 * target.eps, "rms_error": 1.5 * target.eps}
+    # Two roundings on either side, of the norm and of q, k, v, and rotary's sums of two; attention adds its exponentials' last bits.
+    for ours, reference in zip(mine, wanted, strict=True):
+        assert_close(ours, reference.double(), **bounds)
+    assert_close(attended[0], attended[1].double(), **(bounds | {"max_error": 8 * target.eps + 1e-6}))
 
 
 @pytest.mark.gpu
