@@ -5,8 +5,9 @@ TORCH_INDEX ?=
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.setup-done
-# three files of tests at a time, since one mostly waits for a server; make test PARALLEL= runs one test after the other
-PARALLEL ?= -n 3 --dist loadfile --no-loadscope-reorder
+# two files of tests at a time; make test PARALLEL= runs one test after the other. Three save a minute where nothing else runs, and tests
+# that watch a server at work begin to depend on the machine
+PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test ci lint format typecheck clean
