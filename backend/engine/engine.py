@@ -56,12 +56,12 @@ class Runner(Protocol):
     def close(self) -> None: ...
 
 
-def prefill_beside_decodes(model: ModelConfig) -> int:
-    """Tokens of a step that keep decodes waiting as long as PREFILL_BESIDE_DECODES do in a model of 7 G elements, or that many: below them
-    matrix products, and a host that launches every kernel by itself, would get slow."""
+def prefill_beside_decodes(model: ModelConfig, *, in_pieces: bool) -> int:
+    """PREFILL_BESIDE_DECODES, or as many times that as a model is too small for the device to take longer over them than the host: one of
+    1.75 G elements, or of 7 G where no graph holds the pieces of a step."""
     heads = model.num_heads + model.num_kv_heads
     elements = model.num_layers * model.hidden_size * (2 * heads * model.head_dim + 3 * model.inter_size)
-    return PREFILL_BESIDE_DECODES * max(1, 7_000_000_000 // elements)
+    return PREFILL_BESIDE_DECODES * max(1, (1_750_000_000 if in_pieces else 7_000_000_000) // elements)
 
 
 class Guides(NamedTuple):
@@ -107,7 +107,7 @@ class Engine:
             token_budget(config.num_tokens_per_iter, runner.device),
             clock,
             lambda: secrets.randbits(64),
-            prefill_beside_decodes(model),
+            prefill_beside_decodes(model, in_pieces=config.cuda_graphs),
         )
         self._prompt_tokens = 0
         self._generation_tokens = 0

@@ -46,7 +46,7 @@ class Decoder:
         self.config = config
         self.weights = weights
         self.ops = ops
-        self._attention_rule = (config.head_dim**-0.5, config.sliding_window)
+        self.attention_rule = (config.head_dim**-0.5, config.sliding_window)
 
     def hidden_states(
         self, token_ids: torch.Tensor, batch: AttentionBatch, k_caches: Sequence[KvPages], v_caches: Sequence[KvPages]
@@ -60,7 +60,7 @@ class Decoder:
         last = self.weights.layers[-1]
         for layer, k_cache, v_cache in zip(self.weights.layers, k_caches, v_caches, strict=True):
             x, residual = run_layer(
-                self.ops, layer, x, residual, batch, (k_cache, v_cache), self._attention_rule, is_last=layer is last
+                self.ops, layer, x, residual, batch, (k_cache, v_cache), self.attention_rule, is_last=layer is last
             )
         assert residual is not None
         assert not isinstance(x, Added)

@@ -74,6 +74,7 @@ def fixed_order_attention(
     batch: AttentionBatch,
     scale: float,
     sliding_window: int,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Decodes as chunks of one query: a query then sees its keys in the same tiles and order, alone, in a batch and in any chunk."""
     assert isinstance(q, torch.Tensor), "QkvBeforeRotary is the other column's"
@@ -82,7 +83,9 @@ def fixed_order_attention(
     bounds = torch.arange(batch.num_decodes + 1, dtype=torch.int32, device=q.device)
     if batch.prefills:
         bounds = torch.cat((bounds[:-1], batch.cu_seqlens_q + batch.num_decodes))
-    return paged_prefill_attention(q, k_cache, v_cache, batch.block_tables, batch.context_lens, bounds, scale, sliding_window)
+    return paged_prefill_attention(
+        q, k_cache, v_cache, batch.block_tables, batch.context_lens, bounds, scale, sliding_window, out
+    )
 
 
 DETERMINISTIC = dataclasses.replace(

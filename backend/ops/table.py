@@ -115,6 +115,8 @@ class Attention(Protocol):
 
         a query at position p sees keys max(0, p + 1 - sliding_window) <= j <= p of its own row
 
+    out: of the result's shape and dtype, contiguous: filled and returned; None: a new tensor
+
     Scores, softmax and the sum over values in fp32, rounded once. Returns [num_tokens, num_heads, head_dim].
     """
 
@@ -126,6 +128,7 @@ class Attention(Protocol):
         batch: AttentionBatch,
         scale: float,
         sliding_window: int,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor: ...
 
 

@@ -296,9 +296,11 @@ def attention(
     batch: AttentionBatch,
     scale: float,
     sliding_window: int,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     if not isinstance(q, QkvBeforeRotary):
-        return _attention(q, k_cache, v_cache, batch, scale, sliding_window)
+        return _attention(q, k_cache, v_cache, batch, scale, sliding_window, out)
+    assert out is None, "steps of decodes alone are one graph"
     assert isinstance(k_cache, torch.Tensor)
     assert isinstance(v_cache, torch.Tensor)
     tables, lens = batch.decode_rows

@@ -9,7 +9,8 @@ Everything else of a step is gathered on the device. Only this module writes the
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,7 @@ import torch
 
 from turbotriton.backend.model.decoder import logn_scale
 from turbotriton.backend.model.rope import attention_factor, cos_sin, inverse_frequencies
-from turbotriton.backend.model.transfer import to_device
+from turbotriton.backend.model.transfer import copy_into, to_device
 from turbotriton.backend.ops.operands import AttentionBatch
 from turbotriton.backend.ops.table import AdvanceDecode, StageDecode
 from turbotriton.backend.scheduling.plan import JoinedRequest, NewBlocks, ScheduledRow
@@ -39,6 +40,22 @@ class StepInputs:
     token_ids: torch.Tensor
     batch: AttentionBatch
     sampled_tokens: torch.Tensor
+    row_begins: I64
+    sampled_slots: I64
+    sampled_positions: I64
+
+
+class _Layout(NamedTuple):
+    """Where a step's rows lie, on the host: rows of one token first (attention's decodes), then the longer chunks, each kind in the plan's
+    order, but for what StepInputs has in that of the plan."""
+
+    tokens: I64  # [2, num_tokens]: slots and positions
+    slots: I64  # of rows
+    contexts: I64
+    lens: I64
+    num_decodes: int
+    cu_seqlens: I64
+    sampled_tokens: I64
     row_begins: I64
     sampled_slots: I64
     sampled_positions: I64
@@ -120,80 +137,115 @@ class SlotState:
         """
         slot, start, count = chunk[:1], chunk[1:2], chunk[2:]
         offsets = torch.arange(size, device=self._device)
-        is_real = offsets < count
-        positions = torch.where(is_real, start + offsets, 0)
-        slots = slot.expand(size)
-        cos, sin = cos_sin(self._inverse[slots], positions, self._rope_factor)
-        places = self._block_tables[slots, positions // self._block_size].long() * self._block_size + positions % self._block_size
-        model = self._model
-        batch = AttentionBatch(
-            cos=cos,
-            sin=sin,
-            q_scale=logn_scale(positions, model.rope.max_position_embeddings) if model.use_logn_attn else None,
-            slot_mapping=torch.where(is_real, places, -1),
+        positions = torch.where(offsets < count, start + offsets, -1)
+        token_ids, batch = self.padded_inputs(slot.expand(size), positions)
+        batch = replace(
+            batch,
             block_tables=self._block_tables[slot],
             context_lens=(start + count).int(),
-            num_decodes=0,
-            max_decode_context=0,
             cu_seqlens_q=torch.cat((torch.zeros_like(count), count)).int(),
             prefills=((size, self._block_tables.shape[1] * self._block_size),),  # at most: the device knows
         )
-        return self._token_ids[slots, positions].long(), batch, count - 1
+        return token_ids, batch, count - 1
+
+    def padded_inputs(self, slots: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, AttentionBatch]:
+        """Tokens of any rows, from device tensors alone: a graph can capture it.
+
+        slots, positions: [num_tokens], int64; position -1 is padding, which stores nothing. Returns (token_ids, a batch without rows).
+        """
+        known = positions.clamp(min=0)
+        batch = self._batch_of_tokens(slots, known)
+        batch = replace(batch, slot_mapping=torch.where(positions >= 0, batch.slot_mapping, -1))
+        return self._token_ids[slots, known].long(), batch
+
+    def rows_among(
+        self, rows: Sequence[ScheduledRow], tokens: torch.Tensor, padded: tuple[torch.Tensor, AttentionBatch]
+    ) -> StepInputs:
+        """`step_inputs` whose tokens `padded`, `padded_inputs` of `tokens`, will have made when attention begins.
+
+        tokens: [2, size], int64, size at least num_tokens: filled with the slots and positions of the rows' tokens, and padding
+        """
+        layout = _layout(rows)
+        wanted = np.empty(tuple(tokens.shape), np.int64)
+        num_tokens = layout.tokens.shape[1]
+        wanted[:, :num_tokens], wanted[0, num_tokens:], wanted[1, num_tokens:] = layout.tokens, 0, -1
+        copy_into(tokens, wanted)
+        parts = layout.slots, layout.contexts, layout.cu_seqlens, layout.sampled_tokens
+        slots, contexts, cu_seqlens, sampled_tokens = self._staged(parts)
+        token_ids, batch = padded
+        return self._inputs(layout, token_ids, self._with_rows(batch, layout, slots, contexts, cu_seqlens), sampled_tokens)
 
     def step_inputs(self, rows: Sequence[ScheduledRow]) -> StepInputs:
         """Rows of one token first (attention's decodes), then the longer chunks, each kind in the plan's order."""
-        order = sorted(range(len(rows)), key=lambda index: rows[index].num_tokens > 1)
-        table = np.array([(rows[i].slot, rows[i].start, rows[i].num_tokens) for i in order], np.int64)
-        slots, starts, lens = table[:, 0], table[:, 1], table[:, 2]
-        ends = np.cumsum(lens)
-        contexts = starts + lens
-        token_slots = np.repeat(slots, lens)
-        positions = np.arange(ends[-1]) + np.repeat(starts - (ends - lens), lens)
-        row_begins = np.empty_like(ends)
-        row_begins[order] = ends - lens
-        place = {index: at for at, index in enumerate(order)}
-        sampled = np.array([place[i] for i, row in enumerate(rows) if row.samples], np.int64)
-        sampled_tokens = ends[sampled] - 1
-        num_decodes = int((lens == 1).sum())
-        cu_seqlens = np.concatenate(([0], ends[num_decodes:] - num_decodes))
-        parts = (token_slots, positions, slots, contexts, cu_seqlens, sampled_tokens)
-        packed = to_device(np.concatenate(parts), self._device)
-        split = torch.split(packed, [part.size for part in parts])
-        device_slots, device_positions, row_slots, row_contexts, device_cu_seqlens, device_sampled = split
-        device_rows = (row_slots, row_contexts, device_cu_seqlens)
-        batch = self._attention_batch(device_slots, device_positions, device_rows, contexts, lens, num_decodes)
-        return StepInputs(
-            token_ids=self._token_ids[device_slots, device_positions].long(),
-            batch=batch,
-            sampled_tokens=device_sampled,
-            row_begins=row_begins,
-            sampled_slots=slots[sampled],
-            sampled_positions=contexts[sampled],
-        )
+        layout = _layout(rows)
+        parts = *layout.tokens, layout.slots, layout.contexts, layout.cu_seqlens, layout.sampled_tokens
+        token_slots, positions, slots, contexts, cu_seqlens, sampled_tokens = self._staged(parts)
+        batch = self._with_rows(self._batch_of_tokens(token_slots, positions), layout, slots, contexts, cu_seqlens)
+        return self._inputs(layout, self._token_ids[token_slots, positions].long(), batch, sampled_tokens)
 
-    def _attention_batch(
-        self,
-        token_slots: torch.Tensor,
-        positions: torch.Tensor,
-        device_rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-        contexts: I64,
-        lens: I64,
-        num_decodes: int,
-    ) -> AttentionBatch:
-        row_slots, row_contexts, cu_seqlens = device_rows
-        cos, sin = cos_sin(self._inverse[token_slots], positions, self._rope_factor)
-        blocks = self._block_tables[token_slots, positions // self._block_size].long()
-        max_blocks = -(-int(contexts.max()) // self._block_size)
+    def _staged(self, parts: Sequence[I64]) -> tuple[torch.Tensor, ...]:
+        """The parts on the device, in one copy."""
+        return torch.split(to_device(np.concatenate(parts), self._device), [part.size for part in parts])
+
+    def _batch_of_tokens(self, slots: torch.Tensor, positions: torch.Tensor) -> AttentionBatch:
+        """Without rows. slots, positions: [num_tokens], int64."""
+        cos, sin = cos_sin(self._inverse[slots], positions, self._rope_factor)
+        blocks = self._block_tables[slots, positions // self._block_size].long()
         model = self._model
         return AttentionBatch(
             cos=cos,
             sin=sin,
             q_scale=logn_scale(positions, model.rope.max_position_embeddings) if model.use_logn_attn else None,
             slot_mapping=blocks * self._block_size + positions % self._block_size,
-            block_tables=self._block_tables[row_slots, :max_blocks],
-            context_lens=row_contexts.int(),
-            num_decodes=num_decodes,
-            max_decode_context=int(contexts[:num_decodes].max()) if num_decodes else 0,
-            cu_seqlens_q=cu_seqlens.int(),
-            prefills=tuple(zip(lens[num_decodes:].tolist(), contexts[num_decodes:].tolist(), strict=True)),
+            block_tables=self._block_tables[:0],
+            context_lens=self._block_tables[:0, 0],
+            num_decodes=0,
+            max_decode_context=0,
+            cu_seqlens_q=self._block_tables[:1, 0],  # of no prefill: not read
+            prefills=(),
         )
+
+    def _with_rows(
+        self, batch: AttentionBatch, layout: _Layout, slots: torch.Tensor, contexts: torch.Tensor, cu_seqlens: torch.Tensor
+    ) -> AttentionBatch:
+        n = layout.num_decodes
+        max_blocks = -(-int(layout.contexts.max()) // self._block_size)
+        return replace(
+            batch,
+            block_tables=self._block_tables[slots, :max_blocks],
+            context_lens=contexts.int(),
+            num_decodes=n,
+            max_decode_context=int(layout.contexts[:n].max()) if n else 0,
+            cu_seqlens_q=cu_seqlens.int(),
+            prefills=tuple(zip(layout.lens[n:].tolist(), layout.contexts[n:].tolist(), strict=True)),
+        )
+
+    @staticmethod
+    def _inputs(layout: _Layout, token_ids: torch.Tensor, batch: AttentionBatch, sampled_tokens: torch.Tensor) -> StepInputs:
+        on_host = layout.row_begins, layout.sampled_slots, layout.sampled_positions
+        return StepInputs(token_ids, batch, sampled_tokens, *on_host)
+
+
+def _layout(rows: Sequence[ScheduledRow]) -> _Layout:
+    order = sorted(range(len(rows)), key=lambda index: rows[index].num_tokens > 1)
+    table = np.array([(rows[i].slot, rows[i].start, rows[i].num_tokens) for i in order], np.int64)
+    slots, starts, lens = table.T
+    ends = np.cumsum(lens)
+    begins, contexts = ends - lens, starts + lens
+    num_decodes = int((lens == 1).sum())
+    row_begins = np.empty_like(ends)
+    row_begins[order] = begins
+    place = {index: at for at, index in enumerate(order)}
+    sampled = np.array([place[i] for i, row in enumerate(rows) if row.samples], np.int64)
+    return _Layout(
+        tokens=np.stack((np.repeat(slots, lens), np.arange(ends[-1]) + np.repeat(starts - begins, lens))),
+        slots=slots,
+        contexts=contexts,
+        lens=lens,
+        num_decodes=num_decodes,
+        cu_seqlens=np.concatenate(([0], ends[num_decodes:] - num_decodes)),
+        sampled_tokens=ends[sampled] - 1,
+        row_begins=row_begins,
+        sampled_slots=slots[sampled],
+        sampled_positions=contexts[sampled],
+    )

@@ -4,8 +4,8 @@
     collect():     waits for the drawn ids of that step
 
 On CUDA nothing in `launch` waits for the device: the drawn ids stay there as the next step's input, and a step may be launched before
-the one before it is collected. Steps of decodes alone, and of one short chunk, replay a graph
-(decode_graphs.py, prompt_graphs.py).
+the one before it is collected. Steps of decodes alone, and of one short chunk, replay a graph, others of up to 2048 tokens one between
+two attentions (decode_graphs.py, prompt_graphs.py, piecewise_graphs.py).
 
 Invariants
 - A slot's state advances only here: the plan never repeats what the runner can know (ids drawn, positions).
@@ -36,11 +36,12 @@ from turbotriton.contract.errors import ConfigError
 from turbotriton.contract.ini import EngineConfig, ModelConfig
 from turbotriton.contract.wire import TokenLogprobs
 
-from .batch import SlotState
+from .batch import SlotState, StepInputs
 from .decode_graphs import DecodeGraphs, batch_buckets, decode_forward, two_layers
 from .key_offsets import key_offsets
 from .kv_cache import allocate_kv_cache, read_kv_scales
 from .library_kernels import load_library_kernels
+from .piecewise_graphs import PiecewiseGraphs
 from .prompt_graphs import PromptGraphs
 from .quick_imports import quick_imports
 from .warm_up import warm_up_plans
@@ -126,16 +127,18 @@ class ModelRunner:
             self._kv = allocate_kv_cache(model, engine, device, dtype, scales, offsets)
             self._graphs: DecodeGraphs | None = None
             self._prompt_graphs: PromptGraphs | None = None
+            self._piecewise_graphs: PiecewiseGraphs | None = None
+            max_tokens = token_budget(engine.num_tokens_per_iter, self.device)
             if device.type == "cuda" and engine.cuda_graphs and not reference_ops and prepare:
                 self._graphs = DecodeGraphs(self._decoder, self._slots, self._kv, engine.max_batch_size, device)
                 if isinstance(self._kv.k[0], torch.Tensor):
                     self._prompt_graphs = PromptGraphs(self._decoder, self._slots, self._kv, engine.session_len, device)
+                self._piecewise_graphs = PiecewiseGraphs(self._decoder, self._slots, self._kv, max_tokens, device)
         self.num_blocks = self._kv.num_blocks
         if device.type == "cuda" and prepare:
             self.warm_up(engine)
             if not engine.deterministic:  # its products are all by a kernel of ours
                 with torch.inference_mode():
-                    max_tokens = token_budget(engine.num_tokens_per_iter, self.device)
                     load_library_kernels(self._decoder, device, dtype, max_tokens, engine.max_batch_size)
         if device.type == "cpu" and weights.num_elements < ONE_THREAD_ELEMENTS:
             torch.set_num_threads(1)  # of the whole process
@@ -204,14 +207,19 @@ class ModelRunner:
             return _Forward(*at, self._prompt_graphs.logits(row.slot, row.start, row.num_tokens))
         if not rows:
             return _Forward(NO_ROWS, NO_ROWS, None)
-        inputs = self._slots.step_inputs(rows)
-        x, residual = self._decoder.hidden_states(inputs.token_ids, inputs.batch, self._kv.k, self._kv.v)
+        inputs, x, residual = self._hidden_states(rows)
         found = {index: self._scores(x, residual, int(inputs.row_begins[index]), *asked) for index, asked in scored.items()}
         slots, positions = inputs.sampled_slots, inputs.sampled_positions
         logits = None
         if slots.size:
             logits = self._decoder.logits(x[inputs.sampled_tokens], residual[inputs.sampled_tokens])
         return _Forward(slots, positions, logits, lambda: {index: collect() for index, collect in found.items()})
+
+    def _hidden_states(self, rows: Sequence[ScheduledRow]) -> tuple[StepInputs, Unadded, torch.Tensor]:
+        if self._piecewise_graphs is not None and (found := self._piecewise_graphs.hidden_states(rows)) is not None:
+            return found
+        inputs = self._slots.step_inputs(rows)
+        return inputs, *self._decoder.hidden_states(inputs.token_ids, inputs.batch, self._kv.k, self._kv.v)
 
     def _scored_tokens(self, rows: Sequence[ScheduledRow]) -> dict[int, tuple[tuple[int, ...], int]]:
         """By index of a row whose request asked for them: the prompt tokens that follow the row's, and how many of the most likely."""
@@ -245,22 +253,23 @@ class ModelRunner:
         """Runs each kernel variant that no graph has run, while nobody holds a block: what is not in triton's cache is compiled."""
         begun = time.monotonic()
         sizes = batch_buckets(engine.max_batch_size)
-        all_layers = self._decoder, self._kv
-        self._decoder, self._kv = two_layers(*all_layers)  # the others would run the same kernels again
+        kept = self._decoder, self._kv, self._piecewise_graphs
+        self._decoder, self._kv = two_layers(self._decoder, self._kv)  # the others would run the same kernels again
+        self._piecewise_graphs = None
         try:
             for plan in itertools.chain(*warm_up_plans(sizes, engine.session_len, self.block_size, self.num_blocks)):
                 self.execute(plan)
         finally:
-            self._decoder, self._kv = all_layers
+            self._decoder, self._kv, self._piecewise_graphs = kept
         logger.info("steps that compile the rest of the kernels: %.1f s", time.monotonic() - begun)
 
     def close(self) -> None:
         """Drops the weights and the cache; the runner cannot be used after it."""
         on_cuda = self.device.startswith("cuda")
-        for graphs in (self._graphs, self._prompt_graphs):
+        for graphs in (self._graphs, self._prompt_graphs, self._piecewise_graphs):
             if graphs is not None:
                 graphs.close()
-        del self._decoder, self._slots, self._sampler, self._kv, self._graphs, self._prompt_graphs, graphs
+        del self._decoder, self._slots, self._sampler, self._kv, self._graphs, self._prompt_graphs, self._piecewise_graphs, graphs
         if on_cuda:
             torch.cuda.empty_cache()
 

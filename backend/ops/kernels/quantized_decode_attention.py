@@ -345,12 +345,13 @@ def quantized_decode_attention(
     context_lens: torch.Tensor,
     scale: float,
     sliding_window: int = 0,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Launch on the current device and stream; nothing is read back, so it can be captured in a CUDA graph.
 
     q: [batch, num_heads, head_dim], fp16|bf16|fp32, contiguous inside a head; head h reads kv head h // group_size
     k_pages, v_pages: of one class, data with the same strides; QuantizedPages hold params of q's dtype, values' in one part
-    block_tables, context_lens, sliding_window, result: as `paged_decode_attention`'s. Raises ConfigError when head_dim > 256 or no
+    block_tables, context_lens, sliding_window, out, result: as `paged_decode_attention`'s. Raises ConfigError when head_dim > 256 or no
     multiple of 8.
     """
     batch, num_heads, head_dim = q.shape
@@ -365,7 +366,8 @@ def quantized_decode_attention(
         num_sms=num_sms(q.device),
         bits=k_pages.bits if isinstance(k_pages, QuantizedPages) else 8,
     )
-    out = torch.empty((batch, num_heads, head_dim), dtype=q.dtype, device=q.device)
+    if out is None:
+        out = torch.empty((batch, num_heads, head_dim), dtype=q.dtype, device=q.device)
     if batch == 0:
         return out
     assert num_heads % num_kv_heads == 0, f"{num_heads} heads over {num_kv_heads} kv heads"

@@ -204,6 +204,7 @@ def quantized_prefill_attention(
     scale: float,
     sliding_window: int,
     prefills: Sequence[tuple[int, int]],
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Launches on the current device and stream; nothing is read back.
 
@@ -211,7 +212,8 @@ def quantized_prefill_attention(
     prefills: (num_query_tokens, context_len) of each row
     the rest and the result: as `paged_prefill_attention`'s
     """
-    parts = []
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     block_size = k_pages.data.shape[2]
     block_bytes = 2 * k_pages.data[0].numel() * (8 // _bits(k_pages)) * q.element_size()
     first_token = 0
@@ -221,10 +223,10 @@ def quantized_prefill_attention(
         if begin:
             starts = starts - starts[0]
         k, v, places = _widened(k_pages, v_pages, tables, lens, starts, q.dtype, sliding_window, prefills[begin:end])
-        mine = q[first_token : first_token + num_tokens]
-        parts.append(paged_prefill_attention(mine, k, v, places, lens, starts, scale, sliding_window))
+        mine = slice(first_token, first_token + num_tokens)
+        paged_prefill_attention(q[mine], k, v, places, lens, starts, scale, sliding_window, out[mine])
         first_token += num_tokens
-    return torch.cat(parts) if len(parts) != 1 else parts[0]
+    return out
 
 
 def _groups(num_blocks: Sequence[int], most: int) -> Iterator[tuple[int, int]]:

@@ -22,10 +22,11 @@ def quantized_decode_attention(
     context_lens: torch.Tensor,
     scale: float,
     sliding_window: int = 0,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As `paged_decode_attention`, over the values that the pages stand for, in fp32."""
     k, v, tables = dense_pages(k_pages, v_pages, block_tables, torch.float32)
-    return reference_paged_decode_attention(q, k, v, tables, context_lens, scale, sliding_window)
+    return reference_paged_decode_attention(q, k, v, tables, context_lens, scale, sliding_window, out)
 
 
 def quantized_prefill_attention(
@@ -38,13 +39,14 @@ def quantized_prefill_attention(
     scale: float,
     sliding_window: int,
     prefills: Sequence[tuple[int, int]],
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As `paged_prefill_attention`, over the values that the pages stand for, rounded to q's dtype.
 
     prefills: (num_query_tokens, context_len) of each row
     """
     k, v, tables = dense_pages(k_pages, v_pages, block_tables, q.dtype)
-    return reference_paged_prefill_attention(q, k, v, tables, context_lens, cu_seqlens_q, scale, sliding_window)
+    return reference_paged_prefill_attention(q, k, v, tables, context_lens, cu_seqlens_q, scale, sliding_window, out)
 
 
 def dense_pages(
@@ -65,6 +67,7 @@ def attention(
     batch: AttentionBatch,
     scale: float,
     sliding_window: int,
+    out: torch.Tensor | None = None,
     *,
     paged_decode_attention: PagedAttention = reference_paged_decode_attention,
     paged_prefill_attention: PagedAttention = reference_paged_prefill_attention,
@@ -72,24 +75,19 @@ def attention(
     quantized_prefill_attention: PagedAttention = quantized_prefill_attention,
 ) -> torch.Tensor:
     assert isinstance(q, torch.Tensor), "QkvBeforeRotary is a column's own"
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    is_dense = isinstance(k_cache, torch.Tensor)
     n = batch.num_decodes
-    decodes, chunks = None, None
     if n:
         tables, lens = batch.decode_rows
         num_blocks = -(-batch.max_decode_context // page_shape(k_cache)[2])
-        decodes = q[:n], k_cache, v_cache, tables[:, :num_blocks], lens, scale, sliding_window
+        of_decodes = paged_decode_attention if is_dense else quantized_decode_attention
+        of_decodes(q[:n], k_cache, v_cache, tables[:, :num_blocks], lens, scale, sliding_window, out[:n])
     if batch.prefills:
         chunks = q[n:], k_cache, v_cache, *batch.prefill_rows, batch.cu_seqlens_q, scale, sliding_window
-    if isinstance(k_cache, torch.Tensor):
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        if decodes is not None:
-            paged_decode_attention(*decodes, out[:n])
-        if chunks is not None:
+        if is_dense:
             paged_prefill_attention(*chunks, out[n:])
-        return out
-    parts = []
-    if decodes is not None:
-        parts.append(quantized_decode_attention(*decodes))
-    if chunks is not None:
-        parts.append(quantized_prefill_attention(*chunks, batch.prefills))
-    return torch.cat(parts) if len(parts) != 1 else parts[0]
+        else:
+            quantized_prefill_attention(*chunks, batch.prefills, out[n:])
+    return out

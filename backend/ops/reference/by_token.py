@@ -87,6 +87,7 @@ def attention(
     batch: AttentionBatch,
     scale: float,
     sliding_window: int,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Each query as a decode of its own, prompts' as well."""
     assert isinstance(q, torch.Tensor), OTHERS
@@ -105,7 +106,7 @@ def attention(
             prefills=(),
         )
         parts.append(mixed_attention(query, k_cache, v_cache, token, scale, sliding_window))
-    return torch.cat(parts)
+    return torch.cat(parts, out=out)
 
 
 def output_projection(attended: torch.Tensor, weight: LinearWeight, residual: torch.Tensor | None = None) -> torch.Tensor:

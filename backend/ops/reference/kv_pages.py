@@ -64,7 +64,8 @@ def quantized_tokens(
     values: torch.Tensor, bits: int, dtype: torch.dtype, num_parts: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """values: [..., head_dim] -> (uint8 [..., head_dim * bits / 8], params [..., 2 num_parts] in `dtype`), as QuantizedPages holds them."""
-    wide, steps = values.float().reshape(*values.shape[:-1], num_parts, -1), 2**bits - 1
+    wide = values.float().reshape(*values.shape[:-1], num_parts, values.shape[-1] // num_parts)
+    steps = 2**bits - 1
     low, high = wide.aminmax(dim=-1, keepdim=True)
     params = torch.cat(((high - low) / steps, low), dim=-1).to(dtype)  # [..., num_parts, 2]
     scale, zero = params.float().chunk(2, dim=-1)

@@ -5,7 +5,7 @@ addresses that are multiples of 16. A launch's key here is that combination; wha
 """
 
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
@@ -14,11 +14,14 @@ import torch
 
 from turbotriton.backend.model.decoder import Decoder
 from turbotriton.backend.ops import kernels
+from turbotriton.backend.ops.operands import Unadded
 from turbotriton.backend.runner import model_runner, prompt_graphs, weights
-from turbotriton.backend.runner.batch import SlotState
+from turbotriton.backend.runner.batch import SlotState, StepInputs
 from turbotriton.backend.runner.decode_graphs import DecodeGraphs
 from turbotriton.backend.runner.kv_cache import KvCache
+from turbotriton.backend.runner.piecewise_graphs import PiecewiseGraphs
 from turbotriton.backend.runner.prompt_graphs import PromptGraphs
+from turbotriton.backend.scheduling.plan import ScheduledRow
 
 NUM_SMS = 132
 ALIGNMENT = 16
@@ -54,6 +57,20 @@ class EagerPromptGraphs(PromptGraphs):
 
     def close(self) -> None:
         pass
+
+
+class EagerPiecewiseGraphs(PiecewiseGraphs):
+    """The same of steps in pieces."""
+
+    def _capture(self, device: torch.device) -> None:
+        for size in self._sizes:
+            self._forward(size, self._decoder, self._kv, lambda q, k, v: q, lambda padded: None)
+
+    def _run(self, size: int, num_tokens: int, rows: Sequence[ScheduledRow]) -> tuple[StepInputs, Unadded, torch.Tensor]:
+        tokens = self._tokens[size]
+        inputs = self._slots.rows_among(rows, tokens, self._slots.padded_inputs(*tokens.unbind()))
+        attend = self._attention_of(inputs.batch, num_tokens)
+        return inputs, *self._forward(size, self._decoder, self._kv, attend, lambda padded: None)
 
 
 def _argument_key(value: Any, parameter: Any) -> Any:
@@ -97,6 +114,7 @@ def noted_launches(monkeypatch: Any, num_sms: int = NUM_SMS) -> Iterator[set[tup
         patch.setattr(model_runner, "ops_for", lambda device, *, deterministic: DETERMINISTIC if deterministic else TRITON)
         patch.setattr(model_runner, "DecodeGraphs", EagerGraphs)
         patch.setattr(model_runner, "PromptGraphs", EagerPromptGraphs)
+        patch.setattr(model_runner, "PiecewiseGraphs", EagerPiecewiseGraphs)
         patch.setattr(weights, "_by_outputs", lambda weight: weight.t().contiguous().t())
         for info in pkgutil.iter_modules(kernels.__path__):
             module = import_module(f"{kernels.__name__}.{info.name}")

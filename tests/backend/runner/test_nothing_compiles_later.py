@@ -28,6 +28,7 @@ from turbotriton.backend.runner.model_runner import ModelRunner
 from turbotriton.backend.runner.precompile import Precompilation
 from turbotriton.backend.runner.warm_up import DECODE_COUNTS
 from turbotriton.backend.runner.weights import DTYPES
+from turbotriton.backend.scheduling.plan import token_budget
 from turbotriton.contract.ini import EngineConfig, ModelConfig, read_workspace_config
 from turbotriton.contract.wire import GenerateRequest, SamplingParams
 
@@ -109,6 +110,8 @@ def load_as_on_a_gpu(model, config, folder):  # type: ignore[no-untyped-def]
             runner._graphs = model_runner.DecodeGraphs(*parts)
             if isinstance(runner._kv.k[0], torch.Tensor):
                 runner._prompt_graphs = model_runner.PromptGraphs(*parts[:3], config.session_len, torch.device("cpu"))
+            max_tokens = token_budget(config.num_tokens_per_iter, "cuda")
+            runner._piecewise_graphs = model_runner.PiecewiseGraphs(*parts[:3], max_tokens, torch.device("cpu"))
     runner.warm_up(config)
     if not config.deterministic:
         by_library = mock.patch.object(library_kernels, "_is_by_library", triton_column.is_by_library)  # as where x lies on a GPU
