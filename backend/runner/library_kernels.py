@@ -45,8 +45,11 @@ def _is_by_library(weight: LinearWeight, x: torch.Tensor, *, gated: bool = False
     return is_by_library(weight, x, gated=gated)
 
 
-def load_library_kernels(decoder: Decoder, device: torch.device, dtype: torch.dtype, max_tokens: int, max_sampled: int) -> None:
-    """Runs a layer's and the head's linear layers over zeros. max_tokens: of a step; max_sampled: rows whose logits a step needs."""
+def load_library_kernels(
+    decoder: Decoder, device: torch.device, dtype: torch.dtype, max_tokens: int, max_sampled: int, max_captured: int = 0
+) -> None:
+    """Runs a layer's and the head's linear layers over zeros. max_tokens: of a step; max_sampled: rows whose logits a step needs;
+    max_captured: tokens up to which layers are in graphs, whose capture has loaded their kernels."""
     begun = time.monotonic()
     ops, weights, config = decoder.ops, decoder.weights, decoder.config
     layer, hidden, heads = weights.layers[0], config.hidden_size, config.num_heads * config.head_dim
@@ -56,7 +59,8 @@ def load_library_kernels(decoder: Decoder, device: torch.device, dtype: torch.dt
     def zeros(num_rows: int, columns: int) -> torch.Tensor:
         return widest[: num_rows * columns].view(num_rows, columns)
 
-    for num_rows in reversed(product_rows(max_tokens)):  # falling: a block that torch had for one holds what comes after it
+    launched = [num_rows for num_rows in product_rows(max_tokens) if num_rows > max_captured]
+    for num_rows in reversed(launched):  # falling: a block that torch had for one holds what comes after it
         residual, x = stream[:num_rows], zeros(num_rows, hidden)
         if _is_by_library(layer.qkv.qkv, x):
             ops.lm_head(x, x, layer.qkv.norm, layer.qkv.qkv)  # its product is what comes after the norm of a layer, too

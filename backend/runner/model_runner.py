@@ -139,7 +139,8 @@ class ModelRunner:
             self.warm_up(engine)
             if not engine.deterministic:  # its products are all by a kernel of ours
                 with torch.inference_mode():
-                    load_library_kernels(self._decoder, device, dtype, max_tokens, engine.max_batch_size)
+                    captured = 0 if self._piecewise_graphs is None else self._piecewise_graphs.max_tokens
+                    load_library_kernels(self._decoder, device, dtype, max_tokens, engine.max_batch_size, captured)
         if device.type == "cpu" and weights.num_elements < ONE_THREAD_ELEMENTS:
             torch.set_num_threads(1)  # of the whole process
         logger.info("%s: ready on %s in %s", model.model_name, self.device, self.compute_dtype)

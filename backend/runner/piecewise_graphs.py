@@ -65,14 +65,17 @@ class PiecewiseGraphs:
         self._captured: dict[int, _Captured] = {}
         self._capture(device)
 
+    @property
+    def max_tokens(self) -> int:
+        return self._sizes[-1]
+
     def hidden_states(self, rows: Sequence[ScheduledRow]) -> tuple[StepInputs, Unadded, torch.Tensor] | None:
         """A step's inputs; x and residual, [num_tokens or more, hidden], until the next call. None: more tokens than a graph has."""
         num_tokens = sum(row.num_tokens for row in rows)
-        if num_tokens > self._sizes[-1]:
+        if num_tokens > self.max_tokens:
             return None
         size = -(-num_tokens // SIZE_STEP) * SIZE_STEP
-        inputs, x, residual = self._run(size, num_tokens, rows)
-        return inputs, x, residual
+        return self._run(size, num_tokens, rows)
 
     def _run(self, size: int, num_tokens: int, rows: Sequence[ScheduledRow]) -> tuple[StepInputs, Unadded, torch.Tensor]:
         captured = self._captured[size]

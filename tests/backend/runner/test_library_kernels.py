@@ -63,6 +63,10 @@ def test_every_linear_layer_meets_every_number_of_rows(folder, monkeypatch):
     assert met["gate_up"] == [rows for rows in product_rows(100)[::-1] if rows < 50]  # kernels of ours have the others
     assert met["qkv"] == [rows for rows in product_rows(100)[::-1] if rows >= 50]
     assert met["output"] == met["down"] == product_rows(100)[::-1]
+    met = {name: [] for name in met}
+    load_library_kernels(decoder, torch.device("cpu"), torch.float32, max_tokens=100, max_sampled=7, max_captured=64)
+    assert met["output"] == met["down"] == [rows for rows in product_rows(100)[::-1] if rows > 64]
+    assert met["head"] == [7, 6, 5, 4, 3, 2, 1]
 
 
 def test_which_layers_after_a_norm_are_the_librarys(monkeypatch):
