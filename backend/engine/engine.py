@@ -57,8 +57,8 @@ class Runner(Protocol):
 
 
 def prefill_beside_decodes(model: ModelConfig, *, in_pieces: bool) -> int:
-    """PREFILL_BESIDE_DECODES, or as many times that as a model is too small for the device to take longer over them than the host: one of
-    1.75 G elements, or of 7 G where no graph holds the pieces of a step."""
+    """PREFILL_BESIDE_DECODES, which keep an H200 longer than its host if a model has 1.75 G elements or more, or 7 G where no graph holds
+    the pieces of a step; of a model of half as many twice as many, of a third three times, and so on."""
     heads = model.num_heads + model.num_kv_heads
     elements = model.num_layers * model.hidden_size * (2 * heads * model.head_dim + 3 * model.inter_size)
     return PREFILL_BESIDE_DECODES * max(1, (1_750_000_000 if in_pieces else 7_000_000_000) // elements)
@@ -107,7 +107,7 @@ class Engine:
             token_budget(config.num_tokens_per_iter, runner.device),
             clock,
             lambda: secrets.randbits(64),
-            prefill_beside_decodes(model, in_pieces=config.cuda_graphs),
+            prefill_beside_decodes(model, in_pieces=bool(config.cuda_graphs) and runner.device.startswith("cuda")),
         )
         self._prompt_tokens = 0
         self._generation_tokens = 0

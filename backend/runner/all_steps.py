@@ -8,7 +8,7 @@ import torch
 from turbotriton.contract.ini import EngineConfig, ModelConfig
 
 from .decode_graphs import batch_buckets
-from .model_runner import ModelRunner, resolve_compute_dtype, resolve_device
+from .model_runner import ModelRunner, most_tokens, resolve_compute_dtype, resolve_device
 from .weights import DTYPES, empty_weights
 
 __all__ = ["run_all_steps"]
@@ -27,5 +27,6 @@ def run_all_steps(model: ModelConfig, engine: EngineConfig, weights_dir: Path) -
     if engine.cuda_graphs:
         for num_rows in batch_buckets(engine.max_batch_size):
             runner.run_uncaptured(num_rows)
+        runner.run_pieces_uncaptured(most_tokens(engine, "cuda"))
     runner.warm_up(engine)
     runner.close()

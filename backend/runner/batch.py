@@ -18,13 +18,13 @@ import torch
 
 from turbotriton.backend.model.decoder import logn_scale
 from turbotriton.backend.model.rope import attention_factor, cos_sin, inverse_frequencies
-from turbotriton.backend.model.transfer import copy_into, to_device
+from turbotriton.backend.model.transfer import to_device
 from turbotriton.backend.ops.operands import AttentionBatch
 from turbotriton.backend.ops.table import AdvanceDecode, StageDecode
 from turbotriton.backend.scheduling.plan import JoinedRequest, NewBlocks, ScheduledRow
 from turbotriton.contract.ini import EngineConfig, ModelConfig
 
-__all__ = ["SlotState", "StepInputs"]
+__all__ = ["SlotState", "StepInputs", "StepLayout", "layout_of"]
 
 I64 = npt.NDArray[np.int64]
 
@@ -45,7 +45,7 @@ class StepInputs:
     sampled_positions: I64
 
 
-class _Layout(NamedTuple):
+class StepLayout(NamedTuple):
     """Where a step's rows lie, on the host: rows of one token first (attention's decodes), then the longer chunks, each kind in the plan's
     order, but for what StepInputs has in that of the plan."""
 
@@ -158,26 +158,15 @@ class SlotState:
         batch = replace(batch, slot_mapping=torch.where(positions >= 0, batch.slot_mapping, -1))
         return self._token_ids[slots, known].long(), batch
 
-    def rows_among(
-        self, rows: Sequence[ScheduledRow], tokens: torch.Tensor, padded: tuple[torch.Tensor, AttentionBatch]
-    ) -> StepInputs:
-        """`step_inputs` whose tokens `padded`, `padded_inputs` of `tokens`, will have made when attention begins.
-
-        tokens: [2, size], int64, size at least num_tokens: filled with the slots and positions of the rows' tokens, and padding
-        """
-        layout = _layout(rows)
-        wanted = np.empty(tuple(tokens.shape), np.int64)
-        num_tokens = layout.tokens.shape[1]
-        wanted[:, :num_tokens], wanted[0, num_tokens:], wanted[1, num_tokens:] = layout.tokens, 0, -1
-        copy_into(tokens, wanted)
+    def rows_of(self, layout: StepLayout, token_ids: torch.Tensor, batch: AttentionBatch) -> StepInputs:
+        """`step_inputs` of rows whose tokens are known: token_ids and batch are those of `padded_inputs`."""
         parts = layout.slots, layout.contexts, layout.cu_seqlens, layout.sampled_tokens
         slots, contexts, cu_seqlens, sampled_tokens = self._staged(parts)
-        token_ids, batch = padded
         return self._inputs(layout, token_ids, self._with_rows(batch, layout, slots, contexts, cu_seqlens), sampled_tokens)
 
     def step_inputs(self, rows: Sequence[ScheduledRow]) -> StepInputs:
         """Rows of one token first (attention's decodes), then the longer chunks, each kind in the plan's order."""
-        layout = _layout(rows)
+        layout = layout_of(rows)
         parts = *layout.tokens, layout.slots, layout.contexts, layout.cu_seqlens, layout.sampled_tokens
         token_slots, positions, slots, contexts, cu_seqlens, sampled_tokens = self._staged(parts)
         batch = self._with_rows(self._batch_of_tokens(token_slots, positions), layout, slots, contexts, cu_seqlens)
@@ -206,7 +195,7 @@ class SlotState:
         )
 
     def _with_rows(
-        self, batch: AttentionBatch, layout: _Layout, slots: torch.Tensor, contexts: torch.Tensor, cu_seqlens: torch.Tensor
+        self, batch: AttentionBatch, layout: StepLayout, slots: torch.Tensor, contexts: torch.Tensor, cu_seqlens: torch.Tensor
     ) -> AttentionBatch:
         n = layout.num_decodes
         max_blocks = -(-int(layout.contexts.max()) // self._block_size)
@@ -221,12 +210,12 @@ class SlotState:
         )
 
     @staticmethod
-    def _inputs(layout: _Layout, token_ids: torch.Tensor, batch: AttentionBatch, sampled_tokens: torch.Tensor) -> StepInputs:
+    def _inputs(layout: StepLayout, token_ids: torch.Tensor, batch: AttentionBatch, sampled_tokens: torch.Tensor) -> StepInputs:
         on_host = layout.row_begins, layout.sampled_slots, layout.sampled_positions
         return StepInputs(token_ids, batch, sampled_tokens, *on_host)
 
 
-def _layout(rows: Sequence[ScheduledRow]) -> _Layout:
+def layout_of(rows: Sequence[ScheduledRow]) -> StepLayout:
     order = sorted(range(len(rows)), key=lambda index: rows[index].num_tokens > 1)
     table = np.array([(rows[i].slot, rows[i].start, rows[i].num_tokens) for i in order], np.int64)
     slots, starts, lens = table.T
@@ -237,7 +226,7 @@ def _layout(rows: Sequence[ScheduledRow]) -> _Layout:
     row_begins[order] = begins
     place = {index: at for at, index in enumerate(order)}
     sampled = np.array([place[i] for i, row in enumerate(rows) if row.samples], np.int64)
-    return _Layout(
+    return StepLayout(
         tokens=np.stack((np.repeat(slots, lens), np.arange(ends[-1]) + np.repeat(starts - begins, lens))),
         slots=slots,
         contexts=contexts,

@@ -1,4 +1,4 @@
-"""Matrix products of every number of rows that a step may have, once, before a runner serves.
+"""Matrix products of the numbers of rows that a launched step may have, once, before a runner serves.
 
 cuBLAS has dozens of kernels and picks one by the rows of a product. CUDA loads a kernel when it is first launched, which waits for all
 that the device still has to do: in the middle of serving a launch then takes as long as the step itself, and the step before it

@@ -41,13 +41,13 @@ from .decode_graphs import DecodeGraphs, batch_buckets, decode_forward, two_laye
 from .key_offsets import key_offsets
 from .kv_cache import allocate_kv_cache, read_kv_scales
 from .library_kernels import load_library_kernels
-from .piecewise_graphs import PiecewiseGraphs
+from .piecewise_graphs import PiecewiseGraphs, attended_of, forward_in_pieces, padding_tokens, piecewise_sizes
 from .prompt_graphs import PromptGraphs
 from .quick_imports import quick_imports
 from .warm_up import warm_up_plans
 from .weights import DTYPES, load_weights
 
-__all__ = ["ModelRunner", "resolve_compute_dtype", "resolve_device"]
+__all__ = ["ModelRunner", "most_tokens", "resolve_compute_dtype", "resolve_device"]
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ class ModelRunner:
             self._graphs: DecodeGraphs | None = None
             self._prompt_graphs: PromptGraphs | None = None
             self._piecewise_graphs: PiecewiseGraphs | None = None
-            max_tokens = token_budget(engine.num_tokens_per_iter, self.device)
+            max_tokens = most_tokens(engine, self.device)
             if device.type == "cuda" and engine.cuda_graphs and not reference_ops and prepare:
                 self._graphs = DecodeGraphs(self._decoder, self._slots, self._kv, engine.max_batch_size, device)
                 if isinstance(self._kv.k[0], torch.Tensor):
@@ -250,6 +250,16 @@ class ModelRunner:
         decode_forward(self._decoder, self._slots, self._kv, inputs)
         self._slots.advance(self._decoder.ops.advance_decode, inputs, torch.zeros_like(inputs[0]))
 
+    @torch.inference_mode()
+    def run_pieces_uncaptured(self, max_tokens: int) -> None:
+        """Steps as `PiecewiseGraphs` would capture them, all of them padding."""
+        device = torch.device(self.device)
+        sizes = piecewise_sizes(self._decoder, max_tokens)
+        attended = attended_of(self._decoder, sizes[-1], device)
+        for size in sizes:
+            tokens = padding_tokens(size, device)
+            forward_in_pieces(self._decoder, self._slots, self._kv, tokens, attended, lambda q, k, v: None)
+
     def warm_up(self, engine: EngineConfig) -> None:
         """Runs each kernel variant that no graph has run, while nobody holds a block: what is not in triton's cache is compiled."""
         begun = time.monotonic()
@@ -273,6 +283,11 @@ class ModelRunner:
         del self._decoder, self._slots, self._sampler, self._kv, self._graphs, self._prompt_graphs, self._piecewise_graphs, graphs
         if on_cuda:
             torch.cuda.empty_cache()
+
+
+def most_tokens(engine: EngineConfig, device: str) -> int:
+    """Of a step: its budget, or all tokens of all slots."""
+    return min(token_budget(engine.num_tokens_per_iter, device), engine.max_batch_size * engine.session_len)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -1,8 +1,8 @@
-"""Steps with prompts in them, of up to a few thousand tokens: what lies between two attentions as a CUDA graph, attention launched.
+"""Steps with prompts in them, of up to 2048 tokens: what lies between two attentions as a CUDA graph, attention launched.
 
-    slot and position of each token, padded to a bucket ──> │ embed, norm, q k v, rotary, store │ attention
-                                                            │ o, gate up, down, norm, q k v, rotary, store │ attention   ... once a layer
-                                                            │ o, gate up, down │ ──> x and residual of the bucket
+    slot and position of each token, padded to a size ──> │ embed, norm, q k v, rotary, store │ attention
+                                                          │ o, gate up, down, norm, q k v, rotary, store │ attention   ... once a layer
+                                                          │ o, gate up, down │ ──> x and residual of the size
 
 Attention is chosen by how many rows there are and how long their contexts are; the rest knows tokens only. Launched one by one, the
 kernels of a step keep a host longer than an H200 needs for 400 tokens of the 8B, or 2000 of a 1.8B. Padding stores no key, is no row of
@@ -16,36 +16,77 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from turbotriton.backend.model.decoder import Decoder
-from turbotriton.backend.ops.operands import AttentionBatch, KvPages, QkvBeforeRotary, SplitSums, Unadded
+from turbotriton.backend.model.transfer import copy_into
+from turbotriton.backend.ops.operands import AttentionBatch, KvPages, QkvBeforeRotary, SplitSums, Unadded, W4A16Tiles
 from turbotriton.backend.scheduling.plan import ScheduledRow
 
-from .batch import SlotState, StepInputs
+from .batch import SlotState, StepInputs, StepLayout, layout_of
 from .decode_graphs import two_layers
 from .kv_cache import KvCache
 
-__all__ = ["PiecewiseGraphs", "piecewise_sizes"]
+__all__ = ["PiecewiseGraphs", "attended_of", "forward_in_pieces", "padding_tokens", "piecewise_sizes"]
 
 logger = logging.getLogger(__name__)
 
 SIZE_STEP = 128  # rows of a tile of matrix products: padding to them costs little
-MAX_SIZE = 2048  # tokens of steps beside decodes (scheduler.PREFILL_BESIDE_DECODES); of more the device is the slower one
+SMALL_SIZES = (16, 32, 64)
+MAX_SIZE = 2048  # of more tokens the device takes longer than a host that launches every kernel, unless the model is tiny
+MAX_W4A16_SIZE = 896  # products of 1024 rows widen 4 bit weights, and a graph would hold the memory of the widest for good
 
 Attend = Callable[[torch.Tensor, KvPages, KvPages], object]
+Padded = tuple[torch.Tensor, AttentionBatch]  # what `SlotState.padded_inputs` gives
 
 
-def piecewise_sizes(max_tokens: int) -> tuple[int, ...]:
-    """Rising; steps have at most `max_tokens`."""
-    return tuple(range(SIZE_STEP, min(-(-max_tokens // SIZE_STEP) * SIZE_STEP, MAX_SIZE) + 1, SIZE_STEP))
+def piecewise_sizes(decoder: Decoder, max_tokens: int) -> tuple[int, ...]:
+    """Rising; the last reaches `max_tokens`, the most that a step has, or is the largest that is captured."""
+    most = MAX_W4A16_SIZE if isinstance(decoder.weights.layers[0].gate_up, W4A16Tiles) else MAX_SIZE
+    sizes = (*SMALL_SIZES, *range(SIZE_STEP, most + 1, SIZE_STEP))
+    return tuple(size for before, size in zip((0, *sizes), sizes, strict=False) if before < max_tokens)
+
+
+def padding_tokens(size: int, device: torch.device) -> torch.Tensor:
+    """Slots and positions, [2, size], of padding alone."""
+    return torch.tensor([[0], [-1]], device=device).repeat(1, size)
+
+
+def attended_of(decoder: Decoder, size: int, device: torch.device) -> torch.Tensor:
+    """Room for attention's result. Zeros: rows of padding are read before any step has written them."""
+    shape = size, decoder.config.num_heads, decoder.config.head_dim
+    return torch.zeros(shape, dtype=decoder.weights.embeddings.dtype, device=device)
+
+
+def forward_in_pieces(
+    decoder: Decoder, slots: SlotState, kv: KvCache, tokens: torch.Tensor, attended: torch.Tensor, attend: Attend
+) -> tuple[Padded, tuple[Unadded, torch.Tensor]]:
+    """What the pieces compute, in their order; where attention stands `attend` is called and then `attended` read.
+
+    tokens: [2, size], int64      attended: [size or more, num_heads, head_dim]
+    Returns (what was made of the tokens, (x, residual)).
+    """
+    size = tokens.shape[1]
+
+    def attention(
+        q: torch.Tensor | QkvBeforeRotary, k_cache: KvPages, v_cache: KvPages, *_others: Any, **_named: Any
+    ) -> torch.Tensor:
+        assert isinstance(q, torch.Tensor), "QkvBeforeRotary is for steps of decodes alone"
+        attend(q, k_cache, v_cache)
+        return attended[:size]
+
+    padded = slots.padded_inputs(*tokens.unbind())
+    cut = Decoder(decoder.config, decoder.weights, replace(decoder.ops, attention=attention))
+    return padded, cut.hidden_states(*padded, kv.k, kv.v)
 
 
 @dataclass(slots=True)
 class _Captured:
-    """Of one size. The tensors lie in memory that other sizes' graphs use as well: each is read before the next step begins."""
+    """Of one size. `queries` and `result` are lent memory that later pieces and other sizes use as well: each is read before the next
+    piece, or step, begins."""
 
-    padded: tuple[torch.Tensor, AttentionBatch] | None = None
+    padded: Padded | None = None
     pieces: list[torch.cuda.CUDAGraph] = field(default_factory=list)  # one more than there are layers
     queries: list[torch.Tensor] = field(default_factory=list)  # what each piece but the last leaves to attention
     result: tuple[Unadded, torch.Tensor] | None = None
@@ -56,11 +97,9 @@ class PiecewiseGraphs:
 
     def __init__(self, decoder: Decoder, slots: SlotState, kv: KvCache, max_tokens: int, device: torch.device) -> None:
         self._decoder, self._slots, self._kv = decoder, slots, kv
-        self._sizes = piecewise_sizes(max_tokens)
-        config, dtype = decoder.config, decoder.weights.embeddings.dtype
-        self._attended = torch.zeros((self._sizes[-1], config.num_heads, config.head_dim), dtype=dtype, device=device)
-        padding = torch.tensor([[0], [-1]], device=device)
-        self._tokens = {size: padding.repeat(1, size) for size in self._sizes}
+        self._sizes = piecewise_sizes(decoder, max_tokens)
+        self._attended = attended_of(decoder, self._sizes[-1], device)
+        self._tokens = {size: padding_tokens(size, device) for size in self._sizes}
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self._captured: dict[int, _Captured] = {}
         self._capture(device)
@@ -74,48 +113,34 @@ class PiecewiseGraphs:
         num_tokens = sum(row.num_tokens for row in rows)
         if num_tokens > self.max_tokens:
             return None
-        size = -(-num_tokens // SIZE_STEP) * SIZE_STEP
-        return self._run(size, num_tokens, rows)
+        size = next(size for size in self._sizes if size >= num_tokens)
+        layout = layout_of(rows)
+        tokens = np.empty((2, size), np.int64)
+        tokens[:, :num_tokens], tokens[0, num_tokens:], tokens[1, num_tokens:] = layout.tokens, 0, -1
+        copy_into(self._tokens[size], tokens)
+        return self._run(size, layout)
 
-    def _run(self, size: int, num_tokens: int, rows: Sequence[ScheduledRow]) -> tuple[StepInputs, Unadded, torch.Tensor]:
+    def _run(self, size: int, layout: StepLayout) -> tuple[StepInputs, Unadded, torch.Tensor]:
         captured = self._captured[size]
         assert captured.padded is not None
         assert captured.result is not None
-        inputs = self._slots.rows_among(rows, self._tokens[size], captured.padded)
-        attend = self._attention_of(inputs.batch, num_tokens)
         first, *others = captured.pieces
         first.replay()
+        inputs = self._slots.rows_of(layout, *captured.padded)
+        attend = self._attention_of(inputs.batch, layout)
         for q, k, v, piece in zip(captured.queries, self._kv.k, self._kv.v, others, strict=True):
             attend(q, k, v)
             piece.replay()
         return inputs, *captured.result
 
-    def _attention_of(self, batch: AttentionBatch, num_tokens: int) -> Attend:
+    def _attention_of(self, batch: AttentionBatch, layout: StepLayout) -> Attend:
         attention, rule = self._decoder.ops.attention, self._decoder.attention_rule
+        num_tokens = layout.tokens.shape[1]
         attended = self._attended[:num_tokens]
         return lambda q, k, v: attention(q[:num_tokens], k, v, batch, *rule, attended)
 
-    def _forward(
-        self,
-        size: int,
-        decoder: Decoder,
-        kv: KvCache,
-        attend: Attend,
-        keep: Callable[[tuple[torch.Tensor, AttentionBatch]], None],
-    ) -> tuple[Unadded, torch.Tensor]:
-        """All pieces, with `attend` in the place of attention; what it returns is not looked at. keep: is told the tokens' inputs."""
-
-        def attention(
-            q: torch.Tensor | QkvBeforeRotary, k_cache: KvPages, v_cache: KvPages, *_others: Any, **_named: Any
-        ) -> torch.Tensor:
-            assert isinstance(q, torch.Tensor), "QkvBeforeRotary is for steps of decodes alone"
-            attend(q, k_cache, v_cache)
-            return self._attended[:size]
-
-        padded = self._slots.padded_inputs(*self._tokens[size].unbind())
-        keep(padded)
-        cut = Decoder(decoder.config, decoder.weights, replace(decoder.ops, attention=attention))
-        return cut.hidden_states(*padded, kv.k, kv.v)
+    def _forward(self, size: int, decoder: Decoder, kv: KvCache, attend: Attend) -> tuple[Padded, tuple[Unadded, torch.Tensor]]:
+        return forward_in_pieces(decoder, self._slots, kv, self._tokens[size], self._attended, attend)
 
     def _capture(self, device: torch.device) -> None:
         begun, free = time.monotonic(), torch.cuda.mem_get_info(device)[0]
@@ -124,7 +149,7 @@ class PiecewiseGraphs:
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             for size in self._sizes:  # compiles and loads what the pieces launch
-                self._forward(size, *few_layers, lambda q, k, v: q, lambda padded: None)
+                self._forward(size, *few_layers, lambda q, k, v: None)
             torch.cuda.synchronize(device)
             gc.collect()  # a graph that is freed would break a capture
             torch.cuda.empty_cache()
@@ -149,12 +174,9 @@ class PiecewiseGraphs:
             captured.queries.append(_lent(q))
             begin()
 
-        def keep(padded: tuple[torch.Tensor, AttentionBatch]) -> None:
-            captured.padded = padded
-
         begin()
         try:
-            x, residual = self._forward(size, self._decoder, self._kv, cut, keep)
+            captured.padded, (x, residual) = self._forward(size, self._decoder, self._kv, cut)
         finally:
             captured.pieces[-1].capture_end()
         captured.result = replace(x, parts=_lent(x.parts)) if isinstance(x, SplitSums) else _lent(x), _lent(residual)
@@ -164,14 +186,14 @@ class PiecewiseGraphs:
         self._captured.clear()
 
 
+_AS_INTEGERS = {2: torch.int16, 4: torch.int32}
+
+
 class _Memory:
     """Some tensor's memory, as the CUDA array interface tells of it, and no hold on it."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.__cuda_array_interface__ = tensor.view(_AS_INTEGERS[tensor.element_size()]).__cuda_array_interface__
-
-
-_AS_INTEGERS = {2: torch.int16, 4: torch.int32}
 
 
 def _lent(tensor: torch.Tensor) -> torch.Tensor:

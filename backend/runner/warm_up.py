@@ -3,7 +3,7 @@
 What chooses a variant (ops/kernels/tuning.py): how many tokens a linear layer sees (one to four each have their own, then powers of two
 and what lies between two kernels' spans), how many rows are sampled, how the draw is made, and for decodes their number and whether
 the longest context is worth splitting. Decodes alone may replay graphs that were captured before; beside a chunk, or a token that gives
-none, they are launched.
+none, their attention is launched.
 The keys that the steps write lie in blocks that nobody holds yet: whoever is given them writes before it reads.
 """
 

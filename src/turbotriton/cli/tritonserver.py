@@ -48,7 +48,7 @@ ENGINE_FLAGS: dict[str, tuple[type, str]] = {
     "device": (str, "auto, cpu, cuda or cuda:N"),
     "quant_policy": (int, "keys and values: 8 (int8), 16 (fp8), 4 (int4), or 0 for 16 bit"),
     "enable_prefix_caching": (int, "1 or 0"),
-    "cuda_graphs": (int, "1 or 0: decode steps on a GPU replay captured graphs"),
+    "cuda_graphs": (int, "1 or 0: steps on a GPU replay captured graphs"),
     "rope_scaling_factor": (float, "0: the model's own"),
     "use_logn_attn": (int, "1 or 0"),
     "backend": (str, "turbomind: our kernels, without a GPU the reference ops; pytorch: the reference ops on any device"),

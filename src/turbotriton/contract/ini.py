@@ -109,7 +109,7 @@ class TurbotritonSection:
     compute_dtype: str = "auto"  # auto: the weights' dtype (int4: fp16; int8, fp8: float_type) on a GPU, fp32 on a CPU
     device: str = "auto"  # auto: cuda if there is one, else cpu
     enable_prefix_caching: int = 1
-    cuda_graphs: int = 1  # decode steps on a GPU replay captured graphs
+    cuda_graphs: int = 1  # steps on a GPU replay captured graphs
     max_queued_requests: int = 1024
     max_queued_tokens: int = 4_194_304
     deterministic: int = 0  # 1: outputs bitwise independent of the batch

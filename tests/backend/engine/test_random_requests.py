@@ -231,5 +231,5 @@ def test_rows_that_go_on_are_not_copied_again(workspace, prompts, expected, monk
 @pytest.mark.gpu
 @pytest.mark.parametrize("prefix_caching", ["1", "0"])
 def test_ten_thousand_random_requests_get_their_tokens(workspace, prompts, expected, prefix_caching):
-    """Half of them with the prefix cache, half without; decodes alone replay graphs, mixed steps do not."""
+    """Half of them with the prefix cache, half without; decodes alone replay one graph, mixed steps several."""
     check(workspace, prompts, expected, "cuda", 5000, prefix_caching, max_batch_size="24")

@@ -5,7 +5,7 @@ addresses that are multiples of 16. A launch's key here is that combination; wha
 """
 
 import pkgutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
@@ -16,12 +16,11 @@ from turbotriton.backend.model.decoder import Decoder
 from turbotriton.backend.ops import kernels
 from turbotriton.backend.ops.operands import Unadded
 from turbotriton.backend.runner import model_runner, prompt_graphs, weights
-from turbotriton.backend.runner.batch import SlotState, StepInputs
+from turbotriton.backend.runner.batch import SlotState, StepInputs, StepLayout
 from turbotriton.backend.runner.decode_graphs import DecodeGraphs
 from turbotriton.backend.runner.kv_cache import KvCache
 from turbotriton.backend.runner.piecewise_graphs import PiecewiseGraphs
 from turbotriton.backend.runner.prompt_graphs import PromptGraphs
-from turbotriton.backend.scheduling.plan import ScheduledRow
 
 NUM_SMS = 132
 ALIGNMENT = 16
@@ -64,13 +63,12 @@ class EagerPiecewiseGraphs(PiecewiseGraphs):
 
     def _capture(self, device: torch.device) -> None:
         for size in self._sizes:
-            self._forward(size, self._decoder, self._kv, lambda q, k, v: q, lambda padded: None)
+            self._forward(size, self._decoder, self._kv, lambda q, k, v: None)
 
-    def _run(self, size: int, num_tokens: int, rows: Sequence[ScheduledRow]) -> tuple[StepInputs, Unadded, torch.Tensor]:
-        tokens = self._tokens[size]
-        inputs = self._slots.rows_among(rows, tokens, self._slots.padded_inputs(*tokens.unbind()))
-        attend = self._attention_of(inputs.batch, num_tokens)
-        return inputs, *self._forward(size, self._decoder, self._kv, attend, lambda padded: None)
+    def _run(self, size: int, layout: StepLayout) -> tuple[StepInputs, Unadded, torch.Tensor]:
+        inputs = self._slots.rows_of(layout, *self._slots.padded_inputs(*self._tokens[size].unbind()))
+        _padded, result = self._forward(size, self._decoder, self._kv, self._attention_of(inputs.batch, layout))
+        return inputs, *result
 
 
 def _argument_key(value: Any, parameter: Any) -> Any:

@@ -19,16 +19,15 @@ from turbotriton.backend.engine.engine import Engine
 from turbotriton.backend.model.decoder import Decoder
 from turbotriton.backend.ops import triton_column
 from turbotriton.backend.ops.kernels.attention_tuning import decode_attention_config
-from turbotriton.backend.runner import library_kernels, model_runner, precompile
+from turbotriton.backend.runner import library_kernels, model_runner, piecewise_graphs, precompile
 from turbotriton.backend.runner.all_steps import run_all_steps
 from turbotriton.backend.runner.cuda_driver import Gpu
 from turbotriton.backend.runner.decode_graphs import batch_buckets
 from turbotriton.backend.runner.library_kernels import load_library_kernels
-from turbotriton.backend.runner.model_runner import ModelRunner
+from turbotriton.backend.runner.model_runner import ModelRunner, most_tokens
 from turbotriton.backend.runner.precompile import Precompilation
 from turbotriton.backend.runner.warm_up import DECODE_COUNTS
 from turbotriton.backend.runner.weights import DTYPES
-from turbotriton.backend.scheduling.plan import token_budget
 from turbotriton.contract.ini import EngineConfig, ModelConfig, read_workspace_config
 from turbotriton.contract.wire import GenerateRequest, SamplingParams
 
@@ -77,9 +76,9 @@ def serve_all_kinds(engine: Engine) -> None:
             add(20, **way)
         drain()
     for _ in range(12):
-        add(300)  # several prompts make one large step
+        add(301)  # several prompts, none the same, make one large step
     drain()
-    for num_rows in (1, 2, 5, 9, 19):  # decodes beside one token that gives none: a step that no graph replays
+    for num_rows in (1, 2, 5, 9, 19):  # decodes beside one token that gives none: attention of their number is launched
         for _ in range(num_rows):
             add(9, ignore_eos=True)
         for _ in range(3):
@@ -110,14 +109,19 @@ def load_as_on_a_gpu(model, config, folder):  # type: ignore[no-untyped-def]
             runner._graphs = model_runner.DecodeGraphs(*parts)
             if isinstance(runner._kv.k[0], torch.Tensor):
                 runner._prompt_graphs = model_runner.PromptGraphs(*parts[:3], config.session_len, torch.device("cpu"))
-            max_tokens = token_budget(config.num_tokens_per_iter, "cuda")
-            runner._piecewise_graphs = model_runner.PiecewiseGraphs(*parts[:3], max_tokens, torch.device("cpu"))
+            most = most_tokens(config, "cuda")
+            runner._piecewise_graphs = model_runner.PiecewiseGraphs(*parts[:3], most, torch.device("cpu"))
     runner.warm_up(config)
     if not config.deterministic:
         by_library = mock.patch.object(library_kernels, "_is_by_library", triton_column.is_by_library)  # as where x lies on a GPU
         with torch.inference_mode(), by_library:
             load_library_kernels(
-                runner._decoder, torch.device("cpu"), DTYPES[runner.compute_dtype], MOST_TOKENS, config.max_batch_size
+                runner._decoder,
+                torch.device("cpu"),
+                DTYPES[runner.compute_dtype],
+                min(MOST_TOKENS, most_tokens(config, "cuda")),
+                config.max_batch_size,
+                0 if runner._piecewise_graphs is None else runner._piecewise_graphs.max_tokens,
             )
     return runner
 
@@ -126,6 +130,7 @@ COMPUTE_DTYPES = {"int4": "fp16", "int8": "bf16", "fp8": "bf16"}
 CASES = [
     pytest.param("bf16", {}, id="bf16"),
     pytest.param("bf16", {"max_batch_size": "3"}, id="few_slots"),
+    pytest.param("int4", {"max_batch_size": "1", "session_len": "64"}, id="one_short_session"),
     pytest.param("bf16", {"max_batch_size": "140", "num_tokens_per_iter": "200"}, id="many_slots"),
     pytest.param("fp32", {}, id="fp32"),
     pytest.param("bf16", {"quant_policy": "8"}, id="kv_8_bit"),
@@ -173,6 +178,21 @@ def test_so_it_is_where_layers_fill_the_device(tmp_path: Path, monkeypatch: pyte
     kernel = {"int4": "_hopper_w4a16_kernel", "int8": "_hopper_w8a8_kernel"}[dtype]
     forms = {(dict(key[1:])["HAS_SHARES"], dict(key[1:])["LEAVES_PARTS"]) for key in loaded if key[0] == kernel}
     assert {(False, False), (False, True)} <= forms
+
+
+@pytest.mark.parametrize(("dtype", "options"), [("bf16", {}), ("bf16", {"quant_policy": "4"}), ("int4", {}), ("int8", {})])
+def test_so_it_is_for_steps_of_more_tokens_than_graphs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, options: dict[str, str]
+) -> None:
+    monkeypatch.setattr(piecewise_graphs, "MAX_SIZE", 128)
+    monkeypatch.setattr(piecewise_graphs, "MAX_W4A16_SIZE", 128)
+    steps: list[int] = []
+    own = ModelRunner.launch
+    monkeypatch.setattr(ModelRunner, "launch", lambda self, plan: steps.append(plan.num_tokens) or own(self, plan))
+    options = {"num_tokens_per_iter": "4096", **options}
+    loaded, served = keys_of_loading_and_serving(tmp_path, monkeypatch, dtype, options)
+    assert max(steps) > 2048
+    assert not served - loaded, "\n".join(map(str, sorted(served - loaded, key=str)))
 
 
 @pytest.mark.parametrize("num_sms", [4, 12])

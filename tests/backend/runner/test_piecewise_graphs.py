@@ -5,23 +5,33 @@ import torch
 from tests.backend.plans import generate, greedy
 from tests.backend.runner.launch_keys import EagerPiecewiseGraphs
 from tests.backend.runner.test_decode_graphs import MODEL, folder, make_runner
+from tests.bench.make_checkpoint import make_checkpoint
 
+from turbotriton.backend.runner.model_runner import ModelRunner
 from turbotriton.backend.runner.piecewise_graphs import piecewise_sizes
 from turbotriton.backend.scheduling.plan import JoinedRequest, ScheduledRow, StepPlan
+from turbotriton.contract.ini import read_workspace_config
 from turbotriton.contract.wire import SamplingParams
 
 __all__ = ["folder"]
 
 PROMPTS = [tuple(range(3 + i, 3 + i + n)) for i, n in enumerate((10, 60, 33, 1, 100, 5))]
 BLOCK_SIZE = 8
+SIZES = (16, 32, 64, *range(128, 2049, 128))
+
+
+def size_of(num_tokens):
+    return next(size for size in SIZES if size >= num_tokens)
 
 
 @pytest.mark.parametrize(
     ("max_tokens", "sizes"),
-    [(1, (128,)), (128, (128,)), (300, (128, 256, 384)), (8192, tuple(range(128, 2049, 128)))],
+    [(1, (16,)), (63, (16, 32, 64)), (128, (16, 32, 64, 128)), (300, (16, 32, 64, 128, 256, 384)), (8192, SIZES)],
 )
-def test_sizes_reach_the_largest_step(max_tokens, sizes):
-    assert piecewise_sizes(max_tokens) == sizes
+def test_sizes_reach_the_largest_step(folder, max_tokens, sizes):
+    runner = make_runner(folder, "cpu")
+    assert piecewise_sizes(runner._decoder, max_tokens) == sizes
+    runner.close()
 
 
 def started(runner):
@@ -61,7 +71,7 @@ def test_pieces_give_the_whole_and_padding_stores_nothing(folder, step, options)
         if in_pieces:
             runner._piecewise_graphs = EagerPiecewiseGraphs(runner._decoder, runner._slots, runner._kv, 300, torch.device("cpu"))
         inputs, x, residual = runner._hidden_states(rows)
-        assert len(x) == (-(-num_tokens // 128) * 128 if in_pieces else num_tokens)
+        assert len(x) == (size_of(num_tokens) if in_pieces else num_tokens)
         at = inputs.sampled_tokens
         found.append((inputs, runner._decoder.logits(x[at], residual[at]), x[:num_tokens] + residual[:num_tokens]))
         pages.append(
@@ -113,20 +123,57 @@ def test_graphs_give_the_tokens_of_single_launches_and_of_the_cpu(folder, chunk,
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        ("fp32", {}),
+        ("bf16", {}),
+        ("bf16", {"quant_policy": "8"}),
+        ("bf16", {"quant_policy": "16"}),
+        ("bf16", {"quant_policy": "4"}),
+        ("bf16", {"deterministic": "1"}),
+        ("int4", {}),
+        ("int8", {}),
+        ("fp8", {}),
+    ],
+)
 @torch.inference_mode()
-def test_graphs_of_every_size_give_the_states_of_single_launches(folder):
-    """In turns, largest and smallest first: the sizes share memory."""
-    rows_of = {name: [ScheduledRow(*row) for row in step] for name, step in STEPS.items()}
-    states = {}
-    for graphs in ("0", "1"):
-        runner = make_runner(folder, "cuda", cuda_graphs=graphs)
-        started(runner)
-        for name in (*STEPS, *reversed(STEPS)):
-            num_tokens = sum(row.num_tokens for row in rows_of[name])
-            _inputs, x, residual = runner._hidden_states(rows_of[name])
-            assert len(x) == (-(-num_tokens // 128) * 128 if graphs == "1" else num_tokens)
-            states.setdefault(name, []).append((x[:] + residual)[:num_tokens].clone())
-        runner.close()
-    for found in states.values():
-        assert all(torch.allclose(found[0], other, atol=1e-4) for other in found[1:])
-        assert not any(state.isnan().any() for state in found)
+def test_graphs_of_every_size_give_the_states_of_single_launches(tmp_path, dtype, options):
+    """Sizes in turns, since they share memory, and each twice: of chunks alone, and of decodes before them."""
+    make_checkpoint("tiny", tmp_path, dtype, 1024)
+    workspace = read_workspace_config(tmp_path / "config.ini")
+    options = {"max_batch_size": "9", "session_len": "1024", "cache_max_entry_count": "150", "compute_dtype": "auto", **options}
+    model, config = workspace.model_config(), workspace.engine_config(options.get)
+    num_blocks = 1024 // config.cache_block_seq_len
+    prompts = [tuple((17 * i + 31 * slot) % 300 + 3 for i in range(1000)) for slot in range(9)]
+    joined = [
+        JoinedRequest(
+            slot, prompt, 1000, tuple(range(num_blocks * slot, num_blocks * (slot + 1))), greedy(4), 0, 0, model.rope.theta
+        )
+        for slot, prompt in enumerate(prompts)
+    ]
+    runner = ModelRunner(model, config, tmp_path)
+    graphs = runner._piecewise_graphs
+    assert graphs is not None
+    runner.execute(StepPlan(0, joined=tuple(joined), rows=tuple(ScheduledRow(slot, 0, 300, False) for slot in range(6))))
+    sizes = [size for size in SIZES if size <= graphs.max_tokens]
+    assert len(sizes) == (10 if dtype == "int4" else 19)
+    for number, size in enumerate([*sizes, *reversed(sizes)]):
+        decodes = [ScheduledRow(slot, 300, 1, True) for slot in range(3)] if number % 2 else []
+        chunks, left = [], size - len(decodes) - number % 5
+        for slot in (3, 4, 5):
+            chunks.append(ScheduledRow(slot, 300, min(left, 690), True))
+            left -= chunks[-1].num_tokens
+            if not left:
+                break
+        found = []
+        for way in (graphs, None):
+            runner._piecewise_graphs = way
+            _inputs, x, residual = runner._hidden_states([*decodes, *chunks])
+            num_tokens = sum(row.num_tokens for row in (*decodes, *chunks))
+            assert x.shape[0] == (size if way else num_tokens)
+            found.append((x[:] + residual)[:num_tokens].float())
+        error = (found[0] - found[1]).norm() / found[1].norm()
+        assert error < (1e-5 if dtype == "fp32" else 0.02), (size, float(error))
+    runner._piecewise_graphs = graphs
+    runner.close()
