@@ -46,8 +46,8 @@ class StepInputs:
 
 
 class StepLayout(NamedTuple):
-    """Where a step's rows lie, on the host: rows of one token first (attention's decodes), then the longer chunks, each kind in the plan's
-    order, but for what StepInputs has in that of the plan."""
+    """Where a step's rows lie, on the host. Up to cu_seqlens in the order of attention: rows of one token, its decodes, then the longer
+    chunks, each kind in the plan's order; the rest is as StepInputs has it."""
 
     tokens: I64  # [2, num_tokens]: slots and positions
     slots: I64  # of rows

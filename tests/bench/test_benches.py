@@ -215,6 +215,7 @@ def test_help_names_the_command_line(name: str) -> None:
     assert "usage" in shown.stdout
 
 
+@pytest.mark.slow
 def test_every_command_of_the_measurements_is_one_that_its_program_takes(tmp_path: Path) -> None:
     script = ROOT / "tests" / "gpu" / "measure.sh"
     parts = re.findall(r"^#     (\w+) {2,}", script.read_text(), re.MULTILINE)

@@ -64,6 +64,7 @@ def peak_growth(folder: Path, destination: Path) -> int:
     return (after - before) * 1024
 
 
+@pytest.mark.slow
 def test_peak_memory_is_near_one_layer_on_a_gigabyte_of_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file is sparse: its zeros cost no disk, but every page read is as resident as any other."""
     monkeypatch.setenv("PYTHONPATH", "src")

@@ -110,6 +110,7 @@ def test_a_stopped_server_is_named_and_answers_again_when_it_is_back(browser: An
         chat.context.close()
 
 
+@pytest.mark.slow
 def test_page_on_a_workspace_starts_and_stops_its_own_server(browser: Any, demo_workspace: Path) -> None:
     others = _servers_of(demo_workspace)
     with chat_page_server(str(demo_workspace)) as url:

@@ -89,6 +89,7 @@ def test_samples_and_streams_follow_it_too(demo_server: TritonServer) -> None:
     assert all(re.fullmatch(code, text) for text in texts)
 
 
+@pytest.mark.slow
 def test_crowd_of_guided_requests_beside_free_ones_with_few_blocks(demo_workspace: Path) -> None:
     """Room for about three at once: the others wait or are preempted, and every answer still follows its grammar.
 
