@@ -57,7 +57,7 @@ STEPS = {
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"quant_policy": "8"}, {"deterministic": "1"}], ids=["plain", "kv_8_bit", "deterministic"]
+    "options", [{}, {"quant_policy": "8"}, {"quant_policy": "16"}, {"quant_policy": "4"}, {"deterministic": "1"}], ids=str
 )
 @pytest.mark.parametrize("step", STEPS)
 @torch.inference_mode()
@@ -90,7 +90,10 @@ def test_pieces_give_the_whole_and_padding_stores_nothing(folder, step, options)
     assert torch.allclose(logits, piece_logits, atol=1e-5)
     assert torch.allclose(states, piece_states, atol=1e-5)
     for old, new in zip(*pages, strict=True):
-        assert torch.allclose(old.float(), new.float(), atol=1 if old.dtype == torch.uint8 else 1e-5)
+        if old.dtype == torch.uint8:
+            assert (old != new).float().mean() < 0.01  # numbers between two steps of a quantised key
+        else:
+            assert torch.allclose(old, new, atol=1e-5)
 
 
 @torch.inference_mode()
