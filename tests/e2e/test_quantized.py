@@ -65,12 +65,12 @@ def check(answers: dict[str, str]) -> None:
         assert wanted in answers[question], answers
 
 
-@pytest.mark.parametrize("kind", ["awq", "int8", "fp8"])
+@pytest.mark.parametrize("kind", ["awq", "int8", pytest.param("fp8", marks=pytest.mark.slow)])
 def test_quantised_weights_answer_through_the_server(workspace: Workspace, kind: str) -> None:
     check(ask(workspace(kind)))
 
 
-@pytest.mark.parametrize("quant_policy", ["8", "4", "16"])
+@pytest.mark.parametrize("quant_policy", ["8", *(pytest.param(policy, marks=pytest.mark.slow) for policy in ("4", "16"))])
 def test_quantised_kv_answers_through_the_server(workspace: Workspace, quant_policy: str) -> None:
     check(ask(workspace("dense"), quant_policy=quant_policy))
 

@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import pytest
 from tests.cli.process import turbotriton
 from tests.quant.formats import convert
 
 from turbotriton.demo import checkpoint_path
 
 
+@pytest.mark.slow
 def test_the_lite_commands_run_as_processes(tmp_path: Path) -> None:
     workspace = convert(checkpoint_path(), tmp_path / "w")
     options = ("--device", "cpu", "--calib-samples", "2", "--calib-seqlen", "32")
