@@ -58,10 +58,11 @@ class Runner(Protocol):
 
 def prefill_beside_decodes(model: ModelConfig, *, in_pieces: bool) -> int:
     """PREFILL_BESIDE_DECODES, which keep an H200 longer than its host if a model has 1.75 G elements or more, or 7 G where no graph holds
-    the pieces of a step; of a model of half as many twice as many, of a third three times, and so on."""
+    the pieces of such a step, as over 4 bit weights; of a model of half as many twice as many, of a third three times, and so on."""
     heads = model.num_heads + model.num_kv_heads
     elements = model.num_layers * model.hidden_size * (2 * heads * model.head_dim + 3 * model.inter_size)
-    return PREFILL_BESIDE_DECODES * max(1, (1_750_000_000 if in_pieces else 7_000_000_000) // elements)
+    enough = 1_750_000_000 if in_pieces and model.weight_type != "int4" else 7_000_000_000
+    return PREFILL_BESIDE_DECODES * max(1, enough // elements)
 
 
 class Guides(NamedTuple):

@@ -103,12 +103,13 @@ def test_what_changes_the_model_itself_is_taken_from_the_environment_too(weights
 def test_a_small_model_takes_more_prompt_tokens_beside_decodes() -> None:
     """As long a step as 2048 tokens of a model of 1.75 G elements, or of 7 G without graphs, and never fewer tokens than those."""
 
-    def tokens(hidden: int, layers: int, inter: int, heads: int, *, in_pieces: bool = True) -> int:
+    def tokens(hidden: int, layers: int, inter: int, heads: int, *, in_pieces: bool = True, weight_type: str = "bf16") -> int:
         shape = {"hidden_size": hidden, "num_layers": layers, "inter_size": inter, "num_heads": heads, "num_kv_heads": 8}
-        return prefill_beside_decodes(dataclasses.replace(model_config(), head_dim=128, **shape), in_pieces=in_pieces)
+        model = dataclasses.replace(model_config(), head_dim=128, weight_type=weight_type, group_size=128, **shape)
+        return prefill_beside_decodes(model, in_pieces=in_pieces)
 
     assert tokens(4096, 32, 14336, 32) == 2048
     assert tokens(2048, 24, 8192, 16) == 2048
     assert tokens(1024, 24, 2816, 16) == 4 * 2048
     assert tokens(4096, 32, 14336, 32, in_pieces=False) == tokens(8192, 80, 28672, 64) == 2048
-    assert tokens(2048, 24, 8192, 16, in_pieces=False) == 4 * 2048
+    assert tokens(2048, 24, 8192, 16, in_pieces=False) == tokens(2048, 24, 8192, 16, weight_type="int4") == 4 * 2048
