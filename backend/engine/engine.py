@@ -108,7 +108,7 @@ class Engine:
             token_budget(config.num_tokens_per_iter, runner.device),
             clock,
             lambda: secrets.randbits(64),
-            prefill_beside_decodes(model, in_pieces=bool(config.cuda_graphs) and runner.device.startswith("cuda")),
+            prefill_beside_decodes(model, in_pieces=config.cuda_graphs and runner.device.startswith("cuda")),
         )
         self._prompt_tokens = 0
         self._generation_tokens = 0

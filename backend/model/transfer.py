@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-__all__ = ["copy_into", "to_device", "to_host"]
+__all__ = ["copy_into", "new_stream", "to_device", "to_host"]
 
 
 def to_device(array: npt.NDArray[np.generic], device: torch.device) -> torch.Tensor:
@@ -52,6 +52,10 @@ def to_host(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
     return wait
 
 
+def new_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
 @functools.cache
 def _stream_of_copies(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return new_stream(device)

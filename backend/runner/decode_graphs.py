@@ -23,7 +23,7 @@ from turbotriton.backend.model.transfer import copy_into
 from .batch import SlotState
 from .kv_cache import KvCache
 
-__all__ = ["DecodeGraphs", "batch_buckets", "decode_forward", "two_layers"]
+__all__ = ["DecodeGraphs", "batch_buckets", "decode_forward", "padding_rows", "two_layers"]
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class DecodeGraphs:
     def __init__(self, decoder: Decoder, slots: SlotState, kv: KvCache, max_batch_size: int, device: torch.device) -> None:
         self._decoder, self._slots, self._kv = decoder, slots, kv
         self._buckets = batch_buckets(max_batch_size)
-        self._held = {size: _padded(size) for size in self._buckets}  # what _inputs hold
+        self._held = {size: padding_rows(size) for size in self._buckets}  # what _inputs hold
         self._inputs = {size: torch.from_numpy(rows).to(device, copy=True) for size, rows in self._held.items()}
         self._last = self._buckets[0], 0  # the bucket that ran, and its rows
         self._logits: dict[int, torch.Tensor] = {}
@@ -90,7 +90,7 @@ class DecodeGraphs:
         """slots, positions of the rows' last tokens, at most max_batch_size -> [num_rows, vocab_size], valid until the next call."""
         num_rows = slots.size
         bucket = next(size for size in self._buckets if size >= num_rows)
-        wanted = _padded(bucket)
+        wanted = padding_rows(bucket)
         wanted[:, :num_rows] = slots, positions
         if not np.array_equal(wanted, self._held[bucket]):  # rows that go on have been moved by `append`
             copy_into(self._inputs[bucket], wanted)
@@ -109,6 +109,6 @@ class DecodeGraphs:
         self._logits.clear()
 
 
-def _padded(size: int) -> I64:
+def padding_rows(size: int) -> I64:
     """Slots and positions [2, size] of padding alone."""
     return np.array([[0], [-1]], np.int64).repeat(size, axis=1)

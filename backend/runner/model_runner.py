@@ -37,11 +37,11 @@ from turbotriton.contract.ini import EngineConfig, ModelConfig
 from turbotriton.contract.wire import TokenLogprobs
 
 from .batch import SlotState, StepInputs
-from .decode_graphs import DecodeGraphs, batch_buckets, decode_forward, two_layers
+from .decode_graphs import DecodeGraphs, batch_buckets, decode_forward, padding_rows, two_layers
 from .key_offsets import key_offsets
 from .kv_cache import allocate_kv_cache, read_kv_scales
 from .library_kernels import load_library_kernels
-from .piecewise_graphs import PiecewiseGraphs, attended_of, forward_in_pieces, padding_tokens, piecewise_sizes
+from .piecewise_graphs import PiecewiseGraphs, attended_of, forward_in_pieces, piecewise_sizes
 from .prompt_graphs import PromptGraphs
 from .quick_imports import quick_imports
 from .warm_up import warm_up_plans
@@ -246,7 +246,7 @@ class ModelRunner:
     @torch.inference_mode()
     def run_uncaptured(self, num_rows: int) -> None:
         """A decode step as a graph of so many rows would capture it, all of it padding, and what comes after the draw."""
-        inputs = torch.tensor([[0], [-1]], device=torch.device(self.device)).repeat(1, num_rows)
+        inputs = to_device(padding_rows(num_rows), torch.device(self.device))
         decode_forward(self._decoder, self._slots, self._kv, inputs)
         self._slots.advance(self._decoder.ops.advance_decode, inputs, torch.zeros_like(inputs[0]))
 
@@ -257,7 +257,7 @@ class ModelRunner:
         sizes = piecewise_sizes(self._decoder, max_tokens)
         attended = attended_of(self._decoder, sizes[-1], device)
         for size in sizes:
-            tokens = padding_tokens(size, device)
+            tokens = to_device(padding_rows(size), device)
             forward_in_pieces(self._decoder, self._slots, self._kv, tokens, attended, lambda q, k, v: None)
 
     def warm_up(self, engine: EngineConfig) -> None:

@@ -16,19 +16,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from turbotriton.backend.model.decoder import Decoder
-from turbotriton.backend.model.transfer import copy_into
+from turbotriton.backend.model.transfer import copy_into, new_stream, to_device
 from turbotriton.backend.ops.operands import AttentionBatch, KvPages, QkvBeforeRotary, SplitSums, Unadded, W4A16Tiles
 from turbotriton.backend.scheduling.plan import ScheduledRow
 
 from .batch import SlotState, StepInputs, StepLayout, layout_of
-from .decode_graphs import two_layers
+from .decode_graphs import padding_rows, two_layers
 from .kv_cache import KvCache
 
-__all__ = ["PiecewiseGraphs", "attended_of", "forward_in_pieces", "padding_tokens", "piecewise_sizes"]
+__all__ = ["PiecewiseGraphs", "attended_of", "forward_in_pieces", "piecewise_sizes"]
 
 logger = logging.getLogger(__name__)
 
@@ -46,11 +45,6 @@ def piecewise_sizes(decoder: Decoder, max_tokens: int) -> tuple[int, ...]:
     most = MAX_W4A16_SIZE if isinstance(decoder.weights.layers[0].gate_up, W4A16Tiles) else MAX_SIZE
     sizes = (*SMALL_SIZES, *range(SIZE_STEP, most + 1, SIZE_STEP))
     return tuple(size for before, size in zip((0, *sizes), sizes, strict=False) if before < max_tokens)
-
-
-def padding_tokens(size: int, device: torch.device) -> torch.Tensor:
-    """Slots and positions, [2, size], of padding alone."""
-    return torch.tensor([[0], [-1]], device=device).repeat(1, size)
 
 
 def attended_of(decoder: Decoder, size: int, device: torch.device) -> torch.Tensor:
@@ -99,7 +93,7 @@ class PiecewiseGraphs:
         self._decoder, self._slots, self._kv = decoder, slots, kv
         self._sizes = piecewise_sizes(decoder, max_tokens)
         self._attended = attended_of(decoder, self._sizes[-1], device)
-        self._tokens = {size: padding_tokens(size, device) for size in self._sizes}
+        self._tokens = {size: to_device(padding_rows(size), device) for size in self._sizes}
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self._captured: dict[int, _Captured] = {}
         self._capture(device)
@@ -115,8 +109,8 @@ class PiecewiseGraphs:
             return None
         size = next(size for size in self._sizes if size >= num_tokens)
         layout = layout_of(rows)
-        tokens = np.empty((2, size), np.int64)
-        tokens[:, :num_tokens], tokens[0, num_tokens:], tokens[1, num_tokens:] = layout.tokens, 0, -1
+        tokens = padding_rows(size)
+        tokens[:, :num_tokens] = layout.tokens
         copy_into(self._tokens[size], tokens)
         return self._run(size, layout)
 
@@ -145,7 +139,7 @@ class PiecewiseGraphs:
     def _capture(self, device: torch.device) -> None:
         begun, free = time.monotonic(), torch.cuda.mem_get_info(device)[0]
         few_layers = two_layers(self._decoder, self._kv)
-        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream = new_stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             for size in self._sizes:  # compiles and loads what the pieces launch
